@@ -1,0 +1,65 @@
+"""frugan: trains GANs in the memory you have.
+
+>>> import frugan
+>>> run = frugan.train("photos/", recipe="dcgan", epochs=5, image_size=64)
+>>> images = frugan.load(run).generate(16, seed=7)  # uint8 [16, channels, 64, 64]
+"""
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from frugan.errors import UserError
+from frugan.recipe import Recipe, Run
+
+if TYPE_CHECKING:
+    from frugan.generate import Generator
+
+__all__ = ["Recipe", "Run", "UserError", "load", "train"]
+__version__ = "0.1.0"
+
+
+def train(
+    data: str | Path = "digits",
+    *,
+    recipe: str | Recipe = "dcgan",
+    quiet: bool = False,
+    on_update: Callable[[int], None] | None = None,
+    **settings: Any,
+) -> Path:
+    """Trains a GAN, or goes on with a training that was interrupted.
+
+    Args:
+        data: folder or zip of images, folder of IDX files, or ``digits``, ``mnist``, ``fashion-mnist``.
+        recipe: a name (``dcgan``, ``upsample``, ``mlp``, ``r3``), a TOML file, or a `Recipe`.
+        quiet: whether to say nothing.
+        on_update: is called with the number of images seen after every update.
+        **settings: any setting of the recipe or of the run by its name: ``epochs=5, batch_size=64, out="runs/mine"``.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: something about data, settings or folder is wrong; says what, where and what to do.
+    """
+    from frugan import recipes
+    from frugan.console import Console
+    from frugan.trainer import Trainer
+
+    own = {f.name for f in fields(Run)}
+    chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
+    chosen = chosen.replace(**{k: v for k, v in settings.items() if k not in own}, data=str(data))
+    run = Run(**{k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if k in own})
+    return Trainer(chosen, run, Console(quiet), on_update).train()
+
+
+def load(run: str | Path, device: str = "cpu") -> "Generator":
+    """The trained generator of a run folder, or of a ``generator.safetensors`` alone.
+
+    Raises:
+        UserError: there is none, or the file is damaged.
+    """
+    from frugan import generate
+
+    return generate.load(run, device)

@@ -1,0 +1,196 @@
+"""The command line: verbs and flags, nothing else.
+
+Every field of a recipe is a flag, with the help, type and default that stand in `frugan.recipe`; ``--recipe`` and
+``--objective`` are read first, because they decide which fields there are. torch is imported only once there is work to do.
+"""
+
+import sys
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from frugan import recipes
+from frugan.errors import UserError
+from frugan.recipe import Recipe, Run, Section
+
+
+def _described(section: type[Section] | Section) -> list[tuple[str, Any, Any]]:
+    """Fields of a section for tyro, with their help; defaults are the values of the instance, if it is one."""
+    kind = section if isinstance(section, type) else type(section)
+    hints = typing.get_type_hints(kind)
+    return [
+        (f.name, Annotated[hints[f.name], tyro.conf.arg(help=f.metadata["help"], help_behavior_hint=_default)],
+         field(default=getattr(section, f.name)))
+        for f in fields(kind)
+    ]  # fmt: skip
+
+
+def _default(value: str) -> str:
+    return "" if value == "None" else f"(default: {value})"
+
+
+DataArgument = Annotated[
+    str | None,
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="DATA", help="folder or zip of images, folder of IDX files, or digits (default), mnist, fashion-mnist"),
+]
+DataFlag = Annotated[str | None, tyro.conf.arg(metavar="DATA", help="the same as DATA", help_behavior_hint="")]
+RecipeFlag = Annotated[str, tyro.conf.arg(help=f"{', '.join(recipes.RECIPES)}, or a TOML file; it decides the defaults below")]
+ObjectiveFlag = Annotated[str, tyro.conf.arg(help="what is minimised: bce, hinge, wgan-gp, rpgan")]
+
+
+def _recipe_options(verb: str, doc: str, recipe: Recipe, base: type[Any], *extra: Any) -> type[Any]:
+    """A flat dataclass of everything that can be said to ``verb`` about ``recipe``."""
+    options: list[Any] = [("data", DataArgument, field(default=None)), ("data_path", DataFlag, field(default=None))]
+    options += [("recipe", RecipeFlag, field(default=recipe.recipe)), *extra]
+    options += [("objective", ObjectiveFlag, field(default=recipe.objective.kind))]
+    for section in recipe.sections().values():
+        options += [o for o in _described(section) if o[0] != "data"]
+    made = make_dataclass(verb, options, bases=(base,), kw_only=True)
+    made.__doc__ = doc
+    return made
+
+
+class Train:
+    """Trains, or goes on with a training that was interrupted."""
+
+
+class Summary:
+    """Prints both networks of a recipe, layer by layer."""
+
+
+@dataclass(kw_only=True)
+class Generate:
+    """Makes images with a trained generator."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="run folder, or a generator.safetensors")]
+    n: Annotated[int, tyro.conf.arg(help="how many images")] = 64
+    seed: Annotated[int, tyro.conf.arg(help="the same seed gives the same images")] = 0
+    out: Annotated[str | None, tyro.conf.arg(help="picture or folder to write; unset: RUN/generated", help_behavior_hint="")] = None
+    separate: Annotated[bool, tyro.conf.arg(help="one file an image, not one grid")] = False
+    interpolate: Annotated[
+        tuple[int, ...], tyro.conf.arg(help="seeds to go between: a strip and a GIF", metavar="SEED SEED ...", help_behavior_hint="")
+    ] = ()
+    frames: Annotated[int, tyro.conf.arg(help="steps from one seed to the next")] = 16
+    device: Annotated[str, tyro.conf.arg(help="cpu, cuda, mps or auto")] = "cpu"
+
+
+def _recipe_of(arguments: Sequence[str]) -> Recipe:
+    """The recipe that ``--recipe`` and ``--objective`` name, by which the other flags are known."""
+    said = {"--recipe": recipes.DEFAULT, "--objective": ""}
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in said:
+            said[name] = value if equals else next(iter(arguments[i + 1 : i + 2]), "")
+    recipe = recipes.get(said["--recipe"])
+    return recipe.replace(objective=said["--objective"]) if said["--objective"] else recipe
+
+
+def _asked(options: Any, recipe: Recipe) -> Recipe:
+    """``recipe`` with what was said on the command line."""
+    if options.data and options.data_path:
+        raise UserError(f"the data is named twice, {options.data} and --data-path {options.data_path}: leave one out.")
+    names = set(recipe.flat()) - {"data", "network", "objective"}
+    said = {name: getattr(options, name) for name in names}
+    return recipe.replace(**said, data=options.data or options.data_path or recipe.data.data)
+
+
+def _train(options: Any, recipe: Recipe) -> None:
+    recipe = _asked(options, recipe)
+    run = Run(**{f.name: getattr(options, f.name) for f in fields(Run)})
+    from frugan import device
+
+    device.be_patient()
+    from frugan.console import Console
+    from frugan.trainer import Stopped, Trainer
+
+    try:
+        Trainer(recipe, run, Console(options.quiet)).train()
+    except Stopped as stopped:
+        print(f"frugan: {stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.number)
+
+
+def _summary(options: Any, recipe: Recipe) -> None:
+    recipe = _asked(options, recipe)
+    from frugan.console import Console
+    from frugan.data.loader import resolve
+    from frugan.data.source import open_source
+    from frugan.summary import summarise
+
+    console = Console()
+    data = recipe.data
+    if not (data.image_size and data.channels):
+        data = resolve(open_source(data), data, console.tell)
+    console.networks(summarise(recipe.replace(image_size=data.image_size, channels=data.channels)))
+
+
+def _generate(options: Generate) -> None:
+    from frugan import generate, pictures
+
+    generator = generate.load(options.run, options.device)
+    run = Path(options.run)
+    out = Path(options.out) if options.out else (run if run.is_dir() else run.parent) / "generated"
+    single = out if out.suffix else None
+    if single and single.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".bmp"):
+        raise UserError(f"--out {out}: pictures are written as .png, .jpg, .webp or .bmp.")
+    if single and options.separate:
+        raise UserError(f"--separate writes many files: --out {out} must be a folder.")
+    if options.interpolate:
+        images = generator.interpolate(options.interpolate, options.frames)
+        name = "-".join(map(str, options.interpolate))
+        strip, loop = single or out / f"interpolation_{name}.png", (single or out / f"interpolation_{name}.gif").with_suffix(".gif")
+        every = max(1, options.frames // 8)  # a strip of every frame would be too wide to look at
+        kept = images[::every] if (len(images) - 1) % every == 0 else images
+        pictures.save(pictures.grid(kept, columns=len(kept)), strip)
+        pictures.save_loop(images, loop)
+        print(f"{strip}\n{loop}")
+        return
+    images = generator.generate(options.n, seed=options.seed)
+    if options.separate:
+        for i, image in enumerate(images):
+            pictures.save(pictures.single(image), out / f"seed_{options.seed}_{i:05d}.png")
+        print(f"{len(images)} images in {out}")
+    else:
+        path = single or out / f"seed_{options.seed}.png"
+        pictures.save(pictures.grid(images), path)
+        print(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; exits with 2 on an error of the user's, 130 or 143 when stopped by a signal."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        verb = arguments[0] if arguments else ""
+        recipe = _recipe_of(arguments) if verb in ("train", "summary") else recipes.get(recipes.DEFAULT)
+        quiet = ("quiet", Annotated[bool, tyro.conf.arg(help="print nothing but errors")], field(default=False))
+        run = [o for o in _described(Run)]
+        options = tyro.extras.subcommand_cli_from_dict(
+            {
+                "train": _recipe_options("Train", Train.__doc__ or "", recipe, Train, *run, quiet),
+                "generate": Generate,
+                "summary": _recipe_options("Summary", Summary.__doc__ or "", recipe, Summary),
+            },
+            prog="frugan",
+            description="Trains GANs in the memory you have.",
+            args=arguments or ["--help"],
+        )
+        if isinstance(options, Generate):
+            _generate(options)
+        elif isinstance(options, Train):
+            _train(options, recipe)
+        else:
+            _summary(options, recipe)
+    except UserError as error:
+        print(f"frugan: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

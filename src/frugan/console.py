@@ -1,0 +1,106 @@
+"""What a person sees: notices, tables, progress. Plain lines when it is not a terminal."""
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console as Rich
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from frugan.summary import Row
+
+PLAIN_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
+
+
+def size(count: float) -> str:
+    """Bytes in words."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def losses(line: Mapping[str, Any]) -> str:
+    """The measurements of a log line in words."""
+    parts = [f"{name} {line[name]:.3f}" for name in ("Loss_D", "Loss_G", "D(x)") if name in line]
+    if "D(G(z))" in line:
+        after = f" -> {line['D(G(z)) after']:.3f}" if "D(G(z)) after" in line else ""
+        parts.append(f"D(G(z)) {line['D(G(z))']:.3f}{after}")
+    return "  ".join(parts)
+
+
+class Console:
+    """Speaks on standard output unless ``quiet``."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.rich = Rich(quiet=quiet, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._last_plain = 0.0
+
+    def tell(self, text: str) -> None:
+        """One notice."""
+        self.rich.print(text, markup=False)
+
+    def networks(self, summary: Mapping[str, Iterable[Row]]) -> None:
+        """Both networks, layer by layer."""
+        for network, rows in summary.items():
+            rows = list(rows)
+            table = Table(title=network, title_justify="left", box=None, pad_edge=False, header_style="bold")
+            table.add_column("layer", no_wrap=True)
+            table.add_column("kind", no_wrap=True)
+            for heading in ("output shape", "parameters", "activations an image"):
+                table.add_column(heading, justify="right", no_wrap=True)
+            for row in rows:
+                shape = " x ".join(map(str, row.shape)) or "1"
+                count = f"{row.parameters:,}" if row.parameters else "-"
+                table.add_row(row.name, row.kind, shape, count, size(row.activation_bytes) if row.activation_bytes else "-")
+            table.add_section()
+            table.add_row("total", "", "", f"{sum(r.parameters for r in rows):,}", size(sum(r.activation_bytes for r in rows)))
+            self.rich.print(table, soft_wrap=False)
+            self.rich.print()
+
+    def start(self, done: int, total: int) -> None:
+        """Begins showing progress in images."""
+        self._last_plain = time.monotonic()
+        if self.rich.is_terminal and not self.rich.quiet:
+            self._bar = Progress(
+                TextColumn("epoch {task.fields[epoch]}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.percentage:.0f}%  {task.fields[rate]}  "),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[left]}  {task.fields[losses]}"),
+                console=self.rich,
+            )
+            self._task = self._bar.add_task("", total=total, completed=done, epoch="", rate="", left="", losses="")
+            self._bar.start()
+
+    def progress(self, line: Mapping[str, Any], epochs: int) -> None:
+        """Shows a log line as it comes."""
+        where = f"{line['epoch']:.1f}/{epochs}"
+        rate, left = f"{line['images/s']:,.0f} images/s", f"{duration(line['seconds left'])} left"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=line["images"], epoch=where, rate=rate, left=left, losses=losses(line))
+        elif time.monotonic() - self._last_plain >= PLAIN_EVERY:
+            self._last_plain = time.monotonic()
+            self.tell(f"epoch {where}  {losses(line)}  {rate}  {left}")
+
+    def epoch(self, line: Mapping[str, Any], number: int, epochs: int) -> None:
+        """One line at the end of an epoch."""
+        self._last_plain = time.monotonic()
+        self.tell(f"epoch {number}/{epochs}  {losses(line)}  {line['images/s']:,.0f} images/s  {duration(line['seconds left'])} left")
+
+    def stop(self) -> None:
+        """Ends the progress bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,57 @@
+"""The machine: which device, what precision it is fast at, and giving memory back to it."""
+
+import ctypes
+import gc
+import os
+import sys
+
+import torch
+
+from frugan.errors import UserError
+
+
+def choose(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` is the first of cuda, mps and cpu that is there.
+
+    Raises:
+        UserError: no such device on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name}: there is no such device here; use cpu, or auto to take the best there is.") from None
+    return device
+
+
+def fast_precision(device: torch.device) -> str:
+    """What ``--precision auto`` means on ``device``: bf16 or fp16 where the hardware computes in it, else fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
+        return "bf16"
+    return "fp32"
+
+
+def release(device: torch.device) -> None:
+    """Gives memory that is free inside the process back to the system."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+    if sys.platform == "linux":
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        except (OSError, AttributeError):
+            pass  # another C library, which has no such call
+
+
+def be_patient() -> None:
+    """Lets idle worker threads sleep instead of spin, unless told otherwise; must run before torch is imported.
+
+    A spinning thread that shares its core with another process makes training tens of times slower.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

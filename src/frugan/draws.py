@@ -1,0 +1,86 @@
+"""Randomness that does not depend on how it is asked for.
+
+Every draw is a row of an endless array that (seed, purpose) names. A row belongs to one sample, so it makes no difference
+whether a batch is drawn whole, in micro-batches or by several processes, and resuming needs no saved generator state:
+the number of images seen says which rows come next.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 64  # rows drawn at once: a generator's stream cannot be entered in the middle
+
+
+def derive(seed: int, *purpose: object) -> int:
+    """A 63-bit seed that belongs to ``seed`` and ``purpose``."""
+    text = "/".join(map(str, (seed, *purpose)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+class Draws:
+    """The endless arrays of one seed.
+
+    Normal and uniform rows are drawn on the CPU, so that a seed gives the same images on every device; dropout masks are
+    large and drawn on ``device``.
+    """
+
+    def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
+        self.seed = seed
+        self._cpu = torch.Generator()
+        self._device = torch.Generator(device)
+        self._blocks: dict[str, tuple[int, Tensor]] = {}  # the last block of each purpose: micro-batches share it
+
+    def normal(self, purpose: str, first: int, count: int, *shape: int) -> Tensor:
+        """Rows ``first`` to ``first + count`` of standard normal numbers: float32 ``[count, *shape]`` on the CPU."""
+        return self._rows(purpose, first, count, lambda: torch.empty(BLOCK, *shape), self._cpu, Tensor.normal_)
+
+    def uniform(self, purpose: str, first: int, count: int, *shape: int) -> Tensor:
+        """The same, uniform in [0, 1)."""
+        return self._rows(purpose, first, count, lambda: torch.empty(BLOCK, *shape), self._cpu, Tensor.uniform_)
+
+    def keep(self, purpose: str, first: int, count: int, shape: tuple[int, ...], p: float) -> Tensor:
+        """Rows of a dropout mask on the device, true with chance ``1 - p``: bool ``[count, *shape]``."""
+        device = self._device.device
+        return self._rows(
+            purpose, first, count, lambda: torch.empty(BLOCK, *shape, dtype=torch.bool, device=device), self._device,
+            lambda block, generator: block.bernoulli_(1 - p, generator=generator),
+        )  # fmt: skip
+
+    def _rows(
+        self,
+        purpose: str,
+        first: int,
+        count: int,
+        allocate: Callable[[], Tensor],
+        generator: torch.Generator,
+        fill: Callable[..., Tensor],
+    ) -> Tensor:
+        pieces = []
+        row, end = first, first + count
+        while row < end:
+            number, offset = divmod(row, BLOCK)
+            last = self._blocks.get(purpose)
+            if last is None or last[0] != number:
+                generator.manual_seed(derive(self.seed, purpose, number))
+                last = self._blocks[purpose] = (number, fill(allocate(), generator=generator))
+            pieces.append(last[1][offset : offset + end - row])
+            row += len(pieces[-1])
+        return torch.cat(pieces)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that belong to the samples of one micro-batch, for one use of them (``scope``)."""
+
+    draws: Draws
+    scope: str
+    first: int
+    count: int
+
+    def keep(self, layer: str, shape: tuple[int, ...], p: float) -> Tensor:
+        """The dropout mask of ``layer``: bool ``[count, *shape]``."""
+        return self.draws.keep(f"{self.scope}/{layer}", self.first, self.count, shape, p)

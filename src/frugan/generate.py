@@ -1,0 +1,107 @@
+"""Images from a trained generator, on any machine, without the data it was trained on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from frugan import checkpoint, device
+from frugan.draws import Draws
+from frugan.errors import UserError
+from frugan.networks import BUILDERS, Network
+from frugan.recipe import Recipe
+from frugan.runs import RunFolder
+from frugan.step import evaluating
+
+CHUNK = 64  # images made at once, so that memory does not grow with their number
+
+
+class Generator:
+    """A trained generator.
+
+    Attributes:
+        recipe: what it was trained with.
+        images_seen: how long it was trained.
+    """
+
+    def __init__(self, network: Network, recipe: Recipe, images_seen: int) -> None:
+        self.network = network
+        self.recipe = recipe
+        self.images_seen = images_seen
+
+    def generate(self, n: int = 16, *, seed: int = 0) -> Tensor:
+        """Makes ``n`` images: uint8 ``[n, channels, size, size]`` on the CPU. Image i of a seed is the same for every ``n``."""
+        if n < 1:
+            raise UserError(f"the number of images to generate must be at least 1, not {n}.")
+        return self.decode(Draws(seed).normal("sample", 0, n, self.recipe.network.latent_dim))
+
+    def interpolate(self, seeds: Sequence[int], frames: int = 16) -> Tensor:
+        """Goes from the first image of each seed to that of the next in ``frames`` steps, along the sphere on which noise lies.
+
+        Returns:
+            uint8 ``[(len(seeds) - 1) * frames + 1, channels, size, size]``.
+        """
+        if len(seeds) < 2:
+            raise UserError("interpolation needs at least two seeds.")
+        if frames < 1:
+            raise UserError(f"the number of frames between two seeds must be at least 1, not {frames}.")
+        ends = [Draws(seed).normal("sample", 0, 1, self.recipe.network.latent_dim)[0] for seed in seeds]
+        steps = [slerp(a, b, i / frames) for a, b in zip(ends, ends[1:], strict=False) for i in range(frames)]
+        return self.decode(torch.stack([*steps, ends[-1]]))
+
+    def decode(self, noise: Tensor) -> Tensor:
+        """Noise ``[n, latent_dim]`` to uint8 images ``[n, channels, size, size]`` on the CPU."""
+        return to_images(self.network, noise)
+
+
+def to_images(network: nn.Module, noise: Tensor) -> Tensor:
+    """Runs a generator in chunks: noise ``[n, latent_dim]`` to uint8 ``[n, c, h, w]`` on the CPU."""
+    like = next(network.parameters())
+    pieces = []
+    with evaluating(network):
+        for chunk in noise.split(CHUNK):
+            images = network(chunk.to(like)).float().clamp_(-1, 1)
+            pieces.append(images.add_(1).mul_(127.5).round_().to("cpu", torch.uint8).contiguous())
+    return torch.cat(pieces)
+
+
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """The point at ``share`` of the way from ``a`` to ``b`` along the great circle (Shoemake 1985), length interpolated too."""
+    angle = torch.arccos((torch.dot(a, b) / (a.norm() * b.norm())).clamp(-1, 1))
+    if angle < 1e-4:
+        return torch.lerp(a, b, share)
+    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
+
+
+def save(path: Path, network: nn.Module, recipe: Recipe, images_seen: int) -> None:
+    """Writes a generator's weights with the recipe in the header, so that the file alone is enough to use it."""
+    state = {"recipe": recipe.to_toml(), "images": images_seen}
+    checkpoint.save(path, network.state_dict(), state)
+
+
+def load(run: str | Path, device_name: str = "cpu") -> Generator:
+    """The generator of a run folder, or of a ``generator.safetensors`` alone.
+
+    Raises:
+        UserError: there is none, or the file is damaged.
+    """
+    path = Path(run)
+    if path.is_dir():
+        folder = path
+        path = RunFolder(folder).generator_file
+        if not path.exists():
+            known = RunFolder(folder).recipe_file.exists()
+            raise UserError(
+                f"{folder} has no generator yet: train it for an epoch first."
+                if known
+                else f"{folder} is no run folder: it has no {path.name}."
+            )
+    if not path.exists():
+        raise UserError(f"there is no run {path}.")
+    tensors, state = checkpoint.load(path)
+    recipe = Recipe.from_toml(state["recipe"], str(path))
+    assert recipe.data.image_size and recipe.data.channels
+    network, _ = BUILDERS[type(recipe.network)](recipe.network, recipe.data.image_size, recipe.data.channels)
+    network.load_state_dict(tensors)
+    return Generator(network.to(device.choose(device_name)).eval(), recipe, int(state["images"]))

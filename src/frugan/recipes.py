@@ -1,0 +1,63 @@
+"""The named recipes: one plain function each. Add a recipe by adding a function here and its name to `RECIPES`."""
+
+from pathlib import Path
+
+from frugan import recipe as r
+from frugan.errors import UserError, nearest
+
+
+def mlp() -> r.Recipe:
+    """Dense discriminator against a generator of transposed convolutions: the memory-optimised Fashion-MNIST GAN."""
+    return r.Recipe(
+        recipe="mlp",
+        network=r.Mlp(),
+        objective=r.Bce(label_smoothing=0.1),
+        optimizer=r.Optimizer(lr_g=2e-4, lr_d=1e-4),
+    )
+
+
+def upsample() -> r.Recipe:
+    """Nearest upsampling and convolution from 256 numbers, dropout in D, equal rates: the speed-optimised Fashion-MNIST DCGAN."""
+    return r.Recipe(
+        recipe="upsample",
+        network=r.Upsample(),
+        objective=r.Bce(label_smoothing=0.1),
+        optimizer=r.Optimizer(lr_g=2e-4, lr_d=2e-4),
+    )
+
+
+def dcgan() -> r.Recipe:
+    """DCGAN for any image size (Radford et al. 2015, arXiv 1511.06434), with one-sided label smoothing and an averaged generator."""
+    return r.Recipe(
+        recipe="dcgan",
+        network=r.Dcgan(),
+        objective=r.Bce(label_smoothing=0.1),
+        optimizer=r.Optimizer(lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999),
+    )
+
+
+def r3() -> r.Recipe:
+    """R3GAN (Huang et al. 2024, arXiv 2501.05441): relativistic pairing, R1 and R2 on every step, no normalisation."""
+    return r.Recipe(
+        recipe="r3",
+        network=r.R3(),
+        objective=r.RpGan(r1=0.5, r2=0.5),
+        optimizer=r.Optimizer(lr_g=2e-4, lr_d=2e-4, beta1=0.0, beta2=0.99),
+    )
+
+
+RECIPES = {f.__name__: f for f in (mlp, upsample, dcgan, r3)}
+DEFAULT = "dcgan"
+
+
+def get(name: str) -> r.Recipe:
+    """The recipe called ``name``, or the one in the TOML file ``name``.
+
+    Raises:
+        UserError: there is neither (with the nearest name).
+    """
+    if name in RECIPES:
+        return RECIPES[name]()
+    if name.endswith(".toml"):
+        return r.read(Path(name))
+    raise UserError(f"there is no recipe called {name!r}: {nearest(name, RECIPES)}")

@@ -1,0 +1,130 @@
+"""A run folder: what is in it, whose it is, and that only one training writes to it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+from frugan import checkpoint
+from frugan.errors import UserError
+from frugan.files import write_text
+from frugan.recipe import Recipe, flag, read
+
+
+class RunFolder:
+    """The folder ``path``; as a context manager it is locked against a second training."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_file = path / "recipe.toml"
+        self.plan_file = path / "plan.json"
+        self.log_file = path / "log.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.generator_file = path / "generator.safetensors"
+        self.samples = path / "generated_images"
+        self._lock = FileLock(path / ".lock")
+
+    def __enter__(self) -> Self:
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file: give --out a folder of its own.")
+        if self.path.is_dir() and not self.recipe_file.exists() and any(p.name != ".lock" for p in self.path.iterdir()):
+            raise UserError(f"{self.path} holds files of something else: give --out a new or empty folder.")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(f"another training is writing to {self.path}: wait for it, or give another --out.") from None
+        except OSError as error:
+            raise UserError(f"cannot write to {self.path}: {error.strerror}; give another --out.") from None
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._lock.release()
+
+    def check(self, recipe: Recipe, plan: Mapping[str, Any], accept_changes: bool) -> None:
+        """Checks that what is there belongs to this training, which ``recipe`` and ``plan`` tell.
+
+        Raises:
+            UserError: the folder is another run's, or this run's with other settings that were not accepted.
+        """
+        if not checkpoint.all_in(self.checkpoints):
+            return  # nothing is lost by beginning anew
+        before = read(self.recipe_file)
+        if self._read_plan().get("fingerprint") != plan["fingerprint"]:
+            raise UserError(
+                f"{self.path} belongs to another run, of {before.recipe} on other images ({before.data.data}): give another --out."
+            )
+        changes = before.differences(recipe)
+        changes.pop("data", None)  # the same images by another path are the same images
+        if recipe.optimizer.schedule != "cosine" and recipe.training.epochs > before.training.epochs:
+            changes.pop("epochs", None)  # training longer changes nothing of what was done
+        if changes and not accept_changes:
+            listed = ", ".join(f"{flag(k)} was {old} and is now {new}" for k, (old, new) in changes.items())
+            raise UserError(
+                f"{self.path} was started with other settings: {listed}. "
+                "Give another --out to start anew, or --accept-changes to go on with the new ones."
+            )
+
+    def claim(self, recipe: Recipe, plan: Mapping[str, Any]) -> None:
+        """Writes down what is asked of this run and how it is laid out."""
+        write_text(self.recipe_file, recipe.to_toml())
+        write_text(self.plan_file, json.dumps(plan, indent=2) + "\n")
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint, or None."""
+        return next(reversed(checkpoint.all_in(self.checkpoints)), None)
+
+    def load_newest(self) -> tuple[checkpoint.Tensors, dict[str, Any]] | None:
+        """The state of the newest checkpoint, or None if there is none yet.
+
+        Raises:
+            UserError: it is damaged; says how to go on from the one before.
+        """
+        newest = self.newest_checkpoint()
+        if newest is None:
+            return None
+        try:
+            return checkpoint.load(newest)
+        except UserError as error:
+            before = len(checkpoint.all_in(self.checkpoints)) > 1
+            way = "to go on from the one before it" if before else "to start from the beginning"
+            raise UserError(f"{error} Remove it {way}, then run the same command again.") from None
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Adds a line to ``log.jsonl``.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        try:
+            with self.log_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.log_file}: {error.strerror}.") from None
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The whole lines of ``log.jsonl``."""
+        if not self.log_file.exists():
+            return []
+        lines = []
+        for text in self.log_file.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                pass  # cut short by a kill
+        return lines
+
+    def rewind_log(self, images: int) -> None:
+        """Drops what was logged after ``images`` images: it is about to be trained again."""
+        lines = [line for line in self.read_log() if line["images"] <= images]
+        write_text(self.log_file, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def _read_plan(self) -> dict[str, Any]:
+        try:
+            plan: dict[str, Any] = json.loads(self.plan_file.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"{self.plan_file} cannot be read: {error}; give another --out.") from None
+        return plan

@@ -1,0 +1,114 @@
+"""The state of a training: everything that it changes, and how that is written down and read back."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from frugan.checkpoint import Tensors
+from frugan.networks import Network
+from frugan.optim import Ema
+from frugan.step import Terms
+
+
+class Mean:
+    """Means of what a step measures, over a stretch of updates; kept on the device, so that the device is not waited for."""
+
+    def __init__(self) -> None:
+        self.sums: Terms = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        """Takes in one update's terms."""
+        for name, value in terms.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        """The means so far; begins anew."""
+        means = {name: float(value) / self.counts[name] for name, value in self.sums.items()}
+        self.sums, self.counts = {}, {}
+        return means
+
+
+@dataclass
+class State:
+    """Everything that training changes, and how it is written down and read back."""
+
+    generator: Network
+    discriminator: Network
+    ema: Ema | None
+    optimizer_g: Adam
+    optimizer_d: Adam
+    scaler: torch.amp.GradScaler
+    plateau_g: ReduceLROnPlateau
+    plateau_d: ReduceLROnPlateau
+    images: int = 0
+    updates: int = 0
+
+    def __post_init__(self) -> None:
+        self.epoch_mean = Mean()
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The generator to use: the average if there is one."""
+        return self.ema.module if self.ema else self.generator
+
+    def capture(self) -> tuple[Tensors, dict[str, Any]]:
+        """All tensors by name, and all numbers as JSON has them."""
+        tensors = {f"{part}/{k}": v for part, network in self._networks() for k, v in network.state_dict().items()}
+        for part, network, optimizer in self._optimizers():
+            for name, parameter in network.named_parameters():
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    tensors[f"{part}/{name}/{key}"] = value
+        mean = self.epoch_mean
+        return tensors, {
+            "images": self.images,
+            "updates": self.updates,
+            "scaler": self.scaler.state_dict(),
+            "plateau": [_numbers(p.state_dict()) for p in (self.plateau_g, self.plateau_d)],
+            "rates": [o.param_groups[0]["lr"] for o in (self.optimizer_g, self.optimizer_d)],
+            "epoch_mean": {name: [float(value), mean.counts[name]] for name, value in mean.sums.items()},
+        }
+
+    def restore(self, tensors: Tensors, state: Mapping[str, Any]) -> None:
+        """Becomes what `capture` wrote."""
+        for part, network in self._networks():
+            own = {k.removeprefix(f"{part}/"): v for k, v in tensors.items() if k.startswith(f"{part}/")}
+            network.load_state_dict(own)
+        for part, network, optimizer in self._optimizers():
+            for name, parameter in network.named_parameters():
+                # Moments take the memory format of their parameter, as they had when they were made.
+                moments = {
+                    key: value.clone() if value.dim() == 0 else torch.empty_like(parameter).copy_(value)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    if (value := tensors.get(f"{part}/{name}/{key}")) is not None
+                }
+                if moments:
+                    optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in moments.items()}
+        self.images, self.updates = state["images"], state["updates"]
+        self.scaler.load_state_dict(state["scaler"])
+        for plateau, numbers in zip((self.plateau_g, self.plateau_d), state["plateau"], strict=True):
+            plateau.load_state_dict(numbers)
+        like = next(self.generator.parameters())
+        for name, (value, count) in state["epoch_mean"].items():
+            self.epoch_mean.sums[name] = torch.tensor(value, device=like.device, dtype=like.dtype)
+            self.epoch_mean.counts[name] = count
+
+    def _networks(self) -> Iterator[tuple[str, nn.Module]]:
+        yield "generator", self.generator
+        yield "discriminator", self.discriminator
+        if self.ema:
+            yield "ema", self.ema
+
+    def _optimizers(self) -> Iterator[tuple[str, nn.Module, Adam]]:
+        yield "optimizer_g", self.generator, self.optimizer_g
+        yield "optimizer_d", self.discriminator, self.optimizer_d
+
+
+def _numbers(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in state.items() if isinstance(v, (int, float, str, bool, list))}

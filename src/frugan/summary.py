@@ -1,0 +1,54 @@
+"""What a network is made of, layer by layer, without allocating it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from frugan.networks import BUILDERS, Network
+from frugan.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer: where, what, output shape for one image, parameters, and bytes of its output for one image (0: in place)."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    parameters: int
+    activation_bytes: int
+
+
+def summarise(recipe: Recipe) -> dict[str, list[Row]]:
+    """The layers of generator and discriminator of a recipe whose image size and channels are known."""
+    size, channels = recipe.data.image_size, recipe.data.channels
+    assert size and channels
+    with torch.device("meta"):
+        generator, discriminator = BUILDERS[type(recipe.network)](recipe.network, size, channels)
+        noise, images = torch.empty(1, recipe.network.latent_dim), torch.empty(1, channels, size, size)
+        width = 2 if recipe.memory.precision in ("bf16", "fp16") else 4
+        return {"generator": _rows(generator, noise, width), "discriminator": _rows(discriminator, images, width)}
+
+
+def _rows(network: Network, x: Tensor, width: int) -> list[Row]:
+    rows: list[Row] = []
+    network.eval()  # one image is enough, and batch norm refuses it while training
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            views = isinstance(module, (nn.Flatten, nn.Unflatten)) or getattr(module, "inplace", False)
+            kept = 0 if views else output.numel() * width
+            rows.append(Row(name, type(module).__name__, tuple(output.shape[1:]), own(module), kept))
+
+        return hook
+
+    def own(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters(recurse=False))
+
+    for name, module in network.named_modules():
+        if own(module) or not any(True for _ in module.children()):
+            module.register_forward_hook(note(name.removeprefix("blocks.")))
+    network(x)
+    return rows

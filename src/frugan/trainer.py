@@ -1,0 +1,364 @@
+"""Training: everything is built from a recipe, then one readable loop."""
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Adam
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from frugan import checkpoint, device, generate, pictures
+from frugan.console import Console, losses
+from frugan.data.loader import Loader, resolve
+from frugan.data.source import Source, open_source
+from frugan.draws import Draws
+from frugan.errors import UserError
+from frugan.networks import Network, build
+from frugan.optim import Ema, adam, rate_factor
+from frugan.recipe import Recipe, Run
+from frugan.runs import RunFolder
+from frugan.state import Mean, State
+from frugan.step import Step, split
+from frugan.summary import summarise
+
+GRID = 64  # images in the pictures of real images and of samples during training
+FINAL = 16  # images in the last picture
+OnUpdate = Callable[[int], None]
+
+
+class Stopped(Exception):
+    """Training was asked to stop by a signal and has saved its state."""
+
+    def __init__(self, number: int, images: int) -> None:
+        super().__init__(f"stopped after {images:,} images; the same command goes on from here.")
+        self.number = number
+
+
+class Trainer:
+    """One run: data, networks and folder of a recipe.
+
+    Args:
+        recipe: what to train; image size and channels are filled in from the data.
+        run: where, and with what.
+        console: what speaks to the person.
+        on_update: is called with the number of images seen after every update.
+
+    Raises:
+        UserError: anything about data, recipe or folder that cannot be trained; nothing was written then.
+    """
+
+    def __init__(self, recipe: Recipe, run: Run, console: Console, on_update: OnUpdate | None = None) -> None:
+        self.run = run
+        self.console = console
+        self.on_update = on_update
+        self.device = device.choose(run.device)
+        if run.threads:
+            torch.set_num_threads(run.threads)
+        source = open_source(recipe.data)
+        self.recipe = self._resolve(recipe, source)
+        data = self.recipe.data
+        seed = self.recipe.training.seed
+        self.loader = Loader(source, data, seed=seed, workers=run.workers, tell=console.tell)
+        self.source = source
+        self.batch = self.recipe.training.batch_size
+        if self.batch > len(self.loader):
+            raise UserError(
+                f"--batch-size {self.batch} is more than the {len(self.loader)} images of {source.name}: "
+                f"use --batch-size {min(64, len(self.loader))} or fewer."
+            )
+        memory = self.recipe.memory
+        self.sizes_d = split(self.batch, memory.accumulation_steps)
+        self.sizes_g = split(self.batch, memory.generator_accumulation_steps or memory.accumulation_steps)
+        self.total = math.ceil(self.recipe.training.epochs * len(self.loader) / self.batch) * self.batch
+        self.folder = RunFolder(Path(run.out) if run.out else Path("runs") / f"{source.name}-{self.recipe.recipe}")
+        self.signal: int | None = None
+
+    def _resolve(self, recipe: Recipe, source: Source) -> Recipe:
+        data = resolve(source, recipe.data, self.console.tell)
+        memory = recipe.memory
+        if memory.precision == "auto":
+            memory = replace(memory, precision=device.fast_precision(self.device))  # type: ignore[arg-type]
+        return replace(recipe, data=data, memory=memory)
+
+    def _build(self) -> State:
+        """Networks, optimizers and average, as new or from the run to start from."""
+        recipe, memory = self.recipe, self.recipe.memory
+        data, options, training = recipe.data, recipe.optimizer, recipe.training
+        assert data.image_size and data.channels
+        generator, discriminator = build(recipe.network, data.image_size, data.channels, training.seed)
+        if training.init_from:
+            self._start_from(training.init_from, generator, discriminator)
+        layout = torch.channels_last if memory.channels_last else torch.contiguous_format
+        for network in (generator, discriminator):
+            network.to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        if training.freeze_d >= len(discriminator.blocks):
+            raise UserError(f"--freeze-d {training.freeze_d} leaves nothing to train: D has {len(discriminator.blocks)} blocks.")
+        for block in discriminator.blocks[: training.freeze_d]:
+            block.requires_grad_(False)
+        self.step = Step(
+            generator, discriminator, recipe.objective, recipe.network.latent_dim, Draws(training.seed, self.device),
+            flip=data.flip, precision=memory.precision, channels_last=memory.channels_last,
+        )  # fmt: skip
+        optimizer_g = adam(generator.parameters(), options.lr_g, options)
+        optimizer_d = adam([p for p in discriminator.parameters() if p.requires_grad], options.lr_d, options)
+        plateau = {"factor": options.schedule_factor, "patience": options.schedule_patience}
+        return State(
+            generator, discriminator, Ema(generator, training.ema_half_life).eval() if training.ema_half_life else None,
+            optimizer_g, optimizer_d, self.step.scaler,
+            ReduceLROnPlateau(optimizer_g, **plateau), ReduceLROnPlateau(optimizer_d, **plateau),
+        )  # fmt: skip
+
+    def _start_from(self, run: str, generator: Network, discriminator: Network) -> None:
+        """Takes the weights that fit from another run, and says which did."""
+        loaded = RunFolder(Path(run)).load_newest() if Path(run).is_dir() else None
+        if loaded is None:
+            raise UserError(f"--init-from {run}: there is no checkpoint in it.")
+        tensors = loaded[0]
+        averaged = any(name.startswith("ema/") for name in tensors)
+        prefixes = ("ema/module." if averaged else "generator/", "discriminator/")
+        for network, prefix, name in zip((generator, discriminator), prefixes, ("generator", "discriminator"), strict=True):
+            own = network.state_dict()
+            there = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            fits = {k: v for k, v in there.items() if k in own and own[k].shape == v.shape}
+            network.load_state_dict(fits, strict=False)
+            missed = [f"{k} {list(v.shape)}" for k, v in own.items() if k not in fits]
+            self.console.tell(
+                f"From {run}: {len(fits)} of {len(own)} tensors of the {name} fit"
+                + (f"; new are {', '.join(missed[:8])}{' ...' if len(missed) > 8 else ''}." if missed else ".")
+            )
+
+    def train(self) -> Path:
+        """Trains to the end, from the newest checkpoint if there is one; the run folder.
+
+        Raises:
+            UserError: the folder is another's, a file cannot be written, or the training went to pieces.
+            Stopped: by SIGINT or SIGTERM, with everything saved.
+        """
+        with self.folder, self._signals():
+            try:
+                return self._train()
+            finally:
+                self.console.stop()
+                self.loader.close()
+
+    def _train(self) -> Path:
+        recipe, console, folder = self.recipe, self.console, self.folder
+        self.state = state = self._build()
+        plan = self._plan()
+        folder.check(recipe, plan, self.run.accept_changes)
+        resumed = folder.load_newest()
+        if resumed is not None:
+            self._resume(*resumed)
+        folder.claim(recipe, plan)
+        if resumed is None:
+            folder.log_file.unlink(missing_ok=True)
+            pictures.save(pictures.grid(self.loader.batch(0, min(GRID, len(self.loader)))), folder.path / "real_images.png")
+        self._introduce()
+        if state.images >= self.total:
+            console.tell(f"{folder.path} is already trained for {state.images:,} images; --epochs more goes on.")
+            return folder.path
+
+        mean = Mean()
+        self._clock, self._clock_images = time.monotonic(), state.images
+        steps_g = recipe.training.discriminator_steps
+        console.start(state.images, self.total)
+        while state.images < self.total:
+            images = self.loader.batch(state.images, self.batch)
+            self._set_rates()
+
+            terms = self.step.discriminator_phase(images, state.images, self.sizes_d)
+            self._update(state.optimizer_d)
+            if (state.updates + 1) % steps_g == 0:
+                before = self.step.generator_phase(images, state.images, self.sizes_g)
+                self._update(state.optimizer_g)
+                if state.ema:
+                    state.ema.update(state.generator, self.batch * steps_g, state.images + self.batch)
+                # "Before" is D after its own update and G before its; D's phase, which both precede, is not reported.
+                terms |= before
+
+            drawn = state.images
+            state.images += self.batch
+            state.updates += 1
+            mean.add(terms)
+            state.epoch_mean.add(terms)
+            ended = state.images // len(self.loader) > drawn // len(self.loader)
+            if ended or state.updates % self.run.report_every == 0 or state.images >= self.total:
+                self._report(mean, self.step.judge_generated(drawn, self.sizes_g))
+            if ended:
+                self._end_epoch(state.images // len(self.loader))
+            if self.on_update:
+                self.on_update(state.images)
+            if self.signal is not None and state.images < self.total:
+                self._save()
+                raise Stopped(self.signal, state.images)
+        self._finish()
+        return folder.path
+
+    def _update(self, optimizer: Adam) -> None:
+        scaler = self.state.scaler
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _set_rates(self) -> None:
+        options = self.recipe.optimizer
+        if options.schedule != "plateau":
+            factor = rate_factor(options, self.state.images / len(self.loader), self.recipe.training.epochs)
+            self.state.optimizer_g.param_groups[0]["lr"] = options.lr_g * factor
+            self.state.optimizer_d.param_groups[0]["lr"] = options.lr_d * factor
+
+    def _report(self, mean: Mean, after: Tensor) -> None:
+        state = self.state
+        measured = mean.take() | {"D(G(z)) after": float(after)}
+        for name, value in measured.items():
+            if not math.isfinite(value):
+                saved = self.folder.newest_checkpoint()
+                raise UserError(
+                    f"{name} became {value} after {state.images:,} images: training went to pieces. "
+                    f"Try lower --lr-g and --lr-d{', or --precision bf16 or fp32' if state.scaler.is_enabled() else ''}"
+                    + (f"; the last good state is {saved}." if saved else ".")
+                )
+        seconds = time.monotonic() - self._clock
+        rate = (state.images - self._clock_images) / max(seconds, 1e-9)
+        line = {"images": state.images, "epoch": state.images / len(self.loader), "updates": state.updates} | measured
+        line |= {"lr_g": state.optimizer_g.param_groups[0]["lr"], "lr_d": state.optimizer_d.param_groups[0]["lr"]}
+        line |= {"images/s": rate, "seconds left": (self.total - state.images) / rate}
+        self.folder.log(line)
+        self.line = line
+        self.console.progress(line, self.recipe.training.epochs)
+
+    def _end_epoch(self, number: int) -> None:
+        state, training = self.state, self.recipe.training
+        means = state.epoch_mean.take()
+        if self.recipe.optimizer.schedule == "plateau":
+            state.plateau_d.step(means["Loss_D"])
+            if "Loss_G" in means:
+                state.plateau_g.step(means["Loss_G"])
+        self.console.epoch(self.line | means, number, training.epochs)
+        if state.images >= self.total:
+            return  # `_finish` saves
+        if number % self.run.sample_every == 0:
+            self._sample(f"epoch_{number}.png")
+        if number % self.run.checkpoint_every == 0:
+            self._save()
+        device.release(self.device)
+
+    def _samples(self, count: int) -> Tensor:
+        noise = Draws(self.recipe.training.seed).normal("sample", 0, count, self.recipe.network.latent_dim)
+        return generate.to_images(self.state.averaged, noise)
+
+    def _sample(self, name: str) -> None:
+        device.release(self.device)
+        pictures.save(pictures.grid(self._samples(GRID)), self.folder.samples / name)
+        pictures.plot_losses(self.folder.read_log(), self.folder.path / "training_loss.png")
+
+    def _save(self) -> None:
+        tensors, numbers = self.state.capture()
+        recipe, folder = self.recipe, self.folder
+        numbers |= {"recipe": recipe.to_toml(), "fingerprint": self.source.fingerprint} | self._machine()
+        checkpoint.save(checkpoint.path_for(folder.checkpoints, self.state.images), tensors, numbers)
+        generate.save(folder.generator_file, self.state.averaged, recipe, self.state.images)
+        checkpoint.prune(folder.checkpoints, self.run.keep_checkpoints)
+
+    def _finish(self) -> None:
+        self._save()
+        epochs = self.state.images // len(self.loader)
+        if epochs % self.run.sample_every == 0:
+            self._sample(f"epoch_{epochs}.png")
+        pictures.plot_losses(self.folder.read_log(), self.folder.path / "training_loss.png")
+        final = self.folder.path / "final_generated_images.png"
+        pictures.save(pictures.grid(self._samples(FINAL)), final)
+        self.console.stop()
+        self.console.tell(f"Final {losses(self.line)}")
+        self.console.tell(f"Samples are in {final}, everything else beside them.")
+
+    def _resume(self, tensors: checkpoint.Tensors, numbers: Mapping[str, Any]) -> None:
+        try:
+            self.state.restore(tensors, numbers)
+        except (RuntimeError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the checkpoint in {self.folder.path} does not fit these networks ({reason}): give another --out.") from None
+        options = self.recipe.optimizer
+        if options.schedule == "plateau":  # the reductions so far, of the learning rates as they are asked for now
+            before = Recipe.from_toml(numbers["recipe"], "the checkpoint").optimizer
+            rates = zip(numbers["rates"], (before.lr_g, before.lr_d), (options.lr_g, options.lr_d), strict=True)
+            for optimizer, (rate, old, new) in zip((self.state.optimizer_g, self.state.optimizer_d), rates, strict=True):
+                optimizer.param_groups[0]["lr"] = rate * (new / old)
+        self.folder.rewind_log(self.state.images)
+        self.console.tell(f"Going on in {self.folder.path} from {self.state.images:,} images.")
+        if not self.run.threads and numbers["threads"] != torch.get_num_threads():
+            torch.set_num_threads(numbers["threads"])  # sums are split by threads
+        changed = [f"{k} {numbers[k]} then, {v} now" for k, v in self._machine().items() if numbers[k] != v]
+        if changed:
+            self.console.tell(f"Not the machine it was started on ({'; '.join(changed)}): results can differ by rounding.")
+
+    def _machine(self) -> dict[str, Any]:
+        return {"torch": torch.__version__, "device": self.device.type, "threads": torch.get_num_threads()}
+
+    def _plan(self) -> dict[str, Any]:
+        """How the recipe is laid out on this machine."""
+        return {
+            "images": len(self.loader),
+            "fingerprint": self.source.fingerprint,
+            "device": str(self.device),
+            "precision": self.recipe.memory.precision,
+            "micro_batches_d": self.sizes_d,
+            "micro_batches_g": self.sizes_g,
+            "updates": self.total // self.batch,
+        }
+
+    def _introduce(self) -> None:
+        recipe, tell = self.recipe, self.console.tell
+        data, memory = recipe.data, recipe.memory
+        classes = f" in {len(self.source.classes)} classes" if self.source.classes else ""
+        kind = "grey" if data.channels == 1 else "colour"
+        tell(f"{len(self.loader):,} images of {self.source.name}{classes}, {kind}, {data.image_size}x{data.image_size}.")
+        self.console.networks(summarise(recipe))
+        tell(
+            f"Recipe {recipe.recipe}, batch {self.batch} in {len(self.sizes_d)} micro-batches for D and {len(self.sizes_g)} for G, "
+            f"{recipe.training.epochs} epochs, {memory.precision} on {self.device} with {torch.get_num_threads()} threads, "
+            f"into {self.folder.path}."
+        )
+        if memory.precision in ("bf16", "fp16"):
+            tell(f"Approximate: {memory.precision} rounds inside the networks; --precision fp32 does not.")
+        elif (fast := device.fast_precision(self.device)) != "fp32":
+            tell(f"This device is faster in {fast}, which rounds more: --precision {fast}.")
+        for name, network, sizes in (
+            ("discriminator", self.state.discriminator, self.sizes_d),
+            ("generator", self.state.generator, self.sizes_g),
+        ):
+            if len(sizes) > 1 and network.couples_samples:
+                tell(f"Approximate: batch norm in the {name} takes its statistics from micro-batches of {sizes[0]}.")
+        if self.state.discriminator.couples_samples and (recipe.objective.r1 or recipe.objective.r2 or recipe.objective.kind == "wgan-gp"):
+            tell("Gradient penalties are meant for each sample alone, and batch norm in D couples them: consider --norm-d group.")
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """While open, SIGINT and SIGTERM let the update in progress end and its state be saved; a second one ends at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.signal is not None:
+                self.console.stop()
+                os._exit(128 + number)
+            self.signal = number
+            self.console.tell("Stopping after this update and saving; once more stops at once.")
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
