@@ -50,8 +50,8 @@ def train(
     own = {f.name for f in fields(Run)}
     chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
     chosen = chosen.replace(**{k: v for k, v in settings.items() if k not in own}, data=str(data))
-    run = Run(**{k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if k in own})
-    return Trainer(chosen, run, Console(quiet), on_update).train()
+    kept: dict[str, Any] = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if k in own}
+    return Trainer(chosen, Run(**kept), Console(quiet), on_update).train()
 
 
 def load(run: str | Path, device: str = "cpu") -> "Generator":

@@ -43,15 +43,15 @@ RecipeFlag = Annotated[str, tyro.conf.arg(help=f"{', '.join(recipes.RECIPES)}, o
 ObjectiveFlag = Annotated[str, tyro.conf.arg(help="what is minimised: bce, hinge, wgan-gp, rpgan")]
 
 
-def _recipe_options(verb: str, doc: str, recipe: Recipe, base: type[Any], *extra: Any) -> type[Any]:
-    """A flat dataclass of everything that can be said to ``verb`` about ``recipe``."""
+def _recipe_options(name: str, base: type[Any], recipe: Recipe, *extra: Any) -> type[Any]:
+    """A flat dataclass, a kind of ``base``, of everything that can be said about ``recipe``."""
     options: list[Any] = [("data", DataArgument, field(default=None)), ("data_path", DataFlag, field(default=None))]
     options += [("recipe", RecipeFlag, field(default=recipe.recipe)), *extra]
     options += [("objective", ObjectiveFlag, field(default=recipe.objective.kind))]
     for section in recipe.sections().values():
         options += [o for o in _described(section) if o[0] != "data"]
-    made = make_dataclass(verb, options, bases=(base,), kw_only=True)
-    made.__doc__ = doc
+    made = make_dataclass(name, options, bases=(base,), kw_only=True)
+    made.__doc__ = base.__doc__
     return made
 
 
@@ -73,7 +73,8 @@ class Generate:
     out: Annotated[str | None, tyro.conf.arg(help="picture or folder to write; unset: RUN/generated", help_behavior_hint="")] = None
     separate: Annotated[bool, tyro.conf.arg(help="one file an image, not one grid")] = False
     interpolate: Annotated[
-        tuple[int, ...], tyro.conf.arg(help="seeds to go between: a strip and a GIF", metavar="SEED SEED ...", help_behavior_hint="")
+        tuple[int, ...],
+        tyro.conf.arg(help="seeds to go between: a strip and a GIF", metavar="SEED SEED ...", help_behavior_hint=""),
     ] = ()
     frames: Annotated[int, tyro.conf.arg(help="steps from one seed to the next")] = 16
     device: Annotated[str, tyro.conf.arg(help="cpu, cuda, mps or auto")] = "cpu"
@@ -143,7 +144,10 @@ def _generate(options: Generate) -> None:
     if options.interpolate:
         images = generator.interpolate(options.interpolate, options.frames)
         name = "-".join(map(str, options.interpolate))
-        strip, loop = single or out / f"interpolation_{name}.png", (single or out / f"interpolation_{name}.gif").with_suffix(".gif")
+        strip, loop = (
+            single or out / f"interpolation_{name}.png",
+            (single or out / f"interpolation_{name}.gif").with_suffix(".gif"),
+        )
         every = max(1, options.frames // 8)  # a strip of every frame would be too wide to look at
         kept = images[::every] if (len(images) - 1) % every == 0 else images
         pictures.save(pictures.grid(kept, columns=len(kept)), strip)
@@ -161,24 +165,33 @@ def _generate(options: Generate) -> None:
         print(path)
 
 
+def parse(arguments: Sequence[str]) -> tuple[Any, Recipe]:
+    """What was asked for, an instance of `Train`, `Generate` or `Summary`, and the recipe whose settings its defaults are.
+
+    Raises:
+        UserError: an unknown recipe or objective.
+        SystemExit: with 2, after saying what no flag or value allows; with 0 after ``--help``.
+    """
+    recipe = _recipe_of(arguments) if arguments[:1] in (["train"], ["summary"]) else recipes.get(recipes.DEFAULT)
+    quiet = ("quiet", Annotated[bool, tyro.conf.arg(help="print nothing but errors")], field(default=False))
+    options = tyro.extras.subcommand_cli_from_dict(
+        {
+            "train": _recipe_options("Train", Train, recipe, *_described(Run), quiet),
+            "generate": Generate,
+            "summary": _recipe_options("Summary", Summary, recipe),
+        },
+        prog="frugan",
+        description="Trains GANs in the memory you have.",
+        args=arguments,
+    )
+    return options, recipe
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; exits with 2 on an error of the user's, 130 or 143 when stopped by a signal."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        verb = arguments[0] if arguments else ""
-        recipe = _recipe_of(arguments) if verb in ("train", "summary") else recipes.get(recipes.DEFAULT)
-        quiet = ("quiet", Annotated[bool, tyro.conf.arg(help="print nothing but errors")], field(default=False))
-        run = [o for o in _described(Run)]
-        options = tyro.extras.subcommand_cli_from_dict(
-            {
-                "train": _recipe_options("Train", Train.__doc__ or "", recipe, Train, *run, quiet),
-                "generate": Generate,
-                "summary": _recipe_options("Summary", Summary.__doc__ or "", recipe, Summary),
-            },
-            prog="frugan",
-            description="Trains GANs in the memory you have.",
-            args=arguments or ["--help"],
-        )
+        options, recipe = parse(arguments or ["--help"])
         if isinstance(options, Generate):
             _generate(options)
         elif isinstance(options, Train):
@@ -190,7 +203,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

@@ -97,7 +97,9 @@ class Console:
     def epoch(self, line: Mapping[str, Any], number: int, epochs: int) -> None:
         """One line at the end of an epoch."""
         self._last_plain = time.monotonic()
-        self.tell(f"epoch {number}/{epochs}  {losses(line)}  {line['images/s']:,.0f} images/s  {duration(line['seconds left'])} left")
+        self.tell(
+            f"epoch {number}/{epochs}  {losses(line)}  {line['images/s']:,.0f} images/s  {duration(line['seconds left'])} left"
+        )
 
     def stop(self) -> None:
         """Ends the progress bar."""

@@ -1,6 +1,7 @@
 """Images from a trained generator, on any machine, without the data it was trained on."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from frugan import checkpoint, device
 from frugan.draws import Draws
 from frugan.errors import UserError
-from frugan.networks import BUILDERS, Network
+from frugan.networks import Network, build
 from frugan.recipe import Recipe
 from frugan.runs import RunFolder
 from frugan.step import evaluating
@@ -47,7 +48,7 @@ class Generator:
         if frames < 1:
             raise UserError(f"the number of frames between two seeds must be at least 1, not {frames}.")
         ends = [Draws(seed).normal("sample", 0, 1, self.recipe.network.latent_dim)[0] for seed in seeds]
-        steps = [slerp(a, b, i / frames) for a, b in zip(ends, ends[1:], strict=False) for i in range(frames)]
+        steps = [slerp(a, b, i / frames) for a, b in pairwise(ends) for i in range(frames)]
         return self.decode(torch.stack([*steps, ends[-1]]))
 
     def decode(self, noise: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ def to_images(network: nn.Module, noise: Tensor) -> Tensor:
     like = next(network.parameters())
     pieces = []
     with evaluating(network):
-        for chunk in noise.split(CHUNK):
+        for chunk in torch.split(noise, CHUNK):
             images = network(chunk.to(like)).float().clamp_(-1, 1)
             pieces.append(images.add_(1).mul_(127.5).round_().to("cpu", torch.uint8).contiguous())
     return torch.cat(pieces)
@@ -101,7 +102,7 @@ def load(run: str | Path, device_name: str = "cpu") -> Generator:
         raise UserError(f"there is no run {path}.")
     tensors, state = checkpoint.load(path)
     recipe = Recipe.from_toml(state["recipe"], str(path))
-    assert recipe.data.image_size and recipe.data.channels
-    network, _ = BUILDERS[type(recipe.network)](recipe.network, recipe.data.image_size, recipe.data.channels)
+    channels, size, _ = recipe.data.shape
+    network, _ = build(recipe.network, size, channels)
     network.load_state_dict(tensors)
     return Generator(network.to(device.choose(device_name)).eval(), recipe, int(state["images"]))

@@ -35,12 +35,13 @@ class Ema(AveragedModel):
     """The generator averaged over training, buffers included, with a half-life in images (Karras et al. 2020, appendix B)."""
 
     def __init__(self, network: nn.Module, half_life: float) -> None:
-        super().__init__(network, multi_avg_fn=get_ema_multi_avg_fn(0.0), use_buffers=True)
+        super().__init__(network, multi_avg_fn=get_ema_multi_avg_fn(0.0), use_buffers=True)  # type: ignore[no-untyped-call]
         self.requires_grad_(False)
         self.half_life = half_life
 
     def update(self, network: nn.Module, batch: int, images_seen: int) -> None:
         """Takes in ``network`` as it is after ``images_seen`` images, ``batch`` of them since the last time."""
         half_life = min(self.half_life, images_seen * EMA_RAMP)
-        self.multi_avg_fn = get_ema_multi_avg_fn(0.5 ** (batch / half_life) if half_life else 0.0)
+        decay = 0.5 ** (batch / half_life) if half_life else 0.0
+        self.multi_avg_fn = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         self.update_parameters(network)

@@ -9,7 +9,7 @@ import dataclasses
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -22,9 +22,7 @@ UNIONS = (types.UnionType, typing.Union)  # what X | Y is, without and with a Li
 SMALLEST_IMAGE = 8  # pixels a side: below it no recipe has a stage left to learn with
 
 
-def option(
-    default: Any, help: str, *, above: float | None = None, least: float | None = None, most: float | None = None
-) -> Any:
+def option(default: Any, help: str, *, above: float | None = None, least: float | None = None, most: float | None = None) -> Any:
     """A field with its one line of help and its range: ``above`` excludes its bound, ``least`` and ``most`` include theirs."""
     return field(default=default, metadata={"help": help, "above": above, "least": least, "most": most})
 
@@ -50,11 +48,12 @@ class Section:
                 raise UserError(f"{flag(f.name)} must be {_spoken(hints[f.name])}, not {value!r}.")
             if value is None or isinstance(value, (str, bool)):
                 continue
-            for bound, holds, words in (
+            bounds: list[tuple[str, Callable[[Any, Any], bool], str]] = [
                 ("above", lambda v, b: v > b, "above"),
                 ("least", lambda v, b: v >= b, "at least"),
                 ("most", lambda v, b: v <= b, "at most"),
-            ):
+            ]
+            for bound, holds, words in bounds:
                 limit = f.metadata.get(bound)
                 if limit is not None and not holds(value, limit):
                     raise UserError(f"{flag(f.name)} must be {words} {limit:g}, not {value:g} ({f.metadata['help']}).")
@@ -93,36 +92,46 @@ class Data(Section):
     background: str = option("white", "what transparent pixels are laid upon: a colour name or #rrggbb")
     flip: bool = option(False, "mirror half of the images left to right, drawn anew each time")
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image, once size and channels are known."""
+        assert self.channels and self.image_size
+        return self.channels, self.image_size, self.image_size
+
 
 Norm = Literal["batch", "group", "none"]
 
 
-class _Kinds:
-    """Gives a section a ``kind``: subclasses name theirs and are found by it."""
+@dataclass(frozen=True, kw_only=True)
+class Kinded(Section):
+    """A section of which there are kinds: each is a subclass with a ``kind`` and is found by it."""
 
+    role: ClassVar[str]
     kind: ClassVar[str]
     kinds: ClassVar[dict[str, type[Any]]]
+
+    def __init_subclass__(cls) -> None:
+        if "kind" in vars(cls):
+            cls.kinds[cls.kind] = cls
 
     @classmethod
     def of(cls, kind: str) -> type[Any]:
         """The subclass called ``kind``."""
         if kind not in cls.kinds:
-            raise UserError(f"there is no {cls.__name__.lower()} called {kind!r}: {nearest(kind, cls.kinds)}")
+            raise UserError(f"there is no {cls.role} called {kind!r}: {nearest(kind, cls.kinds)}")
         return cls.kinds[kind]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Network(Section, _Kinds):
+class Network(Kinded):
     """A generator and a discriminator; `frugan.networks.build` makes the modules."""
 
+    role: ClassVar[str] = "network"
     kinds: ClassVar[dict[str, type[Any]]] = {}
     latent_dim: int = option(100, "numbers of noise that one image is made from", least=1)
     depth: int | None = option(
         None, "how often the image size is halved on the way down; unset: until 4 to 7 pixels are left", least=1
     )
-
-    def __init_subclass__(cls) -> None:
-        cls.kinds[cls.kind] = cls
 
     def sizes(self, image_size: int) -> list[int]:
         """Sides of the feature maps from the smallest to ``image_size``, each about half of the next (odd ones rounded up)."""
@@ -185,15 +194,13 @@ class R3(Network):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective(Section, _Kinds):
+class Objective(Kinded):
     """What both networks minimise; `frugan.objective` holds the arithmetic."""
 
+    role: ClassVar[str] = "objective"
     kinds: ClassVar[dict[str, type[Any]]] = {}
     r1: float = option(0.0, "weight of half the squared gradient of D at real images", least=0)
     r2: float = option(0.0, "weight of half the squared gradient of D at generated images", least=0)
-
-    def __init_subclass__(cls) -> None:
-        cls.kinds[cls.kind] = cls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,10 +241,10 @@ class Optimizer(Section):
     lr_d: float = option(2e-4, "learning rate of the discriminator", above=0)
     beta1: float = option(0.5, "decay of Adam's first moment", least=0, most=0.9999)
     beta2: float = option(0.999, "decay of Adam's second moment", least=0, most=0.999999)
-    schedule: Literal["constant", "step", "cosine", "exponential", "plateau"] = option(
-        "constant", "how both learning rates change"
+    schedule: Literal["constant", "step", "cosine", "exponential", "plateau"] = option("constant", "how both learning rates change")
+    schedule_epochs: int = option(
+        10, "epochs in which the rates fall by the factor: at once (step) or evenly (exponential)", least=1
     )
-    schedule_epochs: int = option(10, "epochs in which the rates fall by the factor: at once (step) or evenly (exponential)", least=1)
     schedule_factor: float = option(0.5, "what step, exponential and plateau multiply the rates by", above=0, most=1)
     schedule_patience: int = option(5, "plateau: epochs without a lower loss that are waited for", least=0)
 
@@ -259,7 +266,7 @@ class Training(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Memory(Section):
-    """How the arithmetic is laid out; only ``precision`` changes its result beyond rounding on a network that couples no samples."""
+    """How the arithmetic is laid out: only ``precision`` changes more than rounding, unless a network couples samples."""
 
     accumulation_steps: int = option(1, "micro-batches that the discriminator's batch is cut into", least=1)
     generator_accumulation_steps: int | None = option(
@@ -288,10 +295,10 @@ class Recipe:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "recipe"}
 
     def flat(self) -> dict[str, Any]:
-        """Every setting by its own name, with the kinds of network and objective; of the data only its name, not its path."""
+        """Every setting by its own name, and the kinds of network and objective under theirs."""
         values: dict[str, Any] = {}
         for name, section in self.sections().items():
-            if isinstance(section, _Kinds):
+            if isinstance(section, Kinded):
                 values[name] = section.kind
             values |= {f.name: getattr(section, f.name) for f in fields(section)}
         return values
@@ -308,7 +315,7 @@ class Recipe:
         owners = self.flat().keys()
         for name in ("network", "objective"):
             section = self.sections()[name]
-            if name in values and isinstance(section, _Kinds) and values[name] != section.kind:
+            if name in values and isinstance(section, Kinded) and values[name] != section.kind:
                 kind = type(section).of(values[name])
                 kept = {f.name for f in fields(kind)} & {f.name for f in fields(section)}
                 changed[name] = kind(**{k: getattr(section, k) for k in kept})
@@ -332,7 +339,7 @@ class Recipe:
         """The recipe as TOML, one table a section; unset values are left out."""
         document: dict[str, Any] = {"recipe": self.recipe}
         for name, section in self.sections().items():
-            table = {"kind": section.kind} if isinstance(section, _Kinds) else {}
+            table = {"kind": section.kind} if isinstance(section, Kinded) else {}
             document[name] = table | {f.name: v for f in fields(section) if (v := getattr(section, f.name)) is not None}
         return tomli_w.dumps(document)
 
@@ -367,7 +374,7 @@ class Recipe:
             if not isinstance(table, Mapping):
                 raise UserError(f"{name!r} must be a table, [{name}].")
             table = dict(table)
-            if issubclass(base, _Kinds):
+            if issubclass(base, Kinded):
                 base = base.of(str(table.pop("kind", "dcgan" if name == "network" else "bce")))
             known = {f.name for f in fields(base)}
             for key in table:
@@ -388,7 +395,7 @@ class Run(Section):
     sample_every: int = option(5, "epochs between two pictures of samples", least=1)
     checkpoint_every: int = option(1, "epochs between two checkpoints", least=1)
     keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept", least=1)
-    report_every: int = option(50, "updates between two lines of log.jsonl", least=1)
+    report_every: int = option(50, "updates between two lines of log.jsonl, which also ends each epoch with one", least=1)
     accept_changes: bool = option(False, "go on with an existing run although settings differ from those it was started with")
 
 

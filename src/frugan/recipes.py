@@ -27,7 +27,7 @@ def upsample() -> r.Recipe:
 
 
 def dcgan() -> r.Recipe:
-    """DCGAN for any image size (Radford et al. 2015, arXiv 1511.06434), with one-sided label smoothing and an averaged generator."""
+    """DCGAN for any image size (Radford et al. 2015, arXiv 1511.06434), with label smoothing and an averaged generator."""
     return r.Recipe(
         recipe="dcgan",
         network=r.Dcgan(),

@@ -181,7 +181,7 @@ class Step:
         return gradient / scale
 
     def _backward(self, terms: Tensor, batch: int) -> None:
-        self.scaler.scale(terms.sum() / batch).backward()
+        torch.autograd.backward(self.scaler.scale(terms.sum() / batch))
 
 
 @contextmanager

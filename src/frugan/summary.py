@@ -23,11 +23,10 @@ class Row:
 
 def summarise(recipe: Recipe) -> dict[str, list[Row]]:
     """The layers of generator and discriminator of a recipe whose image size and channels are known."""
-    size, channels = recipe.data.image_size, recipe.data.channels
-    assert size and channels
+    channels, size, _ = recipe.data.shape
     with torch.device("meta"):
         generator, discriminator = BUILDERS[type(recipe.network)](recipe.network, size, channels)
-        noise, images = torch.empty(1, recipe.network.latent_dim), torch.empty(1, channels, size, size)
+        noise, images = torch.empty(1, recipe.network.latent_dim), torch.empty(1, *recipe.data.shape)
         width = 2 if recipe.memory.precision in ("bf16", "fp16") else 4
         return {"generator": _rows(generator, noise, width), "discriminator": _rows(discriminator, images, width)}
 

@@ -94,8 +94,8 @@ class Trainer:
         """Networks, optimizers and average, as new or from the run to start from."""
         recipe, memory = self.recipe, self.recipe.memory
         data, options, training = recipe.data, recipe.optimizer, recipe.training
-        assert data.image_size and data.channels
-        generator, discriminator = build(recipe.network, data.image_size, data.channels, training.seed)
+        channels, size, _ = data.shape
+        generator, discriminator = build(recipe.network, size, channels, training.seed)
         if training.init_from:
             self._start_from(training.init_from, generator, discriminator)
         layout = torch.channels_last if memory.channels_last else torch.contiguous_format
@@ -111,11 +111,12 @@ class Trainer:
         )  # fmt: skip
         optimizer_g = adam(generator.parameters(), options.lr_g, options)
         optimizer_d = adam([p for p in discriminator.parameters() if p.requires_grad], options.lr_d, options)
-        plateau = {"factor": options.schedule_factor, "patience": options.schedule_patience}
+        factor, patience = options.schedule_factor, options.schedule_patience
         return State(
             generator, discriminator, Ema(generator, training.ema_half_life).eval() if training.ema_half_life else None,
             optimizer_g, optimizer_d, self.step.scaler,
-            ReduceLROnPlateau(optimizer_g, **plateau), ReduceLROnPlateau(optimizer_d, **plateau),
+            ReduceLROnPlateau(optimizer_g, factor=factor, patience=patience),
+            ReduceLROnPlateau(optimizer_d, factor=factor, patience=patience),
         )  # fmt: skip
 
     def _start_from(self, run: str, generator: Network, discriminator: Network) -> None:
@@ -192,7 +193,8 @@ class Trainer:
             mean.add(terms)
             state.epoch_mean.add(terms)
             ended = state.images // len(self.loader) > drawn // len(self.loader)
-            if ended or state.updates % self.run.report_every == 0 or state.images >= self.total:
+            within = state.images % len(self.loader) // self.batch  # updates of this epoch, so that a resumed log is the same
+            if ended or (within and within % self.run.report_every == 0) or state.images >= self.total:
                 self._report(mean, self.step.judge_generated(drawn, self.sizes_g))
             if ended:
                 self._end_epoch(state.images // len(self.loader))
@@ -287,7 +289,9 @@ class Trainer:
             self.state.restore(tensors, numbers)
         except (RuntimeError, KeyError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"the checkpoint in {self.folder.path} does not fit these networks ({reason}): give another --out.") from None
+            raise UserError(
+                f"the checkpoint in {self.folder.path} does not fit these networks ({reason}): give another --out."
+            ) from None
         options = self.recipe.optimizer
         if options.schedule == "plateau":  # the reductions so far, of the learning rates as they are asked for now
             before = Recipe.from_toml(numbers["recipe"], "the checkpoint").optimizer
@@ -339,7 +343,9 @@ class Trainer:
         ):
             if len(sizes) > 1 and network.couples_samples:
                 tell(f"Approximate: batch norm in the {name} takes its statistics from micro-batches of {sizes[0]}.")
-        if self.state.discriminator.couples_samples and (recipe.objective.r1 or recipe.objective.r2 or recipe.objective.kind == "wgan-gp"):
+        if self.state.discriminator.couples_samples and (
+            recipe.objective.r1 or recipe.objective.r2 or recipe.objective.kind == "wgan-gp"
+        ):
             tell("Gradient penalties are meant for each sample alone, and batch norm in D couples them: consider --norm-d group.")
 
     @contextmanager

@@ -42,7 +42,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
         values = values * 255
     elif image.mode.startswith("I;16") or largest > 255:
         values = values / 257
-    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8), "L")
+    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
 
 
 def fit(image: Image.Image, size: int, channels: int) -> Pixels:

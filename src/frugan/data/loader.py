@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from frugan.data.decode import Pixels, background_colour, flatten, is_grey
@@ -76,9 +76,8 @@ class Loader:
     """
 
     def __init__(self, source: Source, data: Data, *, seed: int, workers: int, tell: Tell) -> None:
-        assert data.image_size and data.channels
         self.source = source
-        self.shape = (data.channels, data.image_size, data.image_size)
+        self.shape = data.shape
         self.background = background_colour(data.background)
         self.seed = seed
         self.tell = tell
@@ -145,7 +144,7 @@ class Loader:
             pixels, small = self.source.pixels(index, size, channels, self.background)
         except UNREADABLE as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            if isinstance(error, Image.UnidentifiedImageError):
+            if isinstance(error, UnidentifiedImageError):
                 reason = "not an image, or empty"
             self.bad[index] = reason
             self.tell(f"Skipped {self.source.where(index)}: {reason}.")

@@ -77,7 +77,7 @@ class ArraySource(Source):
         self.classes = classes
         self.size = images.shape[1] if images.shape[1] == images.shape[2] else None
         self.grey = True
-        self.fingerprint = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
+        self.fingerprint = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -88,7 +88,7 @@ class ArraySource(Source):
 
     def open(self, index: int, at_least: int) -> Image.Image:
         """Image ``index`` in mode L."""
-        return Image.fromarray(self.images[index], "L")
+        return Image.fromarray(self.images[index])
 
     def pixels(self, index: int, size: int, channels: int, background: tuple[int, int, int]) -> tuple[Pixels, bool]:
         """As the base class says; nothing to do where size and channels are the data's own."""
@@ -114,7 +114,7 @@ class FileSource(Source):
         self.fingerprint = digest.hexdigest()
 
         folders = [PurePosixPath(path).parts[:-1] for path in paths]
-        depth = len(os.path.commonprefix(folders))
+        depth = len(os.path.commonprefix(folders))  # noqa: RUF071, of lists it compares items
         names = [parts[depth] if len(parts) > depth else None for parts in folders]
         if None not in names:
             self.classes = sorted({name for name in names if name})
@@ -133,7 +133,7 @@ class FileSource(Source):
         path = self.paths[index]
         image = Image.open(self.archive.open(path) if self.archive else self.root / path)
         try:
-            image.draft(None, (at_least, at_least))  # type: ignore[arg-type]
+            image.draft(None, (at_least, at_least))
             image.load()
         except BaseException:
             image.close()
@@ -161,13 +161,14 @@ def open_source(data: Data) -> Source:
 
 
 def digits(data: Data) -> Source | None:
-    """The 1,797 digits of 8x8 pixels that scikit-learn carries (Alpaydin and Kaynak 1998)."""
+    """The 1,797 digits that scikit-learn carries (Alpaydin and Kaynak 1998), enlarged from 8x8 to 16x16 to be readable."""
     if data.data != "digits":
         return None
     from sklearn.datasets import load_digits  # half a second, and only this source needs it
 
     found = load_digits()
-    images = np.rint(found.images * (255 / 16)).astype(np.uint8)
+    small = np.rint(found.images * (255 / 16)).astype(np.uint8)
+    images = np.stack([np.asarray(Image.fromarray(i).resize((16, 16), Image.Resampling.BICUBIC)) for i in small])
     return ArraySource("digits", images, found.target.astype(np.int64), [str(i) for i in range(10)])
 
 
@@ -260,10 +261,12 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
                 raise UserError(f"{path} is not an IDX file of bytes with {dimensions} dimensions.")
             shape = struct.unpack(f">{dimensions}I", header[4:])
             count = int(np.prod(shape))
+            body: NDArray[np.uint8]
             if zipped:
                 body = np.frombuffer(file.read(count), np.uint8)
             else:
-                body = np.memmap(path, np.uint8, "r", offset=len(header)) if path.stat().st_size > len(header) else np.empty(0)
+                there = path.stat().st_size > len(header)  # mapping nothing is an error
+                body = np.memmap(path, np.uint8, "r", offset=len(header)) if there else np.empty(0, np.uint8)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}.") from None
     if len(body) < count:

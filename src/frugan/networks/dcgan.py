@@ -6,9 +6,7 @@ from frugan.networks.blocks import Block, Network, norm, radford_init, seed_bloc
 from frugan.recipe import Dcgan, Norm
 
 
-def transposed_generator(
-    latent_dim: int, sizes: list[int], width: int, channels: int, kind: Norm, slope: float
-) -> Network:
+def transposed_generator(latent_dim: int, sizes: list[int], width: int, channels: int, kind: Norm, slope: float) -> Network:
     """A dense layer to the smallest of ``sizes``, then a transposed convolution to each larger one; the last ends in tanh.
 
     ``slope`` is that of the activations below zero: 0 for ReLU.

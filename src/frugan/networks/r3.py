@@ -45,7 +45,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[n, c, h, w]`` to the same."""
-        return x + self.layers(x)
+        residue: Tensor = self.layers(x)
+        return x + residue
 
 
 class Resample(nn.Module):
@@ -74,7 +75,8 @@ class GenerativeBasis(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """``[n, latent_dim]`` to ``[n, channels, size, size]``."""
-        return self.basis * self.linear(z)[:, :, None, None]
+        weights: Tensor = self.linear(z)
+        return self.basis * weights[:, :, None, None]
 
 
 def build(options: R3, image_size: int, channels: int) -> tuple[Network, Network]:

@@ -1,0 +1,26 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint figures clean
+
+demo: .venv/installed  ## trains on the built-in digits and says where the pictures lie
+	$(BIN)/frugan train --epochs 60 --batch-size 64 --out runs/demo
+
+test: lint  ## runs every check
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit('frugan needs Python 3.11 or later: make PYTHON=python3.12' * (sys.version_info < (3, 11)))"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist

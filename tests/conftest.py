@@ -1,0 +1,90 @@
+"""What the tests share: tiny data of every kind, and small real trainings on it."""
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import frugan
+from frugan import checkpoint
+from frugan.runs import RunFolder
+
+torch.set_num_threads(2)
+
+
+def write_idx(folder: Path, images: np.ndarray, labels: np.ndarray | None = None, part: str = "train") -> Path:
+    """Writes arrays of bytes as the IDX files of one part of a data set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+        if array is not None:
+            header = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
+            (folder / f"{part}-{name}-ubyte").write_bytes(header + array.astype(np.uint8).tobytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 digits of 8x8 pixels as IDX files: four updates of 16 make an epoch."""
+    digits = load_digits()
+    images = np.rint(digits.images[:64] * 15.9375).astype(np.uint8)
+    return write_idx(tmp_path_factory.mktemp("data") / "few", images, digits.target[:64])
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a folder of ``n`` colour images of different shapes, one folder a class if there are ``classes``."""
+
+    def make(name: str = "photos", n: int = 20, classes: int = 0, side: int = 40) -> Path:
+        random = np.random.default_rng(0)
+        root = tmp_path / name
+        for i in range(n):
+            folder = root / f"class{i % classes}" if classes else root
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = random.integers(0, 256, (side + i % 5, side + i % 3, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i:03}.png")
+        return root
+
+    return make
+
+
+SMALL = {
+    "batch_size": 16, "epochs": 3, "image_size": 8, "latent_dim": 8, "width_g": 8, "width_d": 8,
+    "sample_every": 100, "report_every": 3, "quiet": True, "device": "cpu", "threads": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def train(few: Path) -> Callable[..., Path]:
+    """A training of a second; settings as `frugan.train` takes them."""
+
+    def run(out: Path, data: Path | str = few, **settings: object) -> Path:
+        return frugan.train(data, out=out, **(SMALL | settings))
+
+    return run
+
+
+def final_state(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """Everything in the newest checkpoint of a run: weights, moments, averages, counters."""
+    newest = RunFolder(run).newest_checkpoint()
+    assert newest is not None
+    return checkpoint.load(newest)
+
+
+def assert_same_state(run: Path, other: Path) -> None:
+    """Bitwise the same training state."""
+    (tensors, numbers), (others, other_numbers) = final_state(run), final_state(other)
+    assert tensors.keys() == others.keys()
+    differing = [name for name in tensors if not torch.equal(tensors[name], others[name])]
+    assert not differing
+    for name in ("images", "updates", "scaler", "plateau", "rates", "epoch_mean"):
+        assert numbers[name] == other_numbers[name], name
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """The contents of every file below ``folder``, locks aside."""
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}

@@ -1,0 +1,253 @@
+"""Every kind of bad input: one clear sentence, exit code 2, no traceback, nothing written over."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from frugan.cli import main
+from frugan.runs import RunFolder
+
+from .conftest import snapshot
+
+SMALL = [
+    "--batch-size",
+    "8",
+    "--epochs",
+    "1",
+    "--width-g",
+    "4",
+    "--width-d",
+    "4",
+    "--latent-dim",
+    "4",
+    "--image-size",
+    "8",
+    "--device",
+    "cpu",
+    "--quiet",
+]
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must be refused; what it said. Nothing below ``tmp_path`` may change by it."""
+
+    def run(*arguments: object) -> str:
+        before = snapshot(tmp_path)
+        with pytest.raises(SystemExit) as caught:
+            main([str(a) for a in arguments])
+        said = capsys.readouterr()
+        assert caught.value.code == 2
+        assert "Traceback" not in said.out + said.err
+        assert snapshot(tmp_path) == before
+        return said.err
+
+    return run
+
+
+@pytest.fixture
+def trained(few: Path, tmp_path: Path) -> Path:
+    main(["train", str(few), *SMALL, "--epochs", "2", "--out", str(tmp_path / "run")])
+    return tmp_path / "run"
+
+
+def one_sentence(said: str) -> str:
+    assert said.startswith("frugan: ")
+    assert said.count("\n") == 1
+    return said
+
+
+def test_no_images_found(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("none")
+    said = one_sentence(refused("train", tmp_path / "empty", "--out", tmp_path / "r"))
+    assert "no images found in" in said
+    assert "none of its 1 files is" in said
+
+
+def test_a_folder_that_is_not_there(refused: Callable[..., str], tmp_path: Path) -> None:
+    said = one_sentence(refused("train", tmp_path / "fotos", "--out", tmp_path / "r"))
+    assert "there is no folder or zip" in said
+    assert "fotos" in said
+
+
+def test_a_data_set_that_is_misspelt(refused: Callable[..., str]) -> None:
+    assert "did you mean 'fashion-mnist'?" in one_sentence(refused("train", "fashon-mnist"))
+
+
+@pytest.mark.parametrize("content", [b"", b"neither", None], ids=["empty", "garbage", "cut short"])
+def test_only_corrupt_images(
+    content: bytes | None, refused: Callable[..., str], photos: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = photos(n=9)
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes()[:1000] if content is None else content)
+    said = refused("train", folder, *SMALL, "--out", tmp_path / "r")
+    assert "none of the 9 images of photos can be read" in one_sentence(said)
+
+
+def test_some_corrupt_images_are_named_and_the_rest_is_trained_on(
+    photos: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = photos(n=12)
+    (folder / "004.png").write_bytes(b"")
+    main(["train", str(folder), *SMALL[:-1], "--out", str(tmp_path / "r")])
+    said = capsys.readouterr().out
+    assert "Skipped 004.png: not an image, or empty." in said
+    assert "1 of 12 images were skipped." in said
+    assert (tmp_path / "r" / "final_generated_images.png").exists()
+
+
+def test_images_smaller_than_the_target_are_enlarged_and_it_is_said_once(
+    photos: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["train", str(photos(n=9, side=20)), *SMALL[:-1], "--image-size", "32", "--out", str(tmp_path / "r")])
+    assert capsys.readouterr().out.count("are enlarged") == 1
+
+
+def test_a_batch_larger_than_the_data_set(refused: Callable[..., str], few: Path, tmp_path: Path) -> None:
+    said = one_sentence(refused("train", few, *SMALL, "--batch-size", "65", "--out", tmp_path / "r"))
+    assert "--batch-size 65 is more than the 64 images of few" in said
+
+
+def test_a_size_below_8(refused: Callable[..., str], few: Path, tmp_path: Path) -> None:
+    said = one_sentence(refused("train", few, "--image_size", "7", "--out", tmp_path / "r"))
+    assert "--image-size must be at least 8, not 7" in said
+
+
+def test_an_unknown_recipe(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert "no recipe called 'dcgam': did you mean 'dcgan'?" in one_sentence(refused("train", "--recipe", "dcgam"))
+    assert "cannot read the recipe" in one_sentence(refused("train", "--recipe", tmp_path / "none.toml"))
+
+
+def test_an_unknown_key(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("[training]\nepoch = 3\n")
+    said = one_sentence(refused("train", "--recipe", tmp_path / "mine.toml", "--out", tmp_path / "r"))
+    assert "no key 'epoch' in [training]: did you mean 'epochs'?" in said
+    said = refused("train", "--widht-g", "3")
+    assert "--width-g" in said
+
+
+@pytest.mark.parametrize("rate", ["0", "-0.1"])
+def test_a_learning_rate_of_0_or_below(rate: str, refused: Callable[..., str], few: Path, tmp_path: Path) -> None:
+    said = one_sentence(refused("train", few, "--lr_g", rate, "--out", tmp_path / "r"))
+    assert f"--lr-g must be above 0, not {rate}" in said
+
+
+def test_a_folder_of_other_files(refused: Callable[..., str], few: Path, tmp_path: Path) -> None:
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").write_text("aunt")
+    said = one_sentence(refused("train", few, *SMALL, "--out", tmp_path / "letters"))
+    assert "holds files of something else" in said
+    assert "is a file" in one_sentence(refused("train", few, *SMALL, "--out", tmp_path / "letters" / "dear.txt"))
+
+
+def test_a_folder_of_another_run(refused: Callable[..., str], trained: Path, photos: Callable[..., Path]) -> None:
+    said = one_sentence(refused("train", photos(), *SMALL, "--out", trained))
+    assert "belongs to another run, of dcgan on other images" in said
+
+
+def test_other_settings(refused: Callable[..., str], trained: Path, few: Path) -> None:
+    said = one_sentence(refused("train", few, *SMALL, "--epochs", "2", "--lr-d", "0.01", "--norm-g", "group", "--out", trained))
+    assert "--lr-d was 0.0002 and is now 0.01, --norm-g was batch and is now group" in said
+    assert "--accept-changes" in said
+
+
+def test_accepted_settings_that_do_not_fit(refused: Callable[..., str], trained: Path, few: Path) -> None:
+    command = ["train", few, *SMALL, "--width-g", "6", "--epochs", "3", "--out", trained, "--accept-changes"]
+    assert "does not fit these networks" in one_sentence(refused(*command))
+
+
+@pytest.mark.parametrize("harm", ["cut", "edited"])
+def test_a_damaged_checkpoint(harm: str, refused: Callable[..., str], trained: Path, few: Path) -> None:
+    newest = RunFolder(trained).newest_checkpoint()
+    assert newest
+    content = bytearray(newest.read_bytes())
+    content[-5] ^= 1
+    newest.write_bytes(content if harm == "edited" else content[:-100])
+    said = one_sentence(refused("train", few, *SMALL, "--epochs", "3", "--out", trained))
+    assert newest.name in said
+    assert ("its checksum differs" if harm == "edited" else "it may be cut short") in said
+    assert "Remove it to go on from the one before it" in said
+    newest.unlink()
+    main(["train", str(few), *SMALL, "--epochs", "3", "--out", str(trained)])  # as the sentence says
+
+
+def test_a_second_training_in_the_same_folder(refused: Callable[..., str], trained: Path, few: Path) -> None:
+    with FileLock(trained / ".lock"):
+        said = refused("train", few, *SMALL, "--epochs", "2", "--out", trained)
+    assert "another training is writing to" in one_sentence(said)
+
+
+def test_a_device_that_is_not_there(refused: Callable[..., str], few: Path, tmp_path: Path) -> None:
+    said = one_sentence(refused("train", few, "--device", "cuda:99", "--out", tmp_path / "r"))
+    assert "--device cuda:99: there is no such device here" in said
+
+
+def test_a_colour_that_is_none(refused: Callable[..., str], photos: Callable[..., Path], tmp_path: Path) -> None:
+    said = one_sentence(refused("train", photos(), "--background", "whyte", "--out", tmp_path / "r"))
+    assert "--background 'whyte' is no colour" in said
+
+
+def test_damaged_archives_and_idx_files(refused: Callable[..., str], few: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.zip").write_bytes(b"PK\x03\x04 no zip")
+    assert "cannot read the zip" in one_sentence(refused("train", tmp_path / "a.zip"))
+    (tmp_path / "idx").mkdir()
+    name = "train-images-idx3-ubyte"
+    (tmp_path / "idx" / name).write_bytes((few / name).read_bytes()[:-1])
+    assert "is cut short: it has 4,095 of 4,096 bytes" in one_sentence(refused("train", tmp_path / "idx"))
+    (tmp_path / "idx" / name).write_bytes(b"\0\0\x0d\3" + (few / name).read_bytes()[4:])
+    assert "is not an IDX file of bytes" in one_sentence(refused("train", tmp_path / "idx"))
+    assert "has no test images, only train" in one_sentence(refused("train", few, "--split", "test"))
+    assert "is neither a folder nor a zip" in one_sentence(refused("train", few / name))
+
+
+def test_generating_from_what_is_no_run(refused: Callable[..., str], trained: Path, tmp_path: Path) -> None:
+    assert "there is no run" in one_sentence(refused("generate", tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    assert "is no run folder" in one_sentence(refused("generate", tmp_path / "empty"))
+    assert "at least 1, not 0" in one_sentence(refused("generate", trained, "--n", "0"))
+    assert "at least two seeds" in one_sentence(refused("generate", trained, "--interpolate", "3"))
+    assert "must be a folder" in one_sentence(refused("generate", trained, "--separate", "--out", tmp_path / "a.png"))
+    (trained / "generator.safetensors").write_bytes(b"cut")
+    assert "cannot be read, it may be cut short" in one_sentence(refused("generate", trained))
+
+
+def test_fine_tuning_from_nothing_and_freezing_everything(refused: Callable[..., str], few: Path, tmp_path: Path) -> None:
+    assert "there is no checkpoint in it" in one_sentence(
+        refused("train", few, *SMALL, "--init-from", tmp_path / "none", "--out", tmp_path / "r")
+    )
+    assert "leaves nothing to train" in one_sentence(refused("train", few, *SMALL, "--freeze-d", "2", "--out", tmp_path / "r"))
+
+
+def test_a_training_that_goes_to_pieces_keeps_its_last_good_state(refused: Callable[..., str], trained: Path, few: Path) -> None:
+    newest = RunFolder(trained).newest_checkpoint()
+    assert newest
+    content = newest.read_bytes()
+    with pytest.raises(SystemExit) as caught:
+        main(
+            [
+                "train",
+                str(few),
+                *SMALL,
+                "--epochs",
+                "40",
+                "--lr-g",
+                "1e30",
+                "--lr-d",
+                "1e30",
+                "--accept-changes",
+                "--out",
+                str(trained),
+            ]
+        )
+    assert caught.value.code == 2
+    kept = RunFolder(trained).newest_checkpoint()
+    assert kept == newest
+    assert kept.read_bytes() == content
+
+
+def test_data_named_twice(refused: Callable[..., str], few: Path) -> None:
+    assert "the data is named twice" in one_sentence(refused("train", few, "--data_path", few))

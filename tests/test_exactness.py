@@ -1,0 +1,109 @@
+"""Accumulation is exact: any split of a batch into micro-batches adds up to the whole batch's gradients."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from frugan import recipe
+from frugan.draws import Draws
+from frugan.networks import build
+from frugan.step import Step, split
+
+NETWORKS = {
+    "r3": recipe.R3(latent_dim=5, width_g=4, width_d=4),
+    "dcgan": recipe.Dcgan(latent_dim=5, width_g=4, width_d=4, norm_g="none", norm_d="none"),
+    "dcgan-group": recipe.Dcgan(latent_dim=5, width_g=4, width_d=4, norm_g="group", norm_d="group"),
+    "upsample": recipe.Upsample(latent_dim=5, width_g=4, width_d=4, norm_g="none", norm_d="none"),
+    "mlp": recipe.Mlp(latent_dim=5, width_g=4, width_d=8, norm_g="none", norm_d="none"),
+}
+OBJECTIVES = {
+    "bce": recipe.Bce(label_smoothing=0.1),
+    "hinge": recipe.Hinge(),
+    "wgan-gp": recipe.WganGp(),
+    "rpgan": recipe.RpGan(),
+}
+assert OBJECTIVES.keys() == recipe.Objective.kinds.keys()
+assert {type(n) for n in NETWORKS.values()} == set(recipe.Network.kinds.values())
+
+
+def micro_batches(total: int) -> st.SearchStrategy[list[int]]:
+    """Every way to cut ``total`` samples into a row of micro-batches."""
+    cuts = st.sets(st.integers(1, total - 1))
+    return cuts.map(lambda c: [b - a for a, b in zip([0, *sorted(c)], [*sorted(c), total], strict=True)])
+
+
+def gradients(network: str, objective: recipe.Objective, sizes: list[int], first: int) -> dict[str, torch.Tensor]:
+    options = NETWORKS[network]
+    generator, discriminator = (n.double() for n in build(options, 12, 2))
+    torch.manual_seed(1)
+    with torch.no_grad():  # away from the start, where some layers are zero
+        for p in [*generator.parameters(), *discriminator.parameters()]:
+            p.add_(torch.randn_like(p), alpha=0.1)
+    images = torch.randint(0, 256, (sum(sizes), 2, 12, 12), dtype=torch.uint8)
+    step = Step(generator, discriminator, objective, options.latent_dim, Draws(3), flip=True)
+    step.discriminator_phase(images, first, sizes)
+    step.generator_phase(images, first, sizes)
+    return {
+        f"{name}.{k}": p.grad
+        for name, net in (("g", generator), ("d", discriminator))
+        for k, p in net.named_parameters()
+        if p.grad is not None
+    }
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("kind", OBJECTIVES)
+@settings(max_examples=8, deadline=None)
+@given(
+    sizes=micro_batches(9),
+    penalties=st.sampled_from([(0.0, 0.0), (0.7, 0.0), (0.0, 0.4), (0.7, 0.4)]),
+    first=st.integers(0, 10_000),
+)
+def test_any_split_gives_the_gradients_of_the_whole_batch(
+    network: str, kind: str, sizes: list[int], penalties: tuple[float, float], first: int
+) -> None:
+    options = {f: getattr(OBJECTIVES[kind], f) for f in vars(OBJECTIVES[kind])} | {"r1": penalties[0], "r2": penalties[1]}
+    objective = type(OBJECTIVES[kind])(**options)
+    whole = gradients(network, objective, [9], first)
+    parts = gradients(network, objective, sizes, first)
+    assert whole.keys() == parts.keys()
+    scale = max(g.norm() for g in whole.values())
+    assert scale > 0
+    for name, gradient in whole.items():
+        error = (gradient - parts[name]).norm() / gradient.norm().clamp_min(1e-6 * scale)
+        assert error < 1e-10, (name, float(error))
+
+
+@given(batch=st.integers(1, 300), parts=st.integers(1, 300))
+def test_split_covers_the_batch_with_equal_parts_and_a_smaller_last(batch: int, parts: int) -> None:
+    sizes = split(batch, parts)
+    assert sum(sizes) == batch
+    assert len(sizes) <= parts
+    assert len(set(sizes[:-1])) <= 1
+    assert 0 < sizes[-1] <= sizes[0]
+
+
+def test_batch_norm_does_couple_samples_and_says_so() -> None:
+    for options in NETWORKS.values():
+        assert not any(n.couples_samples for n in build(options, 12, 2))
+    assert all(n.couples_samples for n in build(recipe.Dcgan(), 28, 2))
+
+
+def test_the_generators_phase_leaves_no_gradient_on_the_discriminator() -> None:
+    options = NETWORKS["r3"]
+    generator, discriminator = build(options, 8, 1)
+    step = Step(generator, discriminator, recipe.RpGan(), options.latent_dim, Draws(0))
+    step.generator_phase(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), 0, [4])
+    assert all(p.grad is None for p in discriminator.parameters())
+    assert any(p.grad is not None for p in generator.parameters())
+
+
+def test_judging_for_the_report_changes_neither_network() -> None:
+    options = recipe.Dcgan(latent_dim=5, width_g=4, width_d=4)
+    generator, discriminator = build(options, 16, 1)
+    step = Step(generator, discriminator, recipe.Bce(), options.latent_dim, Draws(0))
+    before = {k: v.clone() for n in (generator, discriminator) for k, v in n.state_dict().items()}
+    step.judge_generated(0, [3, 3])
+    after = {k: v for n in (generator, discriminator) for k, v in n.state_dict().items()}
+    assert all(torch.equal(before[k], after[k]) for k in before)

@@ -1,0 +1,82 @@
+"""Every network, for any size, channels and normalisation."""
+
+import pytest
+import torch
+
+from frugan import recipe
+from frugan.draws import Draws, Rows
+from frugan.errors import UserError
+from frugan.networks import build
+from frugan.recipe import Network
+from frugan.summary import summarise
+
+SMALL = {"width_g": 4, "width_d": 4, "latent_dim": 6}
+
+
+@pytest.mark.parametrize("kind", Network.kinds)
+@pytest.mark.parametrize(("size", "channels"), [(8, 1), (9, 3), (28, 1), (31, 3), (48, 3), (50, 1), (65, 3)])
+def test_shapes_and_ranges_at_any_size(kind: str, size: int, channels: int) -> None:
+    generator, discriminator = build(Network.of(kind)(**SMALL), size, channels)
+    images = generator(torch.randn(3, 6))
+    assert images.shape == (3, channels, size, size)
+    logits = discriminator(images, Rows(Draws(0), "t", 0, 3))
+    assert logits.shape == (3,)
+    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+    gradient.square().sum().backward()  # penalties need a second derivative
+    assert all(torch.isfinite(p.grad).all() for p in discriminator.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("kind", ["dcgan", "upsample", "mlp"])
+@pytest.mark.parametrize("norm", ["batch", "group", "none"])
+def test_networks_say_truly_whether_they_couple_samples(kind: str, norm: str) -> None:
+    generator, discriminator = build(Network.of(kind)(**SMALL, norm_g=norm, norm_d=norm), 16, 1)
+    z = torch.randn(4, 6)
+    other = z.clone()
+    other[0] += 1
+    with torch.no_grad():
+        for network, x, y in ((generator, z, other), (discriminator, generator(z), generator(other))):
+            if network is discriminator:
+                y = torch.cat([y[:1], x[1:]])
+            a, b = (network(v, Rows(Draws(0), "t", 0, 4)) for v in (x, y))
+            assert network.couples_samples == (not torch.allclose(a[1:], b[1:], rtol=0, atol=1e-9))
+
+
+@pytest.mark.parametrize("kind", Network.kinds)
+def test_initial_weights_come_from_the_seed(kind: str) -> None:
+    options = Network.of(kind)(**SMALL)
+    first, again, other = (build(options, 16, 1, seed)[0].state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert any(not torch.equal(first[k], other[k]) for k in first)
+
+
+@pytest.mark.parametrize("kind", Network.kinds)
+def test_depth_is_an_option_and_too_much_of_it_an_error(kind: str) -> None:
+    assert build(Network.of(kind)(**SMALL, depth=2), 32, 1)[0](torch.randn(2, 6)).shape == (2, 1, 32, 32)
+    with pytest.raises(UserError, match="--depth 9 is too deep for 16 pixels"):
+        build(Network.of(kind)(**SMALL, depth=9), 16, 1)
+
+
+def test_groups_must_divide() -> None:
+    with pytest.raises(UserError, match="--groups 3 does not divide"):
+        build(recipe.R3(groups=3), 16, 1)
+
+
+@pytest.mark.parametrize("kind", Network.kinds)
+def test_summary_counts_every_parameter_and_reads_the_shapes(kind: str) -> None:
+    from frugan import recipes
+
+    chosen = recipes.get(kind).replace(image_size=20, channels=3, **SMALL)
+    generator, discriminator = build(chosen.network, 20, 3)
+    summary = summarise(chosen)
+    for network, rows in ((generator, summary["generator"]), (discriminator, summary["discriminator"])):
+        assert sum(row.parameters for row in rows) == sum(p.numel() for p in network.parameters())
+    assert summary["generator"][-1].shape == (3, 20, 20)
+    assert summary["discriminator"][-1].shape == ()
+
+
+def test_residual_networks_begin_as_the_identity_and_scale_by_depth() -> None:
+    from frugan.networks.r3 import Residual
+
+    block = Residual(8, recipe.R3(), gain=0.5)
+    x = torch.randn(2, 8, 5, 5)
+    assert torch.equal(block(x), x)

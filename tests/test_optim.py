@@ -1,0 +1,41 @@
+"""Learning-rate schedules and the averaged generator."""
+
+import pytest
+import torch
+from torch import nn
+
+from frugan.optim import Ema, rate_factor
+from frugan.recipe import Optimizer
+
+
+@pytest.mark.parametrize(
+    ("schedule", "at", "factor"),
+    [
+        ("constant", 7.0, 1.0),
+        ("plateau", 7.0, 1.0),
+        ("step", 9.99, 1.0),
+        ("step", 10.0, 0.5),
+        ("step", 29.0, 0.25),
+        ("exponential", 10.0, 0.5),
+        ("exponential", 5.0, 0.5**0.5),
+        ("cosine", 0.0, 1.0),
+        ("cosine", 20.0, 0.5),
+        ("cosine", 40.0, 0.0),
+        ("cosine", 41.0, 0.0),
+    ],
+)
+def test_schedules(schedule: str, at: float, factor: float) -> None:
+    assert rate_factor(Optimizer(schedule=schedule), at, 40) == pytest.approx(factor, abs=1e-12)
+
+
+@pytest.mark.parametrize("batch", [10, 50])
+def test_the_average_forgets_half_in_its_half_life_whatever_the_batch(batch: int) -> None:
+    network = nn.Linear(1, 1)
+    ema = Ema(network, half_life=1000)
+    seen = 1_000_000  # long after the ramp
+    nn.init.zeros_(network.weight)
+    ema.update(network, batch, seen)
+    nn.init.ones_(network.weight)
+    for _ in range(1000 // batch):
+        ema.update(network, batch, seen)
+    torch.testing.assert_close(ema.module.weight, torch.full((1, 1), 0.5))

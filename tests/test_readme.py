@@ -1,0 +1,45 @@
+"""The README's commands are real."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from frugan.cli import main, parse
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```(?:sh|console)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.startswith("frugan ")]
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) >= 6
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_in_the_readme_exists(command: str) -> None:
+    parse(shlex.split(command)[1:])
+
+
+def test_its_make_targets_exist() -> None:
+    targets = re.findall(r"^make (\w+)", "\n".join(BLOCKS), re.M)
+    makefile = (ROOT / "Makefile").read_text()
+    assert targets[:2] == ["demo", "test"]
+    assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
+
+
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photos: object) -> None:
+    monkeypatch.chdir(tmp_path)
+    photos(n=70)  # type: ignore[operator]
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    exec(compile(example.replace("epochs=5", "epochs=1, quiet=True, width_g=4, width_d=4"), "README.md", "exec"), {})
+
+
+def test_the_walk_of_the_readme_on_the_digits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["train", "--epochs", "1", "--width-g", "4", "--width-d", "4", "--quiet"])
+    main(["generate", "runs/digits-dcgan", "--n", "16", "--seed", "7"])
+    assert Path(capsys.readouterr().out.strip()).exists()

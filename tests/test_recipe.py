@@ -1,0 +1,77 @@
+"""Recipes: names, ranges, TOML there and back."""
+
+from dataclasses import fields
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from frugan import recipes
+from frugan.errors import UserError
+from frugan.networks import BUILDERS
+from frugan.objective import LOSSES
+from frugan.recipe import Kinded, Network, Objective, Recipe, Run
+
+names = st.sampled_from(sorted(recipes.RECIPES))
+
+
+@given(name=names, objective=st.sampled_from(sorted(Objective.kinds)), lr=st.floats(1e-6, 1), size=st.none() | st.integers(8, 999))
+def test_toml_there_and_back(name: str, objective: str, lr: float, size: int | None) -> None:
+    recipe = recipes.get(name).replace(objective=objective, lr_g=lr, image_size=size, flip=True)
+    assert Recipe.from_toml(recipe.to_toml(), "here") == recipe
+
+
+def test_registries_agree() -> None:
+    assert set(Network.kinds.values()) == set(BUILDERS)
+    assert set(Objective.kinds.values()) == set(LOSSES)
+    assert all(recipes.get(name).recipe == name for name in recipes.RECIPES)
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_flat_names_belong_to_one_section_and_have_help(name: str) -> None:
+    recipe = recipes.get(name)
+    every = [f.name for s in recipe.sections().values() for f in fields(s)] + [f.name for f in fields(Run)]
+    assert len(every) == len(set(every))
+    assert all(f.metadata["help"] for s in recipe.sections().values() for f in fields(s))
+    assert sum(isinstance(s, Kinded) for s in recipe.sections().values()) == 2
+
+
+def test_replacing_the_objective_keeps_what_both_have() -> None:
+    recipe = recipes.r3().replace(objective="hinge")
+    assert recipe.objective.kind == "hinge"
+    assert recipe.objective.r1 == recipes.r3().objective.r1
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"lr_g": 0}, "--lr-g must be above 0, not 0"),
+        ({"lr_d": -1.5}, "--lr-d must be above 0, not -1.5"),
+        ({"image_size": 7}, "--image-size must be at least 8, not 7"),
+        ({"norm_g": "layer"}, "--norm-g must be one of batch, group, none, not 'layer'"),
+        ({"epochs": 1.5}, "--epochs must be a whole number, not 1.5"),
+        ({"flip": 1}, "--flip must be true or false, not 1"),
+        ({"batchsize": 8}, "there is no setting 'batchsize' in recipe 'dcgan': did you mean 'batch_size'?"),
+        ({"objective": "hings"}, "there is no objective called 'hings': did you mean 'hinge'?"),
+    ],
+)
+def test_wrong_settings_say_what_and_how(settings: dict[str, object], sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        recipes.get("dcgan").replace(**settings)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("recipe = ", "mine.toml is not valid TOML"),
+        ("[optimizer]\nlr_h = 1", "mine.toml: there is no key 'lr_h' in [optimizer]: did you mean 'lr_"),
+        ("[optimiser]\nlr_g = 1", "mine.toml: there is no section 'optimiser' in a recipe: did you mean 'optimizer'?"),
+        ("[network]\nkind = 'dcgam'", "mine.toml: there is no network called 'dcgam': did you mean 'dcgan'?"),
+        ("data = 3", "mine.toml: 'data' must be a table, [data]."),
+    ],
+)
+def test_wrong_files_say_what_and_where(text: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Recipe.from_toml(text, "mine.toml")
+    assert sentence in str(caught.value)

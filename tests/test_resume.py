@@ -1,0 +1,158 @@
+"""Nothing is lost: a run killed at any update and continued ends bitwise as one that was never stopped."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from frugan import recipes
+from frugan.recipe import Optimizer
+from frugan.runs import RunFolder
+from frugan.trainer import Stopped
+
+from .conftest import assert_same_state, final_state
+
+SCHEDULES = Optimizer.__dataclass_fields__["schedule"].type.__args__
+UPDATES = 12  # three epochs of four
+
+
+class Killed(Exception):
+    """As good as SIGKILL for what is on disk: nothing is saved on the way out."""
+
+
+def kill_at(update: int) -> Callable[[int], None]:
+    def hook(images: int) -> None:
+        if images == update * 16:
+            raise Killed
+
+    return hook
+
+
+def stop_at(update: int, number: int) -> Callable[[int], None]:
+    def hook(images: int) -> None:
+        if images == update * 16:
+            signal.raise_signal(number)
+
+    return hook
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
+def test_killed_and_continued_is_never_stopped(
+    recipe: str, precision: str, schedule: str, train: Callable[..., Path], tmp_path: Path
+) -> None:
+    settings = {
+        "recipe": recipe, "precision": precision, "schedule": schedule, "schedule_epochs": 1, "schedule_patience": 0,
+        "accumulation_steps": 3, "generator_accumulation_steps": 2, "flip": True,
+    }  # fmt: skip
+    straight = train(tmp_path / "straight", **settings)
+    draw = random.Random(f"{recipe}{precision}{schedule}")
+    out = tmp_path / "broken"
+    with pytest.raises(Killed):
+        train(out, on_update=kill_at(draw.randint(1, UPDATES - 1)), **settings)
+    with pytest.raises(Stopped):  # a second blow, asked for politely: saved in the middle of an epoch
+        train(out, on_update=stop_at(UPDATES - 1, draw.choice([signal.SIGTERM, signal.SIGINT])), **settings)
+    assert final_state(out)[1]["updates"] == UPDATES - 1
+    assert_same_state(straight, train(out, **settings))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"objective": "wgan-gp", "discriminator_steps": 3}, {"ema_half_life": 0}, {"norm_d": "group"}]
+)
+def test_other_settings_too(settings: dict[str, object], train: Callable[..., Path], tmp_path: Path) -> None:
+    straight = train(tmp_path / "straight", **settings)
+    for update in (2, 7):
+        with pytest.raises(Stopped):
+            train(tmp_path / "broken", on_update=stop_at(update, signal.SIGTERM), **settings)
+    assert_same_state(straight, train(tmp_path / "broken", **settings))
+    logged = [[line["images"] for line in RunFolder(run).read_log()] for run in (straight, tmp_path / "broken")]
+    assert logged[0] == logged[1]
+
+
+def test_batches_that_straddle_epochs_and_files_that_are_decoded_anew(
+    train: Callable[..., Path], photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("frugan.data.loader.SMALL", 0)
+    folder = photos(n=20)
+    (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:-900])  # found out while training
+    settings = {"data": folder, "batch_size": 7, "epochs": 4, "recipe": "r3"}
+    straight = train(tmp_path / "straight", **settings)
+    with pytest.raises(Stopped):
+        train(tmp_path / "broken", on_update=lambda images: images == 35 and signal.raise_signal(signal.SIGTERM), **settings)
+    assert_same_state(straight, train(tmp_path / "broken", **settings))
+
+
+def test_a_real_process_killed_outright_goes_on(train: Callable[..., Path], few: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "frugan", "train", str(few), "--batch-size", "16", "--epochs", "30", "--recipe", "mlp",
+        "--width-d", "8", "--width-g", "8", "--latent-dim", "8", "--device", "cpu", "--threads", "2", "--quiet",
+    ]  # fmt: skip
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "killed")])
+    checkpoints = RunFolder(tmp_path / "killed").checkpoints
+    while not (len(list(checkpoints.glob("*.safetensors"))) and process.poll() is None):
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert final_state(tmp_path / "killed")[1]["images"] < 30 * 64
+    for out in ("killed", "straight"):
+        subprocess.run([*command, "--out", str(tmp_path / out)], check=True)
+    assert_same_state(tmp_path / "straight", tmp_path / "killed")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+def test_ctrl_c_in_a_real_process_saves_says_so_and_exits_with_130(few: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "frugan",
+        "train",
+        str(few),
+        "--batch-size",
+        "16",
+        "--epochs",
+        "5000",
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not RunFolder(tmp_path / "r").newest_checkpoint():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from here" in errors
+    assert "Traceback" not in errors
+
+
+def test_training_longer_and_running_a_finished_one_again(
+    train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    straight = train(tmp_path / "long", epochs=4)
+    train(tmp_path / "grown", epochs=2)
+    assert_same_state(straight, train(tmp_path / "grown", epochs=4))
+    before = final_state(straight)[1]
+    train(straight, epochs=4, quiet=False)
+    assert "already trained" in capsys.readouterr().out
+    assert final_state(straight)[1] == before
+
+
+def test_accepted_changes_go_on_with_the_new_settings(train: Callable[..., Path], tmp_path: Path) -> None:
+    out = train(tmp_path / "run", epochs=2)
+    train(out, epochs=3, lr_g=1e-5, accept_changes=True)
+    assert final_state(out)[1]["rates"][0] == 1e-5
+
+
+def test_the_same_seed_is_the_same_training_and_another_is_not(train: Callable[..., Path], tmp_path: Path) -> None:
+    one, same = train(tmp_path / "a", seed=1), train(tmp_path / "b", seed=1)
+    assert_same_state(one, same)
+    other = final_state(train(tmp_path / "c", seed=2))[0]
+    assert any(not v.equal(final_state(one)[0][k]) for k, v in other.items() if k.startswith("ema/"))
