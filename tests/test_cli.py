@@ -156,7 +156,7 @@ def test_fine_tuning_takes_what_fits_and_freezes(
 def test_auto_precision_is_named_and_said_to_be_approximate(
     train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(tmp_path / "a", precision="bf16", epochs=1, quiet=False, accumulation_steps=2)
+    train(tmp_path / "a", precision="bf16", epochs=1, quiet=False, accumulation_steps=2, image_size=16)
     said = capsys.readouterr().out
     assert "Approximate: bf16 rounds inside the networks" in said
     assert "Approximate: batch norm in the discriminator takes its statistics from micro-batches of 8." in said

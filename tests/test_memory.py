@@ -17,14 +17,14 @@ def note(images):
         resident[images // 16] = psutil.Process().memory_info().rss
 
 frugan.train(
-    sys.argv[1], out=sys.argv[2], recipe="dcgan", batch_size=16, epochs=501, image_size=16, width_g=16, width_d=16,
-    accumulation_steps=2, sample_every=10, checkpoint_every=20, quiet=True, device="cpu", threads=2, on_update=note,
+    "digits", out=sys.argv[1], recipe="dcgan", batch_size=16, epochs=18, width_g=16, width_d=16,
+    accumulation_steps=2, sample_every=1, quiet=True, device="cpu", threads=2, on_update=note,
 )
 print(json.dumps(resident))
 """
 
 
-def test_resident_memory_after_2000_updates_is_that_after_100(few: Path, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(few), str(tmp_path / "r")], capture_output=True, text=True, check=True)
+def test_resident_memory_after_2000_updates_is_that_after_100(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "r")], capture_output=True, text=True, check=True)
     resident = json.loads(done.stdout)
     assert resident["2000"] < 1.02 * resident["100"], resident

@@ -4,6 +4,7 @@ Every field of a recipe is a flag, with the help, type and default that stand in
 ``--objective`` are read first, because they decide which fields there are. torch is imported only once there is work to do.
 """
 
+import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -103,9 +104,7 @@ def _asked(options: Any, recipe: Recipe) -> Recipe:
 def _train(options: Any, recipe: Recipe) -> None:
     recipe = _asked(options, recipe)
     run = Run(**{f.name: getattr(options, f.name) for f in fields(Run)})
-    from frugan import device
-
-    device.be_patient()
+    _spin_briefly()
     from frugan.console import Console
     from frugan.trainer import Stopped, Trainer
 
@@ -163,6 +162,16 @@ def _generate(options: Generate) -> None:
         path = single or out / f"seed_{options.seed}.png"
         pictures.save(pictures.grid(images), path)
         print(path)
+
+
+def _spin_briefly() -> None:
+    """Lets idle worker threads of torch spin only briefly before they sleep, unless told otherwise; must run before its import.
+
+    Threads that spin for long on a core that another process wants slow both down; threads that never spin make short
+    operations wait for them (docs/LOG.md has the numbers).
+    """
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        os.environ["GOMP_SPINCOUNT"] = "5000"
 
 
 def parse(arguments: Sequence[str]) -> tuple[Any, Recipe]:

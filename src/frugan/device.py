@@ -1,8 +1,6 @@
 """The machine: which device, what precision it is fast at, and giving memory back to it."""
 
 import ctypes
-import gc
-import os
 import sys
 
 import torch
@@ -37,7 +35,6 @@ def fast_precision(device: torch.device) -> str:
 
 def release(device: torch.device) -> None:
     """Gives memory that is free inside the process back to the system."""
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
@@ -47,11 +44,3 @@ def release(device: torch.device) -> None:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
         except (OSError, AttributeError):
             pass  # another C library, which has no such call
-
-
-def be_patient() -> None:
-    """Lets idle worker threads sleep instead of spin, unless told otherwise; must run before torch is imported.
-
-    A spinning thread that shares its core with another process makes training tens of times slower.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

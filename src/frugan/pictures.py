@@ -1,5 +1,6 @@
 """Pictures of a run: grids of images, strips and loops of interpolations, the loss curves."""
 
+import gc
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,21 +8,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure  # without pyplot, which would keep every figure alive
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from frugan.files import whole
 
+GAP = 2  # pixels between the images of a grid
 LEAST_SIDE = 64  # pixels that a small image is enlarged to in a grid, so that a person can see it
 
 
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     """uint8 images ``[n, c, h, w]`` side by side, ``columns`` to a row (default: as square as it gets), small ones enlarged."""
     factor = max(1, LEAST_SIDE // images.shape[-1])
-    large = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    sheet = make_grid(large, nrow=columns or math.isqrt(len(images) - 1) + 1, padding=2, pad_value=255)
-    return Image.fromarray(sheet.permute(1, 2, 0).contiguous().numpy())
+    columns = columns or math.isqrt(len(images) - 1) + 1
+    side = images.shape[-1] * factor
+    rows = -(-len(images) // columns)
+    sheet = Image.new("L" if images.shape[1] == 1 else "RGB", (columns * (side + GAP) + GAP, rows * (side + GAP) + GAP), "white")
+    for i, image in enumerate(images):  # torchvision's make_grid would do, but importing it takes 160 MiB
+        row, column = divmod(i, columns)
+        picture = single(image).resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(picture, (GAP + column * (side + GAP), GAP + row * (side + GAP)))
+    return sheet
 
 
 def single(image: Tensor) -> Image.Image:
@@ -44,8 +52,6 @@ def save_loop(images: Tensor, path: Path, milliseconds: int = 60) -> None:
 
 def plot_losses(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draws Loss_D, Loss_G and D's opinions over the images seen."""
-    from matplotlib.figure import Figure  # a second to import; without pyplot nothing global keeps the figure alive
-
     figure = Figure(figsize=(9, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     for axes, names in ((above, ("Loss_D", "Loss_G")), (below, ("D(x)", "D(G(z))"))):
@@ -59,3 +65,5 @@ def plot_losses(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     below.set_xlabel("images seen")
     with whole(path) as part:
         figure.savefig(part, dpi=120)
+    del figure, above, below, axes
+    gc.collect()  # a figure's parts refer to one another: left alone, many of them gather before Python looks for such

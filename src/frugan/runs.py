@@ -69,7 +69,9 @@ class RunFolder:
             )
 
     def claim(self, recipe: Recipe, plan: Mapping[str, Any]) -> None:
-        """Writes down what is asked of this run and how it is laid out."""
+        """Writes down what is asked of this run and how it is laid out, and clears away what a kill left half written."""
+        for part in self.path.rglob(".*.part.*"):
+            part.unlink()
         write_text(self.recipe_file, recipe.to_toml())
         write_text(self.plan_file, json.dumps(plan, indent=2) + "\n")
 

@@ -175,10 +175,12 @@ class Step:
         return logits.detach().sigmoid() if self.loss.probability else logits.detach()
 
     def _input_gradient(self, logits: Tensor, images: Tensor) -> Tensor:
-        """Each sample's gradient of its logit, ``[n, c, h, w]``, with a graph to D's weights."""
-        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
-        (gradient,) = torch.autograd.grad(logits.sum() * scale, images, create_graph=True)
-        return gradient / scale
+        """Each sample's gradient of its logit, ``[n, c, h, w]``, with a graph to D's weights.
+
+        It is not divided by the batch and needs no scale in fp16; with the loss's scale it would overflow.
+        """
+        (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+        return gradient
 
     def _backward(self, terms: Tensor, batch: int) -> None:
         torch.autograd.backward(self.scaler.scale(terms.sum() / batch))
