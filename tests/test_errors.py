@@ -1,5 +1,7 @@
 """Every kind of bad input: one clear sentence, exit code 2, no traceback, nothing written over."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -247,6 +249,30 @@ def test_a_training_that_goes_to_pieces_keeps_its_last_good_state(refused: Calla
     kept = RunFolder(trained).newest_checkpoint()
     assert kept == newest
     assert kept.read_bytes() == content
+
+
+def test_a_generator_without_a_checkpoint_is_not_trained_over(refused: Callable[..., str], trained: Path, few: Path) -> None:
+    for path in (trained / "checkpoints").iterdir():
+        path.unlink()
+    assert "has a trained generator but no checkpoint" in one_sentence(
+        refused("train", few, *SMALL, "--epochs", "2", "--out", trained)
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits what Linux counts")
+def test_memory_that_runs_out_is_one_sentence_with_a_way_on(few: Path, tmp_path: Path) -> None:
+    script = f"""
+import resource, torch
+import frugan.trainer, sklearn.datasets
+from frugan.cli import main
+torch.nn.Conv2d(1, 1, 1)(torch.zeros(1, 1, 8, 8)).sum().backward()
+used = int(open("/proc/self/status").read().split("VmData:")[1].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + (300 << 20),) * 2)
+main(["train", {str(few)!r}, "--image-size", "64", "--batch-size", "64", "--quiet", "--out", {str(tmp_path / "r")!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "memory ran out with micro-batches of 64: --accumulation-steps 2 halves the micro-batches" in one_sentence(done.stderr)
+    assert done.returncode == 2
 
 
 def test_data_named_twice(refused: Callable[..., str], few: Path) -> None:

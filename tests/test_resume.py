@@ -14,7 +14,7 @@ import pytest
 from frugan import recipes
 from frugan.recipe import Optimizer
 from frugan.runs import RunFolder
-from frugan.trainer import Stopped
+from frugan.signals import Stopped
 
 from .conftest import assert_same_state, final_state
 

@@ -42,6 +42,7 @@ def train(
 
     Raises:
         UserError: something about data, settings or folder is wrong; says what, where and what to do.
+        frugan.signals.Stopped: SIGINT or SIGTERM came, and the state was saved.
     """
     from frugan import recipes
     from frugan.console import Console

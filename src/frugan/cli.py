@@ -106,7 +106,8 @@ def _train(options: Any, recipe: Recipe) -> None:
     run = Run(**{f.name: getattr(options, f.name) for f in fields(Run)})
     _spin_briefly()
     from frugan.console import Console
-    from frugan.trainer import Stopped, Trainer
+    from frugan.signals import Stopped
+    from frugan.trainer import Trainer
 
     try:
         Trainer(recipe, run, Console(options.quiet)).train()

@@ -33,6 +33,12 @@ def fast_precision(device: torch.device) -> str:
     return "fp32"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory ran out; on the CPU only its words tell."""
+    words = ("can't allocate memory", "could not create a primitive")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error) for w in words)
+
+
 def release(device: torch.device) -> None:
     """Gives memory that is free inside the process back to the system."""
     if device.type == "cuda":

@@ -51,6 +51,8 @@ class RunFolder:
             UserError: the folder is another run's, or this run's with other settings that were not accepted.
         """
         if not checkpoint.all_in(self.checkpoints):
+            if self.generator_file.exists():
+                raise UserError(f"{self.path} has a trained generator but no checkpoint to go on from: give another --out.")
             return  # nothing is lost by beginning anew
         before = read(self.recipe_file)
         if self._read_plan().get("fingerprint") != plan["fingerprint"]:

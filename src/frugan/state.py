@@ -112,3 +112,23 @@ class State:
 
 def _numbers(state: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in state.items() if isinstance(v, (int, float, str, bool, list))}
+
+
+def take_weights(tensors: Tensors, generator: Network, discriminator: Network) -> dict[str, tuple[int, int, list[str]]]:
+    """Copies every weight of a captured state, the averaged generator's if there is one, that fits by name and shape.
+
+    Returns:
+        For each network how many tensors fitted, of how many, and the names and shapes of those that did not.
+    """
+    averaged = any(name.startswith("ema/") for name in tensors)
+    report = {}
+    for name, network, prefix in (
+        ("generator", generator, "ema/module." if averaged else "generator/"),
+        ("discriminator", discriminator, "discriminator/"),
+    ):
+        own = network.state_dict()
+        there = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        fits = {k: v for k, v in there.items() if k in own and own[k].shape == v.shape}
+        network.load_state_dict(fits, strict=False)
+        report[name] = (len(fits), len(own), [f"{k} {list(v.shape)}" for k, v in own.items() if k not in fits])
+    return report

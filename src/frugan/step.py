@@ -75,7 +75,7 @@ class Step:
             sizes: of the micro-batches; they sum to n.
 
         Returns:
-            Means over the batch, as tensors without graph: ``Loss_D``, ``D(x)``, ``D(G(z))`` and each penalty.
+            Means over the batch, as tensors without graph: ``Loss_D``, ``D(x)`` and each penalty.
         """
         total: Terms = {}
         objective = self.objective
@@ -92,7 +92,7 @@ class Step:
             real_logits = self._judge(real, row, "real")
             fake_logits = self._judge(fake, row, "fake")
             terms = self.loss.discriminator(objective, real_logits, fake_logits)
-            measured = {"Loss_D": terms, "D(x)": self._score(real_logits), "D(G(z))": self._score(fake_logits)}
+            measured = {"Loss_D": terms, "D(x)": self._score(real_logits)}
             if objective.r1:
                 measured["R1"] = squared_norm(self._input_gradient(real_logits, real))
                 terms = terms + objective.r1 * measured["R1"]

@@ -1,15 +1,10 @@
 """Training: everything is built from a recipe, then one readable loop."""
 
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -27,21 +22,14 @@ from frugan.networks import Network, build
 from frugan.optim import Ema, adam, rate_factor
 from frugan.recipe import Recipe, Run
 from frugan.runs import RunFolder
-from frugan.state import Mean, State
+from frugan.signals import Signals, Stopped
+from frugan.state import Mean, State, take_weights
 from frugan.step import Step, split
 from frugan.summary import summarise
 
 GRID = 64  # images in the pictures of real images and of samples during training
 FINAL = 16  # images in the last picture
 OnUpdate = Callable[[int], None]
-
-
-class Stopped(Exception):
-    """Training was asked to stop by a signal and has saved its state."""
-
-    def __init__(self, number: int, images: int) -> None:
-        super().__init__(f"stopped after {images:,} images; the same command goes on from here.")
-        self.number = number
 
 
 class Trainer:
@@ -81,7 +69,7 @@ class Trainer:
         self.sizes_g = split(self.batch, memory.generator_accumulation_steps or memory.accumulation_steps)
         self.total = math.ceil(self.recipe.training.epochs * len(self.loader) / self.batch) * self.batch
         self.folder = RunFolder(Path(run.out) if run.out else Path("runs") / f"{source.name}-{self.recipe.recipe}")
-        self.signal: int | None = None
+        self.signals = Signals(console.tell)
 
     def _resolve(self, recipe: Recipe, source: Source) -> Recipe:
         data = resolve(source, recipe.data, self.console.tell)
@@ -124,19 +112,9 @@ class Trainer:
         loaded = RunFolder(Path(run)).load_newest() if Path(run).is_dir() else None
         if loaded is None:
             raise UserError(f"--init-from {run}: there is no checkpoint in it.")
-        tensors = loaded[0]
-        averaged = any(name.startswith("ema/") for name in tensors)
-        prefixes = ("ema/module." if averaged else "generator/", "discriminator/")
-        for network, prefix, name in zip((generator, discriminator), prefixes, ("generator", "discriminator"), strict=True):
-            own = network.state_dict()
-            there = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            fits = {k: v for k, v in there.items() if k in own and own[k].shape == v.shape}
-            network.load_state_dict(fits, strict=False)
-            missed = [f"{k} {list(v.shape)}" for k, v in own.items() if k not in fits]
-            self.console.tell(
-                f"From {run}: {len(fits)} of {len(own)} tensors of the {name} fit"
-                + (f"; new are {', '.join(missed[:8])}{' ...' if len(missed) > 8 else ''}." if missed else ".")
-            )
+        for name, (fitted, of, new) in take_weights(loaded[0], generator, discriminator).items():
+            shown = f"; new are {', '.join(new[:8])}{' ...' if len(new) > 8 else ''}" if new else ""
+            self.console.tell(f"From {run}: {fitted} of {of} tensors of the {name} fit{shown}.")
 
     def train(self) -> Path:
         """Trains to the end, from the newest checkpoint if there is one; the run folder.
@@ -145,9 +123,13 @@ class Trainer:
             UserError: the folder is another's, a file cannot be written, or the training went to pieces.
             Stopped: by SIGINT or SIGTERM, with everything saved.
         """
-        with self.folder, self._signals():
+        with self.folder, self.signals:
             try:
                 return self._train()
+            except (RuntimeError, MemoryError) as error:
+                if not device.is_out_of_memory(error):
+                    raise
+                raise self._out_of_memory() from None
             finally:
                 self.console.stop()
                 self.loader.close()
@@ -180,13 +162,10 @@ class Trainer:
             terms = self.step.discriminator_phase(images, state.images, self.sizes_d)
             self._update(state.optimizer_d)
             if (state.updates + 1) % steps_g == 0:
-                before = self.step.generator_phase(images, state.images, self.sizes_g)
+                terms |= self.step.generator_phase(images, state.images, self.sizes_g)
                 self._update(state.optimizer_g)
                 if state.ema:
                     state.ema.update(state.generator, self.batch * steps_g, state.images + self.batch)
-                # "Before" is D after its own update and G before its; D's phase, which both precede, is not reported.
-                terms |= before
-
             drawn = state.images
             state.images += self.batch
             state.updates += 1
@@ -200,9 +179,9 @@ class Trainer:
                 self._end_epoch(state.images // len(self.loader))
             if self.on_update:
                 self.on_update(state.images)
-            if self.signal is not None and state.images < self.total:
+            if self.signals.received is not None and state.images < self.total:
                 self._save()
-                raise Stopped(self.signal, state.images)
+                raise Stopped(self.signals.received, state.images)
         self._finish()
         return folder.path
 
@@ -224,12 +203,7 @@ class Trainer:
         measured = mean.take() | {"D(G(z)) after": float(after)}
         for name, value in measured.items():
             if not math.isfinite(value):
-                saved = self.folder.newest_checkpoint()
-                raise UserError(
-                    f"{name} became {value} after {state.images:,} images: training went to pieces. "
-                    f"Try lower --lr-g and --lr-d{', or --precision bf16 or fp32' if state.scaler.is_enabled() else ''}"
-                    + (f"; the last good state is {saved}." if saved else ".")
-                )
+                raise self._went_to_pieces(name)
         seconds = time.monotonic() - self._clock
         rate = (state.images - self._clock_images) / max(seconds, 1e-9)
         line = {"images": state.images, "epoch": state.images / len(self.loader), "updates": state.updates} | measured
@@ -255,6 +229,22 @@ class Trainer:
             self._save()
         device.release(self.device)
 
+    def _went_to_pieces(self, name: str) -> UserError:
+        way = ", or --precision bf16 or fp32" if self.state.scaler.is_enabled() else ""
+        return UserError(
+            f"{name} is not finite after {self.state.images:,} images: training went to pieces. "
+            f"Try lower --lr-g and --lr-d{way}; {self._last_state()}."
+        )
+
+    def _out_of_memory(self) -> UserError:
+        largest = max(*self.sizes_d, *self.sizes_g)
+        way = f"--accumulation-steps {2 * math.ceil(self.batch / largest)} halves the micro-batches" if largest > 1 else "use less"
+        return UserError(f"memory ran out with micro-batches of {largest}: {way}; {self._last_state()}.")
+
+    def _last_state(self) -> str:
+        saved = self.folder.newest_checkpoint()
+        return f"the last good state is {saved}" if saved else "nothing was saved yet"
+
     def _samples(self, count: int) -> Tensor:
         noise = Draws(self.recipe.training.seed).normal("sample", 0, count, self.recipe.network.latent_dim)
         return generate.to_images(self.state.averaged, noise)
@@ -266,6 +256,9 @@ class Trainer:
 
     def _save(self) -> None:
         tensors, numbers = self.state.capture()
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise self._went_to_pieces(name)
         recipe, folder = self.recipe, self.folder
         numbers |= {"recipe": recipe.to_toml(), "fingerprint": self.source.fingerprint} | self._machine()
         checkpoint.save(checkpoint.path_for(folder.checkpoints, self.state.images), tensors, numbers)
@@ -347,24 +340,3 @@ class Trainer:
             recipe.objective.r1 or recipe.objective.r2 or recipe.objective.kind == "wgan-gp"
         ):
             tell("Gradient penalties are meant for each sample alone, and batch norm in D couples them: consider --norm-d group.")
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """While open, SIGINT and SIGTERM let the update in progress end and its state be saved; a second one ends at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(number: int, frame: FrameType | None) -> None:
-            if self.signal is not None:
-                self.console.stop()
-                os._exit(128 + number)
-            self.signal = number
-            self.console.tell("Stopping after this update and saving; once more stops at once.")
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
