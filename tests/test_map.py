@@ -14,7 +14,7 @@ from frugan import networks, objective, recipe, recipes
 from frugan.cli import main
 from frugan.data import source
 from frugan.networks.blocks import Block, Network
-from frugan.recipe import option
+from frugan.section import option
 
 from .conftest import SMALL, final_state
 

@@ -10,7 +10,8 @@ from frugan import recipes
 from frugan.errors import UserError
 from frugan.networks import BUILDERS
 from frugan.objective import LOSSES
-from frugan.recipe import Kinded, Network, Objective, Recipe, Run
+from frugan.recipe import Network, Objective, Recipe, Run
+from frugan.section import Kinded
 
 names = st.sampled_from(sorted(recipes.RECIPES))
 

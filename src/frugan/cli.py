@@ -16,7 +16,8 @@ import tyro
 
 from frugan import recipes
 from frugan.errors import UserError
-from frugan.recipe import Recipe, Run, Section
+from frugan.recipe import Recipe, Run
+from frugan.section import Section
 
 
 def _described(section: type[Section] | Section) -> list[tuple[str, Any, Any]]:

@@ -11,7 +11,8 @@ from filelock import FileLock, Timeout
 from frugan import checkpoint
 from frugan.errors import UserError
 from frugan.files import write_text
-from frugan.recipe import Recipe, flag, read
+from frugan.recipe import Recipe, read
+from frugan.section import flag
 
 
 class RunFolder:

@@ -29,6 +29,7 @@ from frugan.summary import summarise
 
 GRID = 64  # images in the pictures of real images and of samples during training
 FINAL = 16  # images in the last picture
+FINAL_PICTURE = "final_generated_images.png"
 OnUpdate = Callable[[int], None]
 
 
@@ -148,7 +149,9 @@ class Trainer:
             pictures.save(pictures.grid(self.loader.batch(0, min(GRID, len(self.loader)))), folder.path / "real_images.png")
         self._introduce()
         if state.images >= self.total:
-            console.tell(f"{folder.path} is already trained for {state.images:,} images; --epochs more goes on.")
+            console.tell(
+                f"{folder.path} is already trained for {state.images:,} images, see {FINAL_PICTURE} in it; more --epochs go on."
+            )
             return folder.path
 
         mean = Mean()
@@ -271,7 +274,7 @@ class Trainer:
         if epochs % self.run.sample_every == 0:
             self._sample(f"epoch_{epochs}.png")
         pictures.plot_losses(self.folder.read_log(), self.folder.path / "training_loss.png")
-        final = self.folder.path / "final_generated_images.png"
+        final = self.folder.path / FINAL_PICTURE
         pictures.save(pictures.grid(self._samples(FINAL)), final)
         self.console.stop()
         self.console.tell(f"Final {losses(self.line)}")
@@ -281,7 +284,7 @@ class Trainer:
         try:
             self.state.restore(tensors, numbers)
         except (RuntimeError, KeyError) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[-1].strip().rstrip(".")
             raise UserError(
                 f"the checkpoint in {self.folder.path} does not fit these networks ({reason}): give another --out."
             ) from None

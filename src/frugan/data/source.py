@@ -4,12 +4,9 @@ Add a source by writing a function that takes the `Data` section and returns a `
 its kind, and putting it into `OPENERS`.
 """
 
-import gzip
 import hashlib
 import os
-import struct
 import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
@@ -18,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from frugan.data import idx
 from frugan.data.decode import Pixels, fit, flatten
 from frugan.errors import UserError, nearest
 from frugan.recipe import Data
@@ -223,7 +221,7 @@ def idx_folder(folder: Path, name: str, split: str, classes: Sequence[str] | Non
     """The images of ``split`` (train, test or all) in a folder of IDX files, or None if there are none."""
     if not folder.is_dir():
         return None
-    files = {p.name.removesuffix(".gz").replace(".idx", "-idx"): p for p in sorted(folder.iterdir(), reverse=True)}
+    files = idx.find(folder)
     image_files = sorted((k for k in files if "images-idx3" in k), reverse=True)  # train before t10k
     parts = {k: "test" if k.startswith(("t10k", "test")) else "train" for k in image_files}
     if not image_files:
@@ -233,9 +231,9 @@ def idx_folder(folder: Path, name: str, split: str, classes: Sequence[str] | Non
         raise UserError(f"{folder} has no {split} images, only {', '.join(sorted(set(parts.values())))}: change --split.")
     images, labels = [], []
     for key in chosen:
-        images.append(read_idx(files[key], 3))
+        images.append(idx.read(files[key], 3))
         if (label_file := files.get(key.replace("images-idx3", "labels-idx1"))) is not None:
-            labels.append(read_idx(label_file, 1))
+            labels.append(idx.read(label_file, 1))
             if len(labels[-1]) != len(images[-1]):
                 raise UserError(f"{label_file} has {len(labels[-1])} labels for {len(images[-1])} images.")
     if len({array.shape[1:] for array in images}) > 1:
@@ -245,33 +243,6 @@ def idx_folder(folder: Path, name: str, split: str, classes: Sequence[str] | Non
     if numbers is not None and classes is None:
         classes = [str(i) for i in range(int(numbers.max(initial=0)) + 1)]
     return ArraySource(name, together, numbers, classes or () if numbers is not None else ())
-
-
-def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
-    """The array of bytes in an IDX file; one that is not gzipped is mapped, not read.
-
-    Raises:
-        UserError: not such a file, or cut short.
-    """
-    zipped = path.suffix == ".gz"
-    try:
-        with gzip.open(path) if zipped else path.open("rb") as file:
-            header = file.read(4 + 4 * dimensions)
-            if header[:4] != bytes((0, 0, 8, dimensions)) or len(header) < 4 + 4 * dimensions:
-                raise UserError(f"{path} is not an IDX file of bytes with {dimensions} dimensions.")
-            shape = struct.unpack(f">{dimensions}I", header[4:])
-            count = int(np.prod(shape))
-            body: NDArray[np.uint8]
-            if zipped:
-                body = np.frombuffer(file.read(count), np.uint8)
-            else:
-                there = path.stat().st_size > len(header)  # mapping nothing is an error
-                body = np.memmap(path, np.uint8, "r", offset=len(header)) if there else np.empty(0, np.uint8)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}.") from None
-    if len(body) < count:
-        raise UserError(f"{path} is cut short: it has {len(body):,} of {count:,} bytes; fetch it again.")
-    return body[:count].reshape(shape)
 
 
 def archive(data: Data) -> Source | None:
