@@ -16,6 +16,8 @@ def test_pieces_are_slices_of_the_whole(first: int, counts: list[int], seed: int
             got.append(getattr(pieces, draw)("z", row, count, 3))
             row += count
         assert torch.equal(torch.cat(got), getattr(whole, draw)("z", first, sum(counts), 3))
+    kept = torch.cat([pieces.keep("k", first + sum(counts[:i]), n, (3,), 0.4) for i, n in enumerate(counts)])
+    assert torch.equal(kept, whole.keep("k", first, sum(counts), (3,), 0.4))
 
 
 def test_seeds_purposes_and_rows_differ() -> None:
@@ -33,4 +35,8 @@ def test_distributions() -> None:
     assert abs(float(z.std()) - 1) < 0.03
     u = draws.uniform("u", 0, 20_000)
     assert 0 <= float(u.min()) <= float(u.max()) < 1
-    assert abs(float(draws.keep("k", 0, 20_000, (2,), 0.3).float().mean()) - 0.7) < 0.01
+    for p in (0.0, 0.3, 0.5, 0.9):
+        mask = draws.keep(f"k{p}", 0, 20_000, (3, 5), p)
+        assert mask.shape == (20_000, 3, 5)
+        assert abs(float(mask.float().mean()) - (1 - p)) < 0.005
+        assert not p or (mask.float().mean(0) - (1 - p)).abs().max() < 0.02
