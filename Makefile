@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint figures clean
+.PHONY: demo test lint clean
 
 demo: .venv/installed  ## trains on the built-in digits and says where the pictures lie
 	$(BIN)/frugan train --epochs 60 --batch-size 64 --out runs/demo

@@ -47,7 +47,8 @@ from frugan.cli import main
 try:
     main({arguments!r})
 except SystemExit:
-    assert "torch" not in sys.modules
+    sys.exit("torch" in sys.modules)
+sys.exit("did not exit")
 """
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
@@ -81,7 +82,7 @@ def test_the_run_folder_holds_what_it_should(few: Path, tmp_path: Path, capsys: 
     assert {"Loss_D", "Loss_G", "D(x)", "D(G(z))", "D(G(z)) after", "lr_g", "lr_d", "images/s", "epoch"} <= last.keys()
 
 
-def test_two_minutes_of_silence_are_broken_where_there_is_no_terminal(few: Path, tmp_path: Path) -> None:
+def test_plain_lines_where_there_is_no_terminal(few: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "frugan", "train", str(few), "--batch-size", "32", "--epochs", "2", "--out", str(tmp_path / "r")],
         capture_output=True, text=True, check=True,
@@ -143,7 +144,7 @@ def test_fine_tuning_takes_what_fits_and_freezes(
     capsys.readouterr()
     second = train(tmp_path / "second", image_size=16, init_from=str(first), freeze_d=1, epochs=1, quiet=False)
     said = capsys.readouterr().out
-    assert f"From {first}: 16 of 16 tensors of the generator fit." in said or "tensors of the generator fit." in said
+    assert f"From {first}: 16 of 16 tensors of the generator fit." in said
     old, new = final_state(first)[0], final_state(second)[0]
     frozen = [k for k in old if k.startswith("discriminator/blocks.0.")]
     assert frozen

@@ -1,6 +1,7 @@
 """Images of every kind to uint8 batches."""
 
 import gzip
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,15 @@ def test_classes_by_folder_however_deep(photos: Callable[..., Path], tmp_path: P
     assert list(source.classes) == ["class0", "class1", "class2"]
     assert source.labels is not None
     assert source.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    (tmp_path / "data" / "name" / "class1" / "001.png").write_bytes(b"")
+    loader = load(tmp_path / "data", image_size=8)
+    labels = loader.labels(0, 5)
+    assert labels is not None
+    assert sorted(labels.tolist()) == [0, 0, 1, 2, 2]
+    whole = [source.pixels(i, 8, 3, WHITE)[0] for i in range(6) if i != 2]
+    for image, label in zip(loader.batch(0, 5), labels, strict=True):
+        same = [i for i, pixels in enumerate(whole) if torch.equal(torch.from_numpy(pixels), image)]
+        assert [0, 0, 1, 2, 2][same[0]] == label
     flat = open_source(Data(data=str(photos("flat", n=3))))
     assert flat.labels is None
 
@@ -115,6 +125,16 @@ def test_zip_is_the_same_as_its_folder(photos: Callable[..., Path], tmp_path: Pa
     assert torch.equal(one.batch(0, 12), other.batch(0, 12))
     assert one.source.fingerprint == other.source.fingerprint
     assert list(other.source.classes) == ["class0", "class1"]
+
+
+def test_runs_links_in_a_circle_and_hidden_folders_are_no_data(photos: Callable[..., Path]) -> None:
+    folder = photos(n=4)
+    shutil.copytree(folder, folder / "runs" / "photos-dcgan")
+    for name in ("recipe.toml", "plan.json"):
+        (folder / "runs" / "photos-dcgan" / name).write_text("")
+    shutil.copytree(folder / "runs" / "photos-dcgan", folder / ".thumbnails")
+    (folder / "again").symlink_to(folder)
+    assert len(open_source(Data(data=str(folder)))) == 4
 
 
 def test_idx_with_and_without_gzip_and_its_parts(tmp_path: Path) -> None:

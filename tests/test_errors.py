@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+import frugan
 from frugan.cli import main
 from frugan.runs import RunFolder
 
@@ -128,8 +129,11 @@ def test_an_unknown_key(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("[training]\nepoch = 3\n")
     said = one_sentence(refused("train", "--recipe", tmp_path / "mine.toml", "--out", tmp_path / "r"))
     assert "no key 'epoch' in [training]: did you mean 'epochs'?" in said
-    said = refused("train", "--widht-g", "3")
-    assert "--width-g" in said
+    said = one_sentence(refused("train", "--widht-g", "3"))
+    assert "there is no flag --widht-g: did you mean '--width-g'?" in said
+    assert "--epochs must be a whole number, not 'many'" in one_sentence(refused("train", "--epochs", "many"))
+    assert "--norm_g must be one of batch, group, none, not 'layer'" in one_sentence(refused("train", "--norm_g=layer"))
+    assert "--out needs a value" in one_sentence(refused("train", "--out", "--epochs", "3"))
 
 
 @pytest.mark.parametrize("rate", ["0", "-0.1"])
@@ -175,6 +179,10 @@ def test_a_damaged_checkpoint(harm: str, refused: Callable[..., str], trained: P
     assert "Remove it to go on from the one before it" in said
     newest.unlink()
     main(["train", str(few), *SMALL, "--epochs", "3", "--out", str(trained)])  # as the sentence says
+    for path in (trained / "checkpoints").iterdir():
+        path.write_bytes(b"cut") if path == RunFolder(trained).newest_checkpoint() else path.unlink()
+    said = one_sentence(refused("train", few, *SMALL, "--epochs", "3", "--out", trained))
+    assert "There is none before it: give another --out." in said
 
 
 def test_a_second_training_in_the_same_folder(refused: Callable[..., str], trained: Path, few: Path) -> None:
@@ -222,9 +230,14 @@ def test_fine_tuning_from_nothing_and_freezing_everything(refused: Callable[...,
         refused("train", few, *SMALL, "--init-from", tmp_path / "none", "--out", tmp_path / "r")
     )
     assert "leaves nothing to train" in one_sentence(refused("train", few, *SMALL, "--freeze-d", "2", "--out", tmp_path / "r"))
+    assert "--freeze-d is for fine-tuning" in one_sentence(
+        refused("train", few, *SMALL, "--freeze-d", "1", "--out", tmp_path / "r")
+    )
 
 
-def test_a_training_that_goes_to_pieces_keeps_its_last_good_state(refused: Callable[..., str], trained: Path, few: Path) -> None:
+def test_a_training_that_goes_to_pieces_keeps_its_last_good_state(
+    trained: Path, few: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     newest = RunFolder(trained).newest_checkpoint()
     assert newest
     content = newest.read_bytes()
@@ -246,6 +259,9 @@ def test_a_training_that_goes_to_pieces_keeps_its_last_good_state(refused: Calla
             ]
         )
     assert caught.value.code == 2
+    said = one_sentence(capsys.readouterr().err)
+    assert "is not finite after" in said
+    assert f"the last good state is {newest}." in said
     kept = RunFolder(trained).newest_checkpoint()
     assert kept == newest
     assert kept.read_bytes() == content
@@ -273,6 +289,35 @@ main(["train", {str(few)!r}, "--image-size", "64", "--batch-size", "64", "--quie
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert "memory ran out with micro-batches of 64: --accumulation-steps 2 halves the micro-batches" in one_sentence(done.stderr)
     assert done.returncode == 2
+
+
+def test_batch_norm_on_single_images(refused: Callable[..., str], few: Path, tmp_path: Path) -> None:
+    command = ["train", few, *SMALL, "--recipe", "mlp", "--accumulation-steps", "8", "--out", tmp_path / "r"]
+    assert "batch norm cannot train on micro-batches of 1" in one_sentence(refused(*command))
+    main([str(a) for a in [*command, "--norm-g", "group", "--norm-d", "none"]])
+
+
+def test_a_run_that_has_no_checkpoint_yet_is_somebodys_too(
+    refused: Callable[..., str], few: Path, photos: Callable[..., Path], tmp_path: Path
+) -> None:
+    def stop(images: int) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        frugan.train(few, out=tmp_path / "r", on_update=stop, quiet=True, batch_size=8, image_size=8)
+    assert "belongs to another run" in one_sentence(refused("train", photos(), *SMALL, "--out", tmp_path / "r"))
+    assert "was started with other settings" in one_sentence(refused("train", few, *SMALL, "--out", tmp_path / "r"))
+
+
+def test_a_recipe_beside_other_files_is_not_taken_for_a_run(refused: Callable[..., str], few: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "recipe.toml").write_text("[training]\nepochs = 1\n")
+    said = refused("train", few, "--recipe", tmp_path / "mine" / "recipe.toml", "--out", tmp_path / "mine")
+    assert "holds files of something else" in one_sentence(said)
+
+
+def test_an_empty_name(refused: Callable[..., str]) -> None:
+    assert "the name of the data is empty" in one_sentence(refused("train", ""))
 
 
 def test_data_named_twice(refused: Callable[..., str], few: Path) -> None:

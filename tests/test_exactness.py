@@ -76,12 +76,12 @@ def test_any_split_gives_the_gradients_of_the_whole_batch(
 
 
 @given(batch=st.integers(1, 300), parts=st.integers(1, 300))
-def test_split_covers_the_batch_with_equal_parts_and_a_smaller_last(batch: int, parts: int) -> None:
+def test_split_covers_the_batch_with_parts_as_equal_as_can_be(batch: int, parts: int) -> None:
     sizes = split(batch, parts)
     assert sum(sizes) == batch
-    assert len(sizes) <= parts
-    assert len(set(sizes[:-1])) <= 1
-    assert 0 < sizes[-1] <= sizes[0]
+    assert len(sizes) == min(parts, batch)
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] - 1 <= sizes[-1] > 0
 
 
 def test_batch_norm_does_couple_samples_and_says_so() -> None:

@@ -5,6 +5,7 @@ To write them anew: ``python -m tests.test_golden``.
 
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,19 @@ GOLDEN = Path(__file__).with_name("golden.json")
 
 
 def first_losses(recipe: str, out: Path) -> list[list[float]]:
-    torch.set_num_threads(1)
     frugan.train(
         "digits", out=out, recipe=recipe, batch_size=32, epochs=1, width_g=8, width_d=8, latent_dim=8, report_every=8,
         accumulation_steps=2, quiet=True, device="cpu", threads=1,
     )  # fmt: skip
     return [[line[k] for k in ("Loss_D", "Loss_G", "D(x)", "D(G(z))")] for line in RunFolder(out).read_log()][:5]
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Training sets them for the whole process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("recipe", recipes.RECIPES)

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,6 +143,32 @@ def test_training_longer_and_running_a_finished_one_again(
     train(straight, epochs=4, quiet=False)
     assert "already trained" in capsys.readouterr().out
     assert final_state(straight)[1] == before
+
+
+def test_results_that_a_kill_prevented_are_made_by_the_next_start(train: Callable[..., Path], tmp_path: Path) -> None:
+    run = train(tmp_path / "run")
+    results = ("final_generated_images.png", "training_loss.png", "generator.safetensors")
+    written = [(run / name).read_bytes() for name in results]
+    for name in results:
+        (run / name).unlink()
+    train(run)
+    assert [(run / name).read_bytes() for name in results] == written
+
+
+def test_a_fine_tuning_goes_on_without_the_run_it_started_from(train: Callable[..., Path], tmp_path: Path) -> None:
+    first = train(tmp_path / "first", epochs=1)
+    straight = train(tmp_path / "straight", init_from=first)
+    with pytest.raises(Stopped):
+        train(tmp_path / "broken", init_from=first, on_update=stop_at(5, signal.SIGTERM))
+    shutil.rmtree(first)
+    assert_same_state(straight, train(tmp_path / "broken", init_from=first))
+
+
+def test_accepting_an_average_and_fp16_later(train: Callable[..., Path], tmp_path: Path) -> None:
+    out = train(tmp_path / "run", epochs=1, ema_half_life=0, recipe="r3")
+    train(out, epochs=2, recipe="r3", precision="fp16", accept_changes=True)
+    assert any(k.startswith("ema/") for k in final_state(out)[0])
+    assert final_state(out)[1]["scaler"]
 
 
 def test_accepted_changes_go_on_with_the_new_settings(train: Callable[..., Path], tmp_path: Path) -> None:

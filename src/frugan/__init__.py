@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 
 
 def train(
-    data: str | Path = "digits",
+    data: str | Path | None = None,
     *,
     recipe: str | Recipe = "dcgan",
     quiet: bool = False,
@@ -31,7 +31,7 @@ def train(
     """Trains a GAN, or goes on with a training that was interrupted.
 
     Args:
-        data: folder or zip of images, folder of IDX files, or ``digits``, ``mnist``, ``fashion-mnist``.
+        data: folder or zip of images, folder of IDX files, or ``digits``, ``mnist``, ``fashion-mnist``; unset: the recipe's.
         recipe: a name (``dcgan``, ``upsample``, ``mlp``, ``r3``), a TOML file, or a `Recipe`.
         quiet: whether to say nothing.
         on_update: is called with the number of images seen after every update.
@@ -50,9 +50,11 @@ def train(
 
     own = {f.name for f in fields(Run)}
     chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
-    chosen = chosen.replace(**{k: v for k, v in settings.items() if k not in own}, data=str(data))
-    kept: dict[str, Any] = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if k in own}
-    return Trainer(chosen, Run(**kept), Console(quiet), on_update).train()
+    said = {"data": data} | settings if data is not None else settings
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in said.items()}
+    run: dict[str, Any] = {k: v for k, v in plain.items() if k in own}
+    chosen = chosen.replace(**{k: v for k, v in plain.items() if k not in own})
+    return Trainer(chosen, Run(**run), Console(quiet), on_update).train()
 
 
 def load(run: str | Path, device: str = "cpu") -> "Generator":

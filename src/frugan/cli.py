@@ -7,7 +7,7 @@ Every field of a recipe is a flag, with the help, type and default that stand in
 import os
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,9 +15,9 @@ from typing import Annotated, Any
 import tyro
 
 from frugan import recipes
-from frugan.errors import UserError
+from frugan.errors import UserError, nearest
 from frugan.recipe import Recipe, Run
-from frugan.section import Section
+from frugan.section import Section, flag, readable, spoken
 
 
 def _described(section: type[Section] | Section) -> list[tuple[str, Any, Any]]:
@@ -95,11 +95,12 @@ def _recipe_of(arguments: Sequence[str]) -> Recipe:
 
 def _asked(options: Any, recipe: Recipe) -> Recipe:
     """``recipe`` with what was said on the command line."""
-    if options.data and options.data_path:
+    if options.data is not None and options.data_path is not None:
         raise UserError(f"the data is named twice, {options.data} and --data-path {options.data_path}: leave one out.")
     names = set(recipe.flat()) - {"data", "network", "objective"}
     said = {name: getattr(options, name) for name in names}
-    return recipe.replace(**said, data=options.data or options.data_path or recipe.data.data)
+    named = [d for d in (options.data, options.data_path, recipe.data.data) if d is not None]
+    return recipe.replace(**said, data=named[0])
 
 
 def _train(options: Any, recipe: Recipe) -> None:
@@ -126,6 +127,10 @@ def _summary(options: Any, recipe: Recipe) -> None:
 
     console = Console()
     data = recipe.data
+    if recipe.memory.precision == "auto":
+        from frugan import device
+
+        recipe = recipe.replace(precision=device.fast_precision(device.choose("auto")))
     if not (data.image_size and data.channels):
         data = resolve(open_source(data), data, console.tell)
     console.networks(summarise(recipe.replace(image_size=data.image_size, channels=data.channels)))
@@ -180,22 +185,38 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Recipe]:
     """What was asked for, an instance of `Train`, `Generate` or `Summary`, and the recipe whose settings its defaults are.
 
     Raises:
-        UserError: an unknown recipe or objective.
-        SystemExit: with 2, after saying what no flag or value allows; with 0 after ``--help``.
+        UserError: an unknown recipe, objective or flag, or a value of the wrong type.
+        SystemExit: with 2, after saying which arguments are too many or missing; with 0 after ``--help``.
     """
     recipe = _recipe_of(arguments) if arguments[:1] in (["train"], ["summary"]) else recipes.get(recipes.DEFAULT)
     quiet = ("quiet", Annotated[bool, tyro.conf.arg(help="print nothing but errors")], field(default=False))
+    verbs: dict[str, Callable[..., Any]] = {
+        "train": _recipe_options("Train", Train, recipe, *_described(Run), quiet),
+        "generate": Generate,
+        "summary": _recipe_options("Summary", Summary, recipe),
+    }
+    if arguments[0] in verbs:
+        _check_flags(arguments[1:], typing.get_type_hints(verbs[arguments[0]]))
     options = tyro.extras.subcommand_cli_from_dict(
-        {
-            "train": _recipe_options("Train", Train, recipe, *_described(Run), quiet),
-            "generate": Generate,
-            "summary": _recipe_options("Summary", Summary, recipe),
-        },
-        prog="frugan",
-        description="Trains GANs in the memory you have.",
-        args=arguments,
+        verbs, prog="frugan", description="Trains GANs in the memory you have.", args=arguments
     )
     return options, recipe
+
+
+def _check_flags(arguments: Sequence[str], hints: dict[str, Any]) -> None:
+    """Says what is wrong with a flag or its value in one sentence, where tyro would draw a box; ``hints`` has their types."""
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        key = name[2:].replace("-", "_")
+        if not name.startswith("--") or key in ("", "help") or hints.get(key.removeprefix("no_")) is bool:
+            continue
+        if key not in hints:
+            raise UserError(f"there is no flag {name}: {nearest(flag(key), map(flag, hints))}")
+        following = [value] if equals else [a for a in arguments[i + 1 : i + 2] if not a.startswith("--")]
+        if not following:
+            raise UserError(f"{name} needs a value.")
+        if not readable(following[0], hints[key]):
+            raise UserError(f"{name} must be {spoken(hints[key])}, not {following[0]!r}.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -214,3 +235,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # nobody reads on, as in `frugan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

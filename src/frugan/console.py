@@ -32,9 +32,8 @@ def duration(seconds: float) -> str:
 def losses(line: Mapping[str, Any]) -> str:
     """The measurements of a log line in words."""
     parts = [f"{name} {line[name]:.3f}" for name in ("Loss_D", "Loss_G", "D(x)") if name in line]
-    if "D(G(z))" in line:
-        after = f" -> {line['D(G(z)) after']:.3f}" if "D(G(z)) after" in line else ""
-        parts.append(f"D(G(z)) {line['D(G(z))']:.3f}{after}")
+    if "D(G(z)) after" in line:
+        parts.append(f"D(G(z)) {line['D(G(z)) before']:.3f} -> {line['D(G(z)) after']:.3f}")
     return "  ".join(parts)
 
 
@@ -85,7 +84,7 @@ class Console:
             self._bar.start()
 
     def progress(self, line: Mapping[str, Any], epochs: int) -> None:
-        """Shows a log line as it comes."""
+        """Shows how far training is, and the newest measurements."""
         where = f"{line['epoch']:.1f}/{epochs}"
         rate, left = f"{line['images/s']:,.0f} images/s", f"{duration(line['seconds left'])} left"
         if self._bar is not None:

@@ -34,8 +34,8 @@ def fast_precision(device: torch.device) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory ran out; on the CPU only its words tell."""
-    words = ("can't allocate memory", "could not create a primitive")
+    """Whether ``error`` says that memory ran out; on the CPU and in libraries only its words tell."""
+    words = ("can't allocate memory", "could not create a primitive", "STATUS_ALLOC_FAILED", "MPS backend out of memory")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error) for w in words)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 64  # rows drawn at once: a generator's stream cannot be entered in the middle
+MASK_BLOCK = 4  # the same for dropout masks, whose rows are large: a whole number of 64-bit words, whatever the shape
 
 
 def derive(seed: int, *purpose: object) -> int:
@@ -49,12 +50,13 @@ class Draws:
         def mask(bits: Tensor, generator: torch.Generator) -> Tensor:
             # Four masks from one draw of 64 bits: nine times as fast as bernoulli_ on a CPU.
             bits.random_(-(2**63), None, generator=generator)
-            return (bits.view(torch.int16) >= round(p * 65536) - 32768).view(BLOCK, *shape)
+            return (bits.view(torch.int16) >= round(p * 65536) - 32768).view(MASK_BLOCK, *shape)
 
-        words = BLOCK * math.prod(shape) // 4
+        words = MASK_BLOCK * math.prod(shape) // 4
         return self._rows(
-            purpose, first, count, lambda: torch.empty(words, dtype=torch.int64, device=self._device.device), self._device, mask
-        )
+            purpose, first, count, lambda: torch.empty(words, dtype=torch.int64, device=self._device.device),
+            self._device, mask, MASK_BLOCK,
+        )  # fmt: skip
 
     def _rows(
         self,
@@ -64,11 +66,12 @@ class Draws:
         allocate: Callable[[], Tensor],
         generator: torch.Generator,
         fill: Callable[..., Tensor],
+        block: int = BLOCK,
     ) -> Tensor:
         pieces = []
         row, end = first, first + count
         while row < end:
-            number, offset = divmod(row, BLOCK)
+            number, offset = divmod(row, block)
             last = self._blocks.get(purpose)
             if last is None or last[0] != number:
                 generator.manual_seed(derive(self.seed, purpose, number))

@@ -104,5 +104,8 @@ def load(run: str | Path, device_name: str = "cpu") -> Generator:
     recipe = Recipe.from_toml(state["recipe"], str(path))
     channels, size, _ = recipe.data.shape
     network, _ = build(recipe.network, size, channels)
+    for prefix in ("ema/module.", "generator/"):  # a whole checkpoint will do as well
+        if any(name.startswith(prefix) for name in tensors):
+            tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     network.load_state_dict(tensors)
     return Generator(network.to(device.choose(device_name)).eval(), recipe, int(state["images"]))

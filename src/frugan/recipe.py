@@ -233,7 +233,6 @@ class Recipe:
             UserError: a name that no section has (with the nearest), or a value outside its range.
         """
         changed: dict[str, Section] = {}
-        owners = self.flat().keys()
         for name in ("network", "objective"):
             section = self.sections()[name]
             if name in values and isinstance(section, Kinded) and values[name] != section.kind:

@@ -29,11 +29,11 @@ class RunFolder:
         self._lock = FileLock(path / ".lock")
 
     def __enter__(self) -> Self:
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path} is a file: give --out a folder of its own.")
-        if self.path.is_dir() and not self.recipe_file.exists() and any(p.name != ".lock" for p in self.path.iterdir()):
-            raise UserError(f"{self.path} holds files of something else: give --out a new or empty folder.")
         try:
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"{self.path} is a file: give --out a folder of its own.")
+            if self.path.is_dir() and not self.plan_file.exists() and any(p.name != ".lock" for p in self.path.iterdir()):
+                raise UserError(f"{self.path} holds files of something else: give --out a new or empty folder.")
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(blocking=False)
         except Timeout:
@@ -51,14 +51,19 @@ class RunFolder:
         Raises:
             UserError: the folder is another run's, or this run's with other settings that were not accepted.
         """
-        if not checkpoint.all_in(self.checkpoints):
-            if self.generator_file.exists():
-                raise UserError(f"{self.path} has a trained generator but no checkpoint to go on from: give another --out.")
-            return  # nothing is lost by beginning anew
-        before = read(self.recipe_file)
-        if self._read_plan().get("fingerprint") != plan["fingerprint"]:
+        if self.generator_file.exists() and not checkpoint.all_in(self.checkpoints):
+            raise UserError(f"{self.path} has a trained generator but no checkpoint to go on from: give another --out.")
+        if not (self.plan_file.exists() and self.recipe_file.exists()):
+            return
+        before, then = read(self.recipe_file), self._read_plan()
+        if then.get("fingerprint") != plan["fingerprint"]:
             raise UserError(
                 f"{self.path} belongs to another run, of {before.recipe} on other images ({before.data.data}): give another --out."
+            )
+        if then.get("images") != plan["images"]:
+            raise UserError(
+                f"{plan['images']} of the images can be read, and {then.get('images')} could when {self.path} was started: "
+                "mend them, or give another --out."
             )
         changes = before.differences(recipe)
         changes.pop("data", None)  # the same images by another path are the same images
@@ -75,8 +80,8 @@ class RunFolder:
         """Writes down what is asked of this run and how it is laid out, and clears away what a kill left half written."""
         for part in self.path.rglob(".*.part.*"):
             part.unlink()
-        write_text(self.recipe_file, recipe.to_toml())
         write_text(self.plan_file, json.dumps(plan, indent=2) + "\n")
+        write_text(self.recipe_file, recipe.to_toml())
 
     def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint, or None."""
@@ -94,9 +99,10 @@ class RunFolder:
         try:
             return checkpoint.load(newest)
         except UserError as error:
-            before = len(checkpoint.all_in(self.checkpoints)) > 1
-            way = "to go on from the one before it" if before else "to start from the beginning"
-            raise UserError(f"{error} Remove it {way}, then run the same command again.") from None
+            way = "There is none before it: give another --out."
+            if len(checkpoint.all_in(self.checkpoints)) > 1:
+                way = "Remove it to go on from the one before it, then run the same command again."
+            raise UserError(f"{error} {way}") from None
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Adds a line to ``log.jsonl``.
@@ -115,11 +121,13 @@ class RunFolder:
         if not self.log_file.exists():
             return []
         lines = []
-        for text in self.log_file.read_text(encoding="utf-8").splitlines():
+        for text in self.log_file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                lines.append(json.loads(text))
+                line = json.loads(text)
             except json.JSONDecodeError:
-                pass  # cut short by a kill
+                continue  # cut short by a kill
+            if isinstance(line, dict) and "images" in line:
+                lines.append(line)
         return lines
 
     def rewind_log(self, images: int) -> None:
@@ -129,7 +137,6 @@ class RunFolder:
 
     def _read_plan(self) -> dict[str, Any]:
         try:
-            plan: dict[str, Any] = json.loads(self.plan_file.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+            return dict(json.loads(self.plan_file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{self.plan_file} cannot be read: {error}; give another --out.") from None
-        return plan

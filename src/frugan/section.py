@@ -34,7 +34,7 @@ class Section:
         for f in fields(self):
             value = getattr(self, f.name)
             if not _fits(value, hints[f.name]):
-                raise UserError(f"{flag(f.name)} must be {_spoken(hints[f.name])}, not {value!r}.")
+                raise UserError(f"{flag(f.name)} must be {spoken(hints[f.name])}, not {value!r}.")
             if value is None or isinstance(value, (str, bool)):
                 continue
             bounds: list[tuple[str, Callable[[Any, Any], bool], str]] = [
@@ -60,9 +60,26 @@ def _fits(value: object, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _spoken(hint: Any) -> str:
+def readable(text: str, hint: Any) -> bool:
+    """Whether ``text`` can be read as a value of type ``hint``; words always can."""
     if typing.get_origin(hint) in UNIONS:
-        return " or ".join(_spoken(h) for h in typing.get_args(hint) if h is not types.NoneType)
+        return any(readable(text, h) for h in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return text in map(str, typing.get_args(hint))
+    if hint is types.NoneType:
+        return text == "None"
+    try:
+        if hint in (int, float):
+            hint(text)
+    except ValueError:
+        return False
+    return True
+
+
+def spoken(hint: Any) -> str:
+    """A type in words."""
+    if typing.get_origin(hint) in UNIONS:
+        return " or ".join(spoken(h) for h in typing.get_args(hint) if h is not types.NoneType)
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(str(a) for a in typing.get_args(hint))
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}.get(hint, str(hint))

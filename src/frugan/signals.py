@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -22,9 +21,8 @@ class Signals:
     Outside the main thread, where Python delivers no signals, it does nothing.
     """
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
+    def __init__(self) -> None:
         self.received: int | None = None
-        self._tell = tell
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -40,4 +38,4 @@ class Signals:
         if self.received is not None:
             os._exit(128 + number)
         self.received = number
-        self._tell("Stopping after this update and saving; once more stops at once.")
+        os.write(2, b"\nStopping after this update and saving; once more stops at once.\n")  # print could be in use

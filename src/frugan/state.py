@@ -14,6 +14,8 @@ from frugan.networks import Network
 from frugan.optim import Ema
 from frugan.step import Terms
 
+PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")  # what changes in it; the rest are settings
+
 
 class Mean:
     """Means of what a step measures, over a stretch of updates; kept on the device, so that the device is not waited for."""
@@ -70,7 +72,7 @@ class State:
             "images": self.images,
             "updates": self.updates,
             "scaler": self.scaler.state_dict(),
-            "plateau": [_numbers(p.state_dict()) for p in (self.plateau_g, self.plateau_d)],
+            "plateau": [{key: p.state_dict()[key] for key in PLATEAU} for p in (self.plateau_g, self.plateau_d)],
             "rates": [o.param_groups[0]["lr"] for o in (self.optimizer_g, self.optimizer_d)],
             "epoch_mean": {name: [float(value), mean.counts[name]] for name, value in mean.sums.items()},
         }
@@ -79,7 +81,10 @@ class State:
         """Becomes what `capture` wrote."""
         for part, network in self._networks():
             own = {k.removeprefix(f"{part}/"): v for k, v in tensors.items() if k.startswith(f"{part}/")}
-            network.load_state_dict(own)
+            if own or part != "ema":
+                network.load_state_dict(own)
+            else:  # an average that is only now asked for
+                self.averaged.load_state_dict(self.generator.state_dict())
         for part, network, optimizer in self._optimizers():
             for name, parameter in network.named_parameters():
                 # Moments take the memory format of their parameter, as they had when they were made.
@@ -91,7 +96,8 @@ class State:
                 if moments:
                     optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in moments.items()}
         self.images, self.updates = state["images"], state["updates"]
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where there was no fp16
+            self.scaler.load_state_dict(state["scaler"])
         for plateau, numbers in zip((self.plateau_g, self.plateau_d), state["plateau"], strict=True):
             plateau.load_state_dict(numbers)
         like = next(self.generator.parameters())
@@ -108,10 +114,6 @@ class State:
     def _optimizers(self) -> Iterator[tuple[str, nn.Module, Adam]]:
         yield "optimizer_g", self.generator, self.optimizer_g
         yield "optimizer_d", self.discriminator, self.optimizer_d
-
-
-def _numbers(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in state.items() if isinstance(v, (int, float, str, bool, list))}
 
 
 def take_weights(tensors: Tensors, generator: Network, discriminator: Network) -> dict[str, tuple[int, int, list[str]]]:

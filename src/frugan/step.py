@@ -22,9 +22,9 @@ Terms = dict[str, Tensor]
 
 
 def split(batch: int, parts: int) -> list[int]:
-    """Sizes of ``parts`` micro-batches of ``batch`` samples: equal, but for a smaller last one; fewer if there is not enough."""
-    size = -(-batch // parts)
-    return [min(size, batch - first) for first in range(0, batch, size)]
+    """Sizes of ``parts`` micro-batches of ``batch`` samples, the last ones one smaller if need be; never an empty one."""
+    parts = min(parts, batch)
+    return [batch // parts + (i < batch % parts) for i in range(parts)]
 
 
 def normalise(images: Tensor, mirrored: Tensor | None, like: Tensor) -> Tensor:

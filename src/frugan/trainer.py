@@ -70,7 +70,8 @@ class Trainer:
         self.sizes_g = split(self.batch, memory.generator_accumulation_steps or memory.accumulation_steps)
         self.total = math.ceil(self.recipe.training.epochs * len(self.loader) / self.batch) * self.batch
         self.folder = RunFolder(Path(run.out) if run.out else Path("runs") / f"{source.name}-{self.recipe.recipe}")
-        self.signals = Signals(console.tell)
+        self.signals = Signals()
+        self._told_bad = len(self.loader.bad)
 
     def _resolve(self, recipe: Recipe, source: Source) -> Recipe:
         data = resolve(source, recipe.data, self.console.tell)
@@ -79,21 +80,29 @@ class Trainer:
             memory = replace(memory, precision=device.fast_precision(self.device))  # type: ignore[arg-type]
         return replace(recipe, data=data, memory=memory)
 
-    def _build(self) -> State:
-        """Networks, optimizers and average, as new or from the run to start from."""
+    def _build(self, resuming: bool) -> State:
+        """Networks, optimizers and average, as new or, unless ``resuming``, from the run to start from."""
         recipe, memory = self.recipe, self.recipe.memory
         data, options, training = recipe.data, recipe.optimizer, recipe.training
         channels, size, _ = data.shape
         generator, discriminator = build(recipe.network, size, channels, training.seed)
-        if training.init_from:
+        if training.init_from and not resuming:
             self._start_from(training.init_from, generator, discriminator)
         layout = torch.channels_last if memory.channels_last else torch.contiguous_format
         for network in (generator, discriminator):
             network.to(self.device, memory_format=layout)  # type: ignore[call-overload]
         if training.freeze_d >= len(discriminator.blocks):
             raise UserError(f"--freeze-d {training.freeze_d} leaves nothing to train: D has {len(discriminator.blocks)} blocks.")
+        if training.freeze_d and not training.init_from:
+            raise UserError("--freeze-d is for fine-tuning: name the run to start from with --init-from.")
         for block in discriminator.blocks[: training.freeze_d]:
-            block.requires_grad_(False)
+            block.requires_grad_(False).eval()  # its running statistics stay too
+        coupled = generator.couples_samples or discriminator.couples_samples
+        if coupled and min(*self.sizes_d, *self.sizes_g, self.batch) < 2:
+            raise UserError(
+                "batch norm cannot train on micro-batches of 1: use a larger --batch-size or fewer --accumulation-steps, "
+                "or --norm-g group --norm-d group."
+            )
         self.step = Step(
             generator, discriminator, recipe.objective, recipe.network.latent_dim, Draws(training.seed, self.device),
             flip=data.flip, precision=memory.precision, channels_last=memory.channels_last,
@@ -104,8 +113,8 @@ class Trainer:
         return State(
             generator, discriminator, Ema(generator, training.ema_half_life).eval() if training.ema_half_life else None,
             optimizer_g, optimizer_d, self.step.scaler,
-            ReduceLROnPlateau(optimizer_g, factor=factor, patience=patience),
-            ReduceLROnPlateau(optimizer_d, factor=factor, patience=patience),
+            ReduceLROnPlateau(optimizer_g, factor=factor, patience=patience, threshold=0),
+            ReduceLROnPlateau(optimizer_d, factor=factor, patience=patience, threshold=0),
         )  # fmt: skip
 
     def _start_from(self, run: str, generator: Network, discriminator: Network) -> None:
@@ -137,10 +146,10 @@ class Trainer:
 
     def _train(self) -> Path:
         recipe, console, folder = self.recipe, self.console, self.folder
-        self.state = state = self._build()
         plan = self._plan()
         folder.check(recipe, plan, self.run.accept_changes)
         resumed = folder.load_newest()
+        self.state = state = self._build(resuming=resumed is not None)
         if resumed is not None:
             self._resume(*resumed)
         folder.claim(recipe, plan)
@@ -149,13 +158,13 @@ class Trainer:
             pictures.save(pictures.grid(self.loader.batch(0, min(GRID, len(self.loader)))), folder.path / "real_images.png")
         self._introduce()
         if state.images >= self.total:
-            console.tell(
-                f"{folder.path} is already trained for {state.images:,} images, see {FINAL_PICTURE} in it; more --epochs go on."
-            )
+            console.tell(f"{folder.path} is already trained for {state.images:,} images; more --epochs go on.")
+            self._results()  # the last time could have been killed before they were written
             return folder.path
 
         mean = Mean()
         self._clock, self._clock_images = time.monotonic(), state.images
+        self.line: dict[str, Any] = {}
         steps_g = recipe.training.discriminator_steps
         console.start(state.images, self.total)
         while state.images < self.total:
@@ -164,7 +173,8 @@ class Trainer:
 
             terms = self.step.discriminator_phase(images, state.images, self.sizes_d)
             self._update(state.optimizer_d)
-            if (state.updates + 1) % steps_g == 0:
+            generates = (state.updates + 1) % steps_g == 0
+            if generates:
                 terms |= self.step.generator_phase(images, state.images, self.sizes_g)
                 self._update(state.optimizer_g)
                 if state.ema:
@@ -177,7 +187,12 @@ class Trainer:
             ended = state.images // len(self.loader) > drawn // len(self.loader)
             within = state.images % len(self.loader) // self.batch  # updates of this epoch, so that a resumed log is the same
             if ended or (within and within % self.run.report_every == 0) or state.images >= self.total:
-                self._report(mean, self.step.judge_generated(drawn, self.sizes_g))
+                judged = {}
+                if generates:
+                    after = self.step.judge_generated(drawn, self.sizes_g)
+                    judged = {"D(G(z)) before": float(terms["D(G(z))"]), "D(G(z)) after": float(after)}
+                self._report(mean, judged)
+            console.progress(self.line | self._position(), recipe.training.epochs)
             if ended:
                 self._end_epoch(state.images // len(self.loader))
             if self.on_update:
@@ -185,7 +200,8 @@ class Trainer:
             if self.signals.received is not None and state.images < self.total:
                 self._save()
                 raise Stopped(self.signals.received, state.images)
-        self._finish()
+        self._save()
+        self._results()
         return folder.path
 
     def _update(self, optimizer: Adam) -> None:
@@ -201,20 +217,28 @@ class Trainer:
             self.state.optimizer_g.param_groups[0]["lr"] = options.lr_g * factor
             self.state.optimizer_d.param_groups[0]["lr"] = options.lr_d * factor
 
-    def _report(self, mean: Mean, after: Tensor) -> None:
+    def _report(self, mean: Mean, judged: dict[str, float]) -> None:
         state = self.state
-        measured = mean.take() | {"D(G(z)) after": float(after)}
-        for name, value in measured.items():
+        measured = mean.take() | judged
+        # fp16 overflows now and then: the scaler skips the update and lowers its scale, at worst until nothing is left of it.
+        skipping = state.scaler.is_enabled() and state.scaler.get_scale() >= 1
+        for name, value in list(measured.items()):
             if not math.isfinite(value):
-                raise self._went_to_pieces(name)
-        seconds = time.monotonic() - self._clock
-        rate = (state.images - self._clock_images) / max(seconds, 1e-9)
-        line = {"images": state.images, "epoch": state.images / len(self.loader), "updates": state.updates} | measured
-        line |= {"lr_g": state.optimizer_g.param_groups[0]["lr"], "lr_d": state.optimizer_d.param_groups[0]["lr"]}
-        line |= {"images/s": rate, "seconds left": (self.total - state.images) / rate}
-        self.folder.log(line)
-        self.line = line
-        self.console.progress(line, self.recipe.training.epochs)
+                if not skipping:
+                    raise self._went_to_pieces(name)
+                del measured[name]
+        rates = {"lr_g": state.optimizer_g.param_groups[0]["lr"], "lr_d": state.optimizer_d.param_groups[0]["lr"]}
+        self.line = self._position() | measured | rates
+        self.folder.log(self.line)
+
+    def _position(self) -> dict[str, Any]:
+        """How far training is, and how fast it goes."""
+        images = self.state.images
+        rate = (images - self._clock_images) / max(time.monotonic() - self._clock, 1e-9)
+        return {
+            "images": images, "epoch": images / len(self.loader), "updates": self.state.updates,
+            "images/s": rate, "seconds left": (self.total - images) / rate,
+        }  # fmt: skip
 
     def _end_epoch(self, number: int) -> None:
         state, training = self.state, self.recipe.training
@@ -224,8 +248,11 @@ class Trainer:
             if "Loss_G" in means:
                 state.plateau_g.step(means["Loss_G"])
         self.console.epoch(self.line | means, number, training.epochs)
+        if len(self.loader.bad) > self._told_bad:
+            self._told_bad = len(self.loader.bad)
+            self.console.tell(f"{self._told_bad} of {len(self.source)} images could not be read so far.")
         if state.images >= self.total:
-            return  # `_finish` saves
+            return  # what follows the loop saves
         if number % self.run.sample_every == 0:
             self._sample(f"epoch_{number}.png")
         if number % self.run.checkpoint_every == 0:
@@ -268,16 +295,18 @@ class Trainer:
         generate.save(folder.generator_file, self.state.averaged, recipe, self.state.images)
         checkpoint.prune(folder.checkpoints, self.run.keep_checkpoints)
 
-    def _finish(self) -> None:
-        self._save()
+    def _results(self) -> None:
+        """Everything that stands at the end of a run."""
+        generate.save(self.folder.generator_file, self.state.averaged, self.recipe, self.state.images)
         epochs = self.state.images // len(self.loader)
         if epochs % self.run.sample_every == 0:
             self._sample(f"epoch_{epochs}.png")
-        pictures.plot_losses(self.folder.read_log(), self.folder.path / "training_loss.png")
+        log = self.folder.read_log()
+        pictures.plot_losses(log, self.folder.path / "training_loss.png")
         final = self.folder.path / FINAL_PICTURE
         pictures.save(pictures.grid(self._samples(FINAL)), final)
         self.console.stop()
-        self.console.tell(f"Final {losses(self.line)}")
+        self.console.tell(f"Final {losses(log[-1] if log else {})}")
         self.console.tell(f"Samples are in {final}, everything else beside them.")
 
     def _resume(self, tensors: checkpoint.Tensors, numbers: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """IDX files: arrays of bytes as MNIST has them (LeCun et al. 1998), gzipped or not."""
 
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -29,7 +30,7 @@ def read(path: Path, dimensions: int) -> NDArray[np.uint8]:
             if header[:4] != bytes((0, 0, 8, dimensions)) or len(header) < 4 + 4 * dimensions:
                 raise UserError(f"{path} is not an IDX file of bytes with {dimensions} dimensions.")
             shape = struct.unpack(f">{dimensions}I", header[4:])
-            count = int(np.prod(shape))
+            count = math.prod(shape)
             body: NDArray[np.uint8]
             if zipped:
                 body = np.frombuffer(file.read(count), np.uint8)

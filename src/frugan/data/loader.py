@@ -9,15 +9,13 @@ read is named and skipped; where another image must stand in its place, it is th
 resumed run sees the same.
 """
 
-import zipfile
-import zlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from frugan.data.decode import Pixels, background_colour, flatten, is_grey
@@ -27,12 +25,8 @@ from frugan.errors import UserError
 from frugan.recipe import Data
 
 SMALL = 256 << 20  # bytes of decoded images that are kept in memory
+MANY = 1000  # images whose decoding takes long enough to be announced
 LOOKED_AT = 256  # images that decide whether a folder is grey
-# What Pillow, zipfile and zlib raise for files that are not what they say.
-UNREADABLE = (
-    OSError, SyntaxError, ValueError, EOFError, NotImplementedError, RuntimeError,
-    Image.DecompressionBombError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
 
 Tell = Callable[[str], None]
 
@@ -57,7 +51,7 @@ def _looks_grey(source: Source, index: int, background: tuple[int, int, int]) ->
     try:
         with source.open(index, DEFAULT_SIZE) as image:
             return is_grey(flatten(image, background))
-    except UNREADABLE:
+    except Exception:  # as in `_read`, which names the file
         return None
 
 
@@ -88,8 +82,11 @@ class Loader:
         self._order: tuple[int, Tensor] | None = None
         self._kept: Tensor | None = None
         self.length = len(source)
+        self._labels = None if source.labels is None else torch.from_numpy(source.labels)
         if len(source) * int(np.prod(self.shape)) <= SMALL:
             self._keep()
+        else:
+            self._readable(0)  # one at least
 
     def __len__(self) -> int:
         """Images in an epoch."""
@@ -107,6 +104,10 @@ class Loader:
         _, _, futures = self._ahead.popleft()
         self._decode_ahead(first + count, count)
         return torch.from_numpy(np.stack([future.result() for future in futures]))
+
+    def labels(self, first: int, count: int) -> Tensor | None:
+        """The classes of the images that `batch` gives: int64 ``[count]``, or None if there are none."""
+        return None if self._labels is None else self._labels[self._indices(first, count)]
 
     def close(self) -> None:
         """Ends the threads."""
@@ -134,7 +135,7 @@ class Loader:
             pixels = self._read((index + step) % self.length)
             if pixels is not None:
                 return pixels
-        raise UserError(f"none of the {self.length} images of {self.source.name} can be read any more.")
+        raise UserError(f"none of the {self.length} images of {self.source.name} can be read.")
 
     def _read(self, index: int) -> Pixels | None:
         if index in self.bad:
@@ -142,7 +143,9 @@ class Loader:
         channels, size, _ = self.shape
         try:
             pixels, small = self.source.pixels(index, size, channels, self.background)
-        except UNREADABLE as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # what decoders raise for files that are not what they say is without end
             reason = " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, UnidentifiedImageError):
                 reason = "not an image, or empty"
@@ -156,6 +159,8 @@ class Loader:
 
     def _keep(self) -> None:
         """Decodes everything once; bad files drop out of the epoch."""
+        if self.length > MANY:
+            self.tell(f"Decoding {self.length:,} images once, to keep them in memory.")
         kept = torch.empty(self.length, *self.shape, dtype=torch.uint8)
         into = kept.numpy()
 
@@ -171,6 +176,7 @@ class Loader:
             raise UserError(f"none of the {self.length} images of {self.source.name} can be read.")
         if not good.all():
             kept = kept[good]
+            self._labels = None if self._labels is None else self._labels[good]
             self.tell(f"{int((~good).sum())} of {self.length} images were skipped.")
             self.length = len(kept)
         self._kept = kept

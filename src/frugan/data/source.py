@@ -6,6 +6,7 @@ its kind, and putting it into `OPENERS`.
 
 import hashlib
 import os
+import shutil
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -124,7 +125,7 @@ class FileSource(Source):
 
     def where(self, index: int) -> str:
         """Its path."""
-        return self.paths[index]
+        return self.paths[index].encode(errors="backslashreplace").decode()
 
     def open(self, index: int, at_least: int) -> Image.Image:
         """Image ``index`` with its pixels read; a JPEG is decoded at the least scale that is large enough."""
@@ -145,15 +146,20 @@ def open_source(data: Data) -> Source:
     Raises:
         UserError: they are not there, cannot be fetched, or are none; says what to do.
     """
-    for opener in OPENERS:
-        source = opener(data)
-        if source is not None:
-            if len(source) == 0:
-                raise UserError(f"{data.data} holds no images.")
-            return source
+    if not data.data.strip():
+        raise UserError("the name of the data is empty: give a folder, a zip, or leave it out for the built-in digits.")
     path = Path(data.data)
-    if path.exists():
-        raise UserError(f"{path} is neither a folder nor a zip of images.")
+    try:
+        for opener in OPENERS:
+            source = opener(data)
+            if source is not None:
+                if len(source) == 0:
+                    raise UserError(f"{data.data} holds no images.")
+                return source
+        if path.exists():
+            raise UserError(f"{path} is neither a folder nor a zip of images.")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}.") from None
     near = nearest(data.data, [*NAMED, "digits"]) if path.parent == Path() else "check the path."
     raise UserError(f"there is no folder or zip {path}: {near}")
 
@@ -199,14 +205,17 @@ def named(data: Data) -> Source | None:
                 return source
     import torchvision.datasets
 
-    folder = cache_folder() / kind / "raw"
+    part, whole = cache_folder() / f".{kind}.part", cache_folder() / kind
+    shutil.rmtree(part, ignore_errors=True)
     try:
-        getattr(torchvision.datasets, kind)(cache_folder(), download=True)
+        getattr(torchvision.datasets, kind)(part, download=True)
+        shutil.rmtree(whole, ignore_errors=True)
+        (part / kind).replace(whole)  # so that what is there is complete
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"cannot download {name} ({error}); put its four IDX files into {Path('data') / name} and run the same command again."
         ) from None
-    return idx_folder(folder, name, data.split, classes)
+    return idx_folder(whole / "raw", name, data.split, classes)
 
 
 def idx_files(data: Data) -> Source | None:
@@ -263,9 +272,14 @@ def folder(data: Data) -> Source | None:
     root = Path(data.data)
     if not root.is_dir():
         return None
-    entries = []
+    os.scandir(root).close()  # says if it may not be read, which walking does not
+    entries, seen = [], set()
     for parent, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(".")]
+        real = os.path.realpath(parent)
+        if real in seen or {"recipe.toml", "plan.json"} <= set(names):  # a link in a circle, or a run whose pictures are no data
+            folders.clear()
+            continue
+        seen.add(real)
         for name in names:
             path = Path(parent, name)
             entries.append((path.relative_to(root).as_posix(), path.stat().st_size if path.exists() else -1))
@@ -277,7 +291,8 @@ def _files(root: Path, entries: list[tuple[str, int]], opened: zipfile.ZipFile |
 
     def is_image(name: str) -> bool:
         path = PurePosixPath(name)
-        return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and "__MACOSX" not in path.parts
+        hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
+        return path.suffix.lower() in SUFFIXES and not hidden
 
     images = sorted(entry for entry in entries if is_image(entry[0]))
     if not images:
