@@ -25,9 +25,9 @@ TRAININGS = {
     "dcgan": (FASHION, "--recipe dcgan --epochs 5 --sample-every 1"),
     "upsample": (FASHION, "--recipe upsample --epochs 5 --sample-every 1"),
     "mlp": (FASHION, "--recipe mlp --epochs 5 --sample-every 1"),
-    "emoji48": (EMOJI, "--image-size 48 --epochs 10 --sample-every 5"),
     "r3": (FASHION, "--recipe r3 --epochs 3 --precision bf16 --sample-every 1"),
-    "emoji64": (EMOJI, "--image-size 64 --epochs 10 --sample-every 5"),
+    "emoji48": (EMOJI, "--image-size 48 --epochs 12 --batch-size 32 --precision bf16"),
+    "emoji64": (EMOJI, "--image-size 64 --epochs 12 --batch-size 32 --precision bf16"),
 }
 
 

@@ -1,6 +1,7 @@
 """The command line and the same from Python."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -144,7 +145,7 @@ def test_fine_tuning_takes_what_fits_and_freezes(
     capsys.readouterr()
     second = train(tmp_path / "second", image_size=16, init_from=str(first), freeze_d=1, epochs=1, quiet=False)
     said = capsys.readouterr().out
-    assert f"From {first}: 16 of 16 tensors of the generator fit." in said
+    assert re.search(rf"From {first}: (\d+) of \1 tensors of the generator fit\.", said)
     old, new = final_state(first)[0], final_state(second)[0]
     frozen = [k for k in old if k.startswith("discriminator/blocks.0.")]
     assert frozen

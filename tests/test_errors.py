@@ -311,7 +311,7 @@ def test_a_run_that_has_no_checkpoint_yet_is_somebodys_too(
 
 def test_a_recipe_beside_other_files_is_not_taken_for_a_run(refused: Callable[..., str], few: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "recipe.toml").write_text("[training]\nepochs = 1\n")
+    (tmp_path / "mine" / "recipe.toml").write_text("[training]\nepochs = 1\nbatch_size = 8\n")
     said = refused("train", few, "--recipe", tmp_path / "mine" / "recipe.toml", "--out", tmp_path / "mine")
     assert "holds files of something else" in one_sentence(said)
 

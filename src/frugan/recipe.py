@@ -73,7 +73,7 @@ class Mlp(Network):
     width_d: int = option(512, "units of the discriminator's first dense layer; halved in each further one", least=1)
     layers_d: int = option(2, "dense layers of the discriminator before its last", least=1, most=8)
     norm_g: Norm = option("batch", "normalisation in the generator")
-    norm_d: Norm = option("batch", "normalisation in the discriminator")
+    norm_d: Norm = option("none", "normalisation in the discriminator")
     dropout: float = option(0.3, "chance of each unit of the discriminator to be left out", least=0, most=0.9)
 
 

@@ -12,7 +12,7 @@ def mlp() -> r.Recipe:
         recipe="mlp",
         network=r.Mlp(),
         objective=r.Bce(label_smoothing=0.1),
-        optimizer=r.Optimizer(lr_g=2e-4, lr_d=1e-4),
+        optimizer=r.Optimizer(lr_g=2e-4, lr_d=2e-4),
     )
 
 

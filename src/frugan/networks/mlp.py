@@ -1,4 +1,8 @@
-"""Dense discriminator against a generator of transposed convolutions: the memory-optimised Fashion-MNIST GAN."""
+"""Dense discriminator against a generator of transposed convolutions: the memory-optimised Fashion-MNIST GAN.
+
+The original normalises D's layers over the batch (``--norm-d batch``). Real and generated images come in batches of their own, so
+that takes away what a dense D tells them apart by, and the generator does not leave its noise (docs/LOG.md): the default is none.
+"""
 
 from torch import nn
 
@@ -25,6 +29,5 @@ def build(options: Mlp, image_size: int, channels: int) -> tuple[Network, Networ
     blocks.append(Block(nn.Linear(before, 1), nn.Flatten(0)))
     discriminator = Network(*blocks)
 
-    radford_init(generator)
-    radford_init(discriminator)
+    radford_init(generator)  # the dense layers keep torch's own, which is made for them
     return generator, discriminator
