@@ -22,12 +22,13 @@ from frugan.runs import RunFolder
 
 FASHION, EMOJI = "fashion-mnist", "noto-emoji-128/noto-emoji-128.zip"
 TRAININGS = {
+    "digits": ("digits", "--epochs 60 --batch-size 64"),
     "dcgan": (FASHION, "--recipe dcgan --epochs 5 --sample-every 1"),
     "upsample": (FASHION, "--recipe upsample --epochs 5 --sample-every 1"),
     "mlp": (FASHION, "--recipe mlp --epochs 5 --sample-every 1"),
     "r3": (FASHION, "--recipe r3 --epochs 3 --precision bf16 --sample-every 1"),
     "emoji48": (EMOJI, "--image-size 48 --epochs 12 --batch-size 32 --precision bf16"),
-    "emoji64": (EMOJI, "--image-size 64 --epochs 12 --batch-size 32 --precision bf16"),
+    "emoji64": (EMOJI, "--image-size 64 --epochs 5 --batch-size 32 --precision bf16"),
 }
 
 
@@ -44,7 +45,7 @@ def main(options: Options) -> None:
         table.add_column(heading, justify="left" if heading == "frugan train" else "right")
     for name, (data, flags) in TRAININGS.items():
         run = RunFolder(options.out / name)
-        command = [str(options.data / data), *flags.split(), "--out", str(run.path)]
+        command = [data if data == "digits" else str(options.data / data), *flags.split(), "--out", str(run.path)]
         subprocess.run([sys.executable, "-m", "frugan", "train", *command], check=True, stdout=sys.stderr)
         last = run.read_log()[-1]
         minutes = last["images"] / last["images/s"] / 60
