@@ -16,7 +16,7 @@ lint: .venv/installed
 	$(BIN)/lint-imports
 
 .venv/installed: pyproject.toml
-	$(PYTHON) -c "import sys; sys.exit('frugan needs Python 3.11 or later: make PYTHON=python3.12' * (sys.version_info < (3, 11)))"
+	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('frugan needs Python 3.11 or later: make PYTHON=python3.12')"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
