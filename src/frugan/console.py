@@ -32,7 +32,7 @@ def duration(seconds: float) -> str:
 def losses(line: Mapping[str, Any]) -> str:
     """The measurements of a log line in words."""
     parts = [f"{name} {line[name]:.3f}" for name in ("Loss_D", "Loss_G", "D(x)") if name in line]
-    if "D(G(z)) after" in line:
+    if {"D(G(z)) before", "D(G(z)) after"} <= line.keys():
         parts.append(f"D(G(z)) {line['D(G(z)) before']:.3f} -> {line['D(G(z)) after']:.3f}")
     return "  ".join(parts)
 
