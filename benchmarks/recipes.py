@@ -50,7 +50,7 @@ def main(options: Options) -> None:
         last = run.read_log()[-1]
         minutes = last["images"] / last["images/s"] / 60
         table.add_row(f"{data} {flags}", f"{last['images']:,}", f"{minutes:.1f}", f"{last['images/s']:,.0f}")
-        if options.pictures:
+        if options.pictures and data != EMOJI:  # blots, and large files
             options.pictures.mkdir(parents=True, exist_ok=True)
             shutil.copy(sorted(run.samples.glob("epoch_*.png"))[-1], options.pictures / f"{name}.png")
     Console(width=140).print(table)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console as Rich
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
 from rich.table import Table
 
 from frugan.summary import Row
@@ -72,14 +72,14 @@ class Console:
         """Begins showing progress in images."""
         self._last_plain = time.monotonic()
         if self.rich.is_terminal and not self.rich.quiet:
-            self._bar = Progress(
+            columns: list[ProgressColumn] = [
                 TextColumn("epoch {task.fields[epoch]}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.percentage:.0f}%  {task.fields[rate]}  "),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[left]}  {task.fields[losses]}"),
-                console=self.rich,
-            )
+                BarColumn(bar_width=12),
+                TextColumn("{task.percentage:.0f}%  {task.fields[rate]}  {task.fields[left]}"),
+            ]
+            if self.rich.width >= 120:  # else they would push the rest together; each epoch's line has them
+                columns.append(TextColumn("{task.fields[losses]}"))
+            self._bar = Progress(*columns, console=self.rich)
             self._task = self._bar.add_task("", total=total, completed=done, epoch="", rate="", left="", losses="")
             self._bar.start()
 
