@@ -33,6 +33,8 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert loaded.keys() == tensors().keys()
     assert all(torch.equal(loaded[k], v) and loaded[k].dtype == v.dtype for k, v in tensors().items())
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 @settings(max_examples=60, deadline=None)

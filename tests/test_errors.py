@@ -77,7 +77,7 @@ def test_a_folder_that_is_not_there(refused: Callable[..., str], tmp_path: Path)
 
 
 def test_a_data_set_that_is_misspelt(refused: Callable[..., str]) -> None:
-    assert "did you mean 'fashion-mnist'?" in one_sentence(refused("train", "fashon-mnist"))
+    assert "did you mean 'fashion-mnist'" in one_sentence(refused("train", "fashon-mnist"))
 
 
 @pytest.mark.parametrize("content", [b"", b"neither", None], ids=["empty", "garbage", "cut short"])
@@ -220,6 +220,11 @@ def test_generating_from_what_is_no_run(refused: Callable[..., str], trained: Pa
     assert "is no run folder" in one_sentence(refused("generate", tmp_path / "empty"))
     assert "at least 1, not 0" in one_sentence(refused("generate", trained, "--n", "0"))
     assert "at least two seeds" in one_sentence(refused("generate", trained, "--interpolate", "3"))
+    assert "--interpolate must be a whole number, not 'a'" in one_sentence(refused("generate", trained, "--interpolate", "1", "a"))
+    assert "leave --separate out" in one_sentence(refused("generate", trained, "--interpolate", "1", "2", "--separate"))
+    below = trained / "recipe.toml" / "a.png"
+    assert "cannot write" in one_sentence(refused("generate", trained, "--n", "1", "--out", below))
+    assert "no command 'trian': did you mean 'train'?" in one_sentence(refused("trian", "photos"))
     assert "must be a folder" in one_sentence(refused("generate", trained, "--separate", "--out", tmp_path / "a.png"))
     (trained / "generator.safetensors").write_bytes(b"cut")
     assert "cannot be read, it may be cut short" in one_sentence(refused("generate", trained))
@@ -229,6 +234,7 @@ def test_fine_tuning_from_nothing_and_freezing_everything(refused: Callable[...,
     assert "there is no checkpoint in it" in one_sentence(
         refused("train", few, *SMALL, "--init-from", tmp_path / "none", "--out", tmp_path / "r")
     )
+    assert not (tmp_path / "r").exists()  # no trace of what was refused
     assert "leaves nothing to train" in one_sentence(refused("train", few, *SMALL, "--freeze-d", "2", "--out", tmp_path / "r"))
     assert "--freeze-d is for fine-tuning" in one_sentence(
         refused("train", few, *SMALL, "--freeze-d", "1", "--out", tmp_path / "r")

@@ -9,6 +9,7 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +39,11 @@ def _default(value: str) -> str:
 DataArgument = Annotated[
     str | None,
     tyro.conf.Positional,
-    tyro.conf.arg(metavar="DATA", help="folder or zip of images, folder of IDX files, or digits (default), mnist, fashion-mnist"),
+    tyro.conf.arg(
+        metavar="DATA",
+        help="folder or zip of images, folder of IDX files, or digits (default), mnist, fashion-mnist",
+        help_behavior_hint="",
+    ),
 ]
 DataFlag = Annotated[str | None, tyro.conf.arg(metavar="DATA", help="the same as DATA", help_behavior_hint="")]
 RecipeFlag = Annotated[str, tyro.conf.arg(help=f"{', '.join(recipes.RECIPES)}, or a TOML file; it decides the defaults below")]
@@ -147,6 +152,8 @@ def _generate(options: Generate) -> None:
         raise UserError(f"--out {out}: pictures are written as .png, .jpg, .webp or .bmp.")
     if single and options.separate:
         raise UserError(f"--separate writes many files: --out {out} must be a folder.")
+    if options.interpolate and options.separate:
+        raise UserError("--interpolate writes a strip and a GIF: leave --separate out.")
     if options.interpolate:
         images = generator.interpolate(options.interpolate, options.frames)
         name = "-".join(map(str, options.interpolate))
@@ -195,6 +202,8 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Recipe]:
         "generate": Generate,
         "summary": _recipe_options("Summary", Summary, recipe),
     }
+    if not arguments[0].startswith("-") and arguments[0] not in verbs:
+        raise UserError(f"there is no command {arguments[0]!r}: {nearest(arguments[0], verbs)}")
     if arguments[0] in verbs:
         _check_flags(arguments[1:], typing.get_type_hints(verbs[arguments[0]]))
     options = tyro.extras.subcommand_cli_from_dict(
@@ -215,8 +224,13 @@ def _check_flags(arguments: Sequence[str], hints: dict[str, Any]) -> None:
         following = [value] if equals else [a for a in arguments[i + 1 : i + 2] if not a.startswith("--")]
         if not following:
             raise UserError(f"{name} needs a value.")
-        if not readable(following[0], hints[key]):
-            raise UserError(f"{name} must be {spoken(hints[key])}, not {following[0]!r}.")
+        hint = hints[key]
+        if typing.get_origin(hint) is tuple:  # as many values as there are
+            following = [value] if equals else list(takewhile(lambda a: not a.startswith("--"), arguments[i + 1 :]))
+            hint = typing.get_args(hint)[0]
+        for text in following:
+            if not readable(text, hint):
+                raise UserError(f"{name} must be {spoken(hint)}, not {text!r}.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

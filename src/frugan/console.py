@@ -22,6 +22,11 @@ def size(count: float) -> str:
     return f"{count:.2f} GiB"
 
 
+def counted(number: int, word: str, ending: str = "s") -> str:
+    """1 epoch, 2 epochs."""
+    return f"{number} {word}{ending if number > 1 else ''}"
+
+
 def duration(seconds: float) -> str:
     """Seconds as 1:02:03 or 2:03."""
     minutes, rest = divmod(round(seconds), 60)
@@ -49,6 +54,7 @@ class Console:
     def tell(self, text: str) -> None:
         """One notice."""
         self.rich.print(text, markup=False)
+        self.rich.file.flush()  # into a file too, which is read while training goes on
 
     def networks(self, summary: Mapping[str, Iterable[Row]]) -> None:
         """Both networks, layer by layer."""

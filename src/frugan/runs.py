@@ -44,6 +44,9 @@ class RunFolder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._lock.release()
+        if not self.plan_file.exists() and all(p.name == ".lock" for p in self.path.iterdir()):  # refused: leave no trace
+            (self.path / ".lock").unlink(missing_ok=True)
+            self.path.rmdir()
 
     def check(self, recipe: Recipe, plan: Mapping[str, Any], accept_changes: bool) -> None:
         """Checks that what is there belongs to this training, which ``recipe`` and ``plan`` tell.
@@ -58,7 +61,8 @@ class RunFolder:
         before, then = read(self.recipe_file), self._read_plan()
         if then.get("fingerprint") != plan["fingerprint"]:
             raise UserError(
-                f"{self.path} belongs to another run, of {before.recipe} on other images ({before.data.data}): give another --out."
+                f"{self.path} belongs to another run, of {before.recipe} on other images, or its images ({before.data.data}) have "
+                "changed since: give another --out; --init-from starts from its weights."
             )
         if then.get("images") != plan["images"]:
             raise UserError(

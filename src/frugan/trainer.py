@@ -13,7 +13,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from frugan import checkpoint, device, generate, pictures
-from frugan.console import Console, losses
+from frugan.console import Console, counted, losses
 from frugan.data.loader import Loader, resolve
 from frugan.data.source import Source, open_source
 from frugan.draws import Draws
@@ -123,7 +123,7 @@ class Trainer:
         if loaded is None:
             raise UserError(f"--init-from {run}: there is no checkpoint in it.")
         for name, (fitted, of, new) in take_weights(loaded[0], generator, discriminator).items():
-            shown = f"; new are {', '.join(new[:8])}{' ...' if len(new) > 8 else ''}" if new else ""
+            shown = f"; new are {', '.join(new[:3])}{' ...' if len(new) > 3 else ''}" if new else ""
             self.console.tell(f"From {run}: {fitted} of {of} tensors of the {name} fit{shown}.")
 
     def train(self) -> Path:
@@ -157,6 +157,8 @@ class Trainer:
             folder.log_file.unlink(missing_ok=True)
             pictures.save(pictures.grid(self.loader.batch(0, min(GRID, len(self.loader)))), folder.path / "real_images.png")
         self._introduce()
+        if resumed is not None:
+            console.tell(f"Going on from {state.images:,} images.")
         if state.images >= self.total:
             console.tell(f"{folder.path} is already trained for {state.images:,} images; more --epochs go on.")
             self._results()  # the last time could have been killed before they were written
@@ -324,7 +326,6 @@ class Trainer:
             for optimizer, (rate, old, new) in zip((self.state.optimizer_g, self.state.optimizer_d), rates, strict=True):
                 optimizer.param_groups[0]["lr"] = rate * (new / old)
         self.folder.rewind_log(self.state.images)
-        self.console.tell(f"Going on in {self.folder.path} from {self.state.images:,} images.")
         if not self.run.threads and numbers["threads"] != torch.get_num_threads():
             torch.set_num_threads(numbers["threads"])  # sums are split by threads
         changed = [f"{k} {numbers[k]} then, {v} now" for k, v in self._machine().items() if numbers[k] != v]
@@ -354,9 +355,9 @@ class Trainer:
         tell(f"{len(self.loader):,} images of {self.source.name}{classes}, {kind}, {data.image_size}x{data.image_size}.")
         self.console.networks(summarise(recipe))
         tell(
-            f"Recipe {recipe.recipe}, batch {self.batch} in {len(self.sizes_d)} micro-batches for D and {len(self.sizes_g)} for G, "
-            f"{recipe.training.epochs} epochs, {memory.precision} on {self.device} with {torch.get_num_threads()} threads, "
-            f"into {self.folder.path}."
+            f"Recipe {recipe.recipe}, batch {self.batch} in {counted(len(self.sizes_d), 'micro-batch', 'es')} for D and "
+            f"{len(self.sizes_g)} for G, {counted(recipe.training.epochs, 'epoch')}, {memory.precision} on {self.device} "
+            f"with {counted(torch.get_num_threads(), 'thread')}, into {self.folder.path}."
         )
         if memory.precision in ("bf16", "fp16"):
             tell(f"Approximate: {memory.precision} rounds inside the networks; --precision fp32 does not.")

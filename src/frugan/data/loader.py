@@ -146,7 +146,7 @@ class Loader:
         except MemoryError:
             raise
         except Exception as error:  # what decoders raise for files that are not what they say is without end
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             if isinstance(error, UnidentifiedImageError):
                 reason = "not an image, or empty"
             self.bad[index] = reason

@@ -104,7 +104,7 @@ class FileSource(Source):
 
     def __init__(self, root: Path, paths: list[str], sizes: list[int], archive: zipfile.ZipFile | None) -> None:
         self.root = root
-        self.name = root.stem if archive else root.resolve().name
+        self.name = root.stem if archive else root.absolute().name
         self.paths = paths
         self.archive = archive
         digest = hashlib.sha256()
@@ -160,7 +160,10 @@ def open_source(data: Data) -> Source:
             raise UserError(f"{path} is neither a folder nor a zip of images.")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}.") from None
-    near = nearest(data.data, [*NAMED, "digits"]) if path.parent == Path() else "check the path."
+    near = "check the path"
+    if path.parent == Path():
+        near += ", or " + nearest(data.data, [*NAMED, "digits"]).removesuffix(".").removesuffix("?")
+    near += "."
     raise UserError(f"there is no folder or zip {path}: {near}")
 
 
@@ -221,7 +224,7 @@ def named(data: Data) -> Source | None:
 def idx_files(data: Data) -> Source | None:
     """A folder of IDX files, gzipped or not (LeCun's MNIST format)."""
     folder = Path(data.data)
-    name = folder.resolve().name
+    name = folder.absolute().name
     known = NAMED.get(name.lower())
     return idx_folder(folder, name, data.split, known[1] if known else None)
 
