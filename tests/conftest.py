@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -15,6 +16,8 @@ from frugan import checkpoint
 from frugan.runs import RunFolder
 
 torch.set_num_threads(2)
+settings.register_profile("patient", deadline=None)  # shared machines stall now and then
+settings.load_profile("patient")
 
 
 def write_idx(folder: Path, images: np.ndarray, labels: np.ndarray | None = None, part: str = "train") -> Path:
@@ -62,8 +65,8 @@ SMALL = {
 def train(few: Path) -> Callable[..., Path]:
     """A training of a second; settings as `frugan.train` takes them."""
 
-    def run(out: Path, data: Path | str = few, **settings: object) -> Path:
-        return frugan.train(data, out=out, **(SMALL | settings))
+    def run(out: Path, data: Path | str = few, **own: object) -> Path:
+        return frugan.train(data, out=out, **(SMALL | own))
 
     return run
 
