@@ -24,11 +24,12 @@ from rich.table import Table
 from frugan import recipes
 from frugan.device import choose
 from frugan.draws import Draws, Rows
+from frugan.memory.plan import Layout
 from frugan.networks import build
 from frugan.objective import LOSSES
 from frugan.optim import adam
 from frugan.recipe import Recipe
-from frugan.step import Step, split
+from frugan.step import Step
 
 
 @dataclass
@@ -75,12 +76,12 @@ def frugal(recipe: Recipe, options: Options, device: torch.device, precision: st
     )  # fmt: skip
     shape = options.batch_size, options.channels, options.image_size, options.image_size
     images = torch.randint(0, 256, shape, dtype=torch.uint8)
-    sizes, seen = split(options.batch_size, parts), 0
+    layout, seen = Layout.of(options.batch_size, parts), 0
 
     def update() -> None:
         nonlocal seen
         for phase, optimizer in zip((step.discriminator_phase, step.generator_phase), optimizers, strict=True):
-            phase(images, seen, sizes)
+            phase(lambda row, n: images[row - seen : row - seen + n], seen, layout)
             step.scaler.step(optimizer)
             step.scaler.update()
             optimizer.zero_grad(set_to_none=True)

@@ -1,5 +1,7 @@
 """Accumulation is exact: any split of a batch into micro-batches adds up to the whole batch's gradients."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,8 +9,9 @@ from hypothesis import strategies as st
 
 from frugan import recipe
 from frugan.draws import Draws
+from frugan.memory.plan import Layout, split
 from frugan.networks import build
-from frugan.step import Step, split
+from frugan.step import Step
 
 NETWORKS = {
     "r3": recipe.R3(latent_dim=5, width_g=4, width_d=4),
@@ -33,7 +36,7 @@ def micro_batches(total: int) -> st.SearchStrategy[list[int]]:
     return cuts.map(lambda c: [b - a for a, b in zip([0, *sorted(c)], [*sorted(c), total], strict=True)])
 
 
-def gradients(network: str, objective: recipe.Objective, sizes: list[int], first: int) -> dict[str, torch.Tensor]:
+def gradients(network: str, objective: recipe.Objective, sizes: list[int], first: int, **levers: Any) -> dict[str, torch.Tensor]:
     options = NETWORKS[network]
     generator, discriminator = (n.double() for n in build(options, 12, 2))
     torch.manual_seed(1)
@@ -42,8 +45,9 @@ def gradients(network: str, objective: recipe.Objective, sizes: list[int], first
             p.add_(torch.randn_like(p), alpha=0.1)
     images = torch.randint(0, 256, (sum(sizes), 2, 12, 12), dtype=torch.uint8)
     step = Step(generator, discriminator, objective, options.latent_dim, Draws(3), flip=True)
-    step.discriminator_phase(images, first, sizes)
-    step.generator_phase(images, first, sizes)
+    layout = Layout(sizes=tuple(sizes), **levers)
+    for phase in (step.discriminator_phase, step.generator_phase):
+        phase(lambda row, n: images[row - first : row - first + n], first, layout)
     return {
         f"{name}.{k}": p.grad
         for name, net in (("g", generator), ("d", discriminator))
@@ -94,7 +98,7 @@ def test_the_generators_phase_leaves_no_gradient_on_the_discriminator() -> None:
     options = NETWORKS["r3"]
     generator, discriminator = build(options, 8, 1)
     step = Step(generator, discriminator, recipe.RpGan(), options.latent_dim, Draws(0))
-    step.generator_phase(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), 0, [4])
+    step.generator_phase(lambda row, n: torch.zeros(n, 1, 8, 8, dtype=torch.uint8), 0, Layout(sizes=(4,)))
     assert all(p.grad is None for p in discriminator.parameters())
     assert any(p.grad is not None for p in generator.parameters())
 

@@ -1,24 +1,29 @@
 """Whole training states on disk: one safetensors file each, written atomically and verified when read.
 
 The file holds the tensors; its header holds everything else as JSON, and a SHA-256 of both, so that a file that was cut
-short or edited is told from a good one.
+short or edited is told from a good one. It is written here and not by the library, which would hold two copies of the whole
+state in memory while it writes; the library reads it.
 """
 
 import hashlib
 import json
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from frugan.errors import UserError
 from frugan.files import whole
 
 Tensors = dict[str, Tensor]
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -27,13 +32,19 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) ->
     Raises:
         UserError: the file cannot be written.
     """
-    flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     text = json.dumps(state)
-    with whole(path) as part:
-        try:
-            save_file(flat, part, metadata={"state": text, "sha256": _digest(flat, text)})
-        except SafetensorError as error:
-            raise OSError(str(error)) from None
+    header: dict[str, Any] = {"__metadata__": {"state": text, "sha256": _digest(tensors, text)}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with whole(path) as part, part.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)))
+        file.write(encoded)
+        for tensor in tensors.values():
+            file.write(_bytes(tensor))
 
 
 def load(path: Path) -> tuple[Tensors, dict[str, Any]]:
@@ -75,5 +86,10 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The values of one tensor, in order; a copy of this one alone where it lies otherwise in memory."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -4,6 +4,7 @@ Every field of a recipe is a flag, with the help, type and default that stand in
 ``--objective`` are read first, because they decide which fields there are. torch is imported only once there is work to do.
 """
 
+import json
 import os
 import sys
 import typing
@@ -66,6 +67,10 @@ class Train:
     """Trains, or goes on with a training that was interrupted."""
 
 
+class Plan:
+    """Says what a training would need and how it would be laid out, without training."""
+
+
 class Summary:
     """Prints both networks of a recipe, layer by layer."""
 
@@ -121,6 +126,53 @@ def _train(options: Any, recipe: Recipe) -> None:
     except Stopped as stopped:
         print(f"frugan: {stopped}", file=sys.stderr)
         sys.exit(128 + stopped.number)
+
+
+def _plan(options: Any, recipe: Recipe) -> None:
+    recipe = _asked(options, recipe)
+    if options.plot and Path(options.plot).suffix.lower() not in (".png", ".jpg", ".jpeg", ".svg", ".pdf"):
+        raise UserError(f"--plot {options.plot}: pictures are written as .png, .jpg, .svg or .pdf.")
+    _spin_briefly()
+    from frugan import device, pictures
+    from frugan.console import Console
+    from frugan.data.loader import bytes_of, keepable, resolve
+    from frugan.data.source import open_source
+    from frugan.memory import limit
+    from frugan.memory.plan import size
+    from frugan.planner import Planner
+
+    console = Console(quiet=options.json)
+    where = device.choose(options.device)
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    source = open_source(recipe.data)
+    data = resolve(source, recipe.data, console.tell)
+    recipe = recipe.replace(image_size=data.image_size, channels=data.channels)
+    if recipe.memory.precision == "auto":
+        recipe = recipe.replace(precision=device.fast_precision(where))
+    keep = keepable(limit.budget(options.memory, where), limit.resident())
+    held = bytes_of(len(source), data, recipe.training.batch_size, keep)
+    planner = Planner(recipe, where, data=held, memory=options.memory, approximate=options.allow_approximate, tell=console.tell)
+    plan = planner.plan()
+    looked_at = planner.looked_at(plan)
+    if options.json:
+        print(json.dumps(plan.as_dict() | {"candidates": looked_at}))
+    else:
+        console.bytes(plan)
+        console.candidates(looked_at)
+        for reason in planner.why(plan):
+            console.tell(reason)
+        console.plan(plan, recipe.training.batch_size)
+    if options.plot:
+        courses = {
+            f"{name}: {min(2, parts)} of {parts} micro-batches" if parts > 1 else name: timeline.course(planner.search.workspaces)
+            for name, (timeline, parts) in planner.timelines(plan).items()
+        }
+        title = f"{recipe.recipe}, {data.image_size}x{data.image_size}, batch {recipe.training.batch_size}: {size(plan.allocated)}"
+        pictures.plot_memory(courses, Path(options.plot), title)
+        console.tell(f"Memory over one update is drawn in {options.plot}.")
 
 
 def _summary(options: Any, recipe: Recipe) -> None:
@@ -189,16 +241,21 @@ def _spin_briefly() -> None:
 
 
 def parse(arguments: Sequence[str]) -> tuple[Any, Recipe]:
-    """What was asked for, an instance of `Train`, `Generate` or `Summary`, and the recipe whose settings its defaults are.
+    """What was asked for, an instance of `Train`, `Plan`, `Generate` or `Summary`, and the recipe whose settings its defaults are.
 
     Raises:
         UserError: an unknown recipe, objective or flag, or a value of the wrong type.
         SystemExit: with 2, after saying which arguments are too many or missing; with 0 after ``--help``.
     """
-    recipe = _recipe_of(arguments) if arguments[:1] in (["train"], ["summary"]) else recipes.get(recipes.DEFAULT)
+    recipe = _recipe_of(arguments) if arguments[:1] in (["train"], ["plan"], ["summary"]) else recipes.get(recipes.DEFAULT)
     quiet = ("quiet", Annotated[bool, tyro.conf.arg(help="print nothing but errors")], field(default=False))
+    shown = [o for o in _described(Run) if o[0] in ("memory", "allow_approximate", "device", "threads")]
+    as_json = ("json", Annotated[bool, tyro.conf.arg(help="print the plan as JSON")], field(default=False))
+    plot_arg = tyro.conf.arg(help="picture of memory over one update to write", help_behavior_hint="")
+    plot = ("plot", Annotated[str | None, plot_arg], field(default=None))
     verbs: dict[str, Callable[..., Any]] = {
         "train": _recipe_options("Train", Train, recipe, *_described(Run), quiet),
+        "plan": _recipe_options("Plan", Plan, recipe, *shown, as_json, plot),
         "generate": Generate,
         "summary": _recipe_options("Summary", Summary, recipe),
     }
@@ -242,6 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _generate(options)
         elif isinstance(options, Train):
             _train(options, recipe)
+        elif isinstance(options, Plan):
+            _plan(options, recipe)
         else:
             _summary(options, recipe)
     except UserError as error:

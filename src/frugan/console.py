@@ -8,18 +8,11 @@ from rich.console import Console as Rich
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
 from rich.table import Table
 
+from frugan.memory.plan import size
+from frugan.planner import Plan
 from frugan.summary import Row
 
 PLAIN_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
-
-
-def size(count: float) -> str:
-    """Bytes in words."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
 
 
 def counted(number: int, word: str, ending: str = "s") -> str:
@@ -73,6 +66,52 @@ class Console:
             table.add_row("total", "", "", f"{sum(r.parameters for r in rows):,}", size(sum(r.activation_bytes for r in rows)))
             self.rich.print(table, soft_wrap=False)
             self.rich.print()
+
+    def plan(self, plan: Plan, batch: int) -> None:
+        """How a batch is computed, and what that takes."""
+        phases = "; ".join(f"{name}: {layout}" for name, layout in plan.layouts.items())
+        self.tell(f"Plan for batches of {batch} ({plan.guarantee}): {phases}.")
+        budget = f" of --memory {size(plan.budget)}" if plan.named else f" of {size(plan.budget)} there are"
+        self.tell(
+            f"Memory: {size(plan.predicted)} predicted{budget}: framework {size(plan.framework)}, data {size(plan.data)}, "
+            f"training {size(plan.held)}."
+        )
+
+    def bytes(self, plan: Plan) -> None:
+        """Where the bytes go, in each moment of a training."""
+        table = Table(title="Where the bytes go", title_justify="left", box=None, pad_edge=False, header_style="bold")
+        table.add_column("", no_wrap=True)
+        for moment in plan.phases:
+            table.add_column(moment, justify="right", no_wrap=True)
+        names = list(dict.fromkeys(name for parts in plan.phases.values() for name in parts))
+        for name in names:
+            table.add_row(name, *(size(parts[name]) if parts.get(name) else "-" for parts in plan.phases.values()))
+        table.add_section()
+        table.add_row("training allocates", *(size(sum(parts.values())) for parts in plan.phases.values()))
+        self.rich.print(table, soft_wrap=False)
+        self.rich.print()
+        between = plan.held - plan.allocated
+        self.tell(
+            f"Process: framework {size(plan.framework)} + data {size(plan.data)} + training {size(plan.allocated)} + "
+            f"between tensors {size(between)} = {size(plan.predicted)} predicted."
+        )
+
+    def candidates(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """What was looked at, and what is taken."""
+        table = Table(title="Candidates", title_justify="left", box=None, pad_edge=False, header_style="bold")
+        for heading in ("phase", "layout", "guarantee"):
+            table.add_column(heading)
+        for heading in ("memory", "arithmetic", "speed"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        for row in rows:
+            verdict = "taken" if row["taken"] else f"{size(row['too_much'])} too much" if row["too_much"] else "fits"
+            table.add_row(
+                row["phase"], row["in_words"], row["guarantee"], size(row["holds"]), f"{row['arithmetic']:.2f}x",
+                f"{row['speed']:.2f}x", verdict, style="bold" if row["taken"] else None,
+            )  # fmt: skip
+        self.rich.print(table, soft_wrap=False)
+        self.rich.print()
 
     def start(self, done: int, total: int) -> None:
         """Begins showing progress in images."""

@@ -1,7 +1,4 @@
-"""The machine: which device, what precision it is fast at, and giving memory back to it."""
-
-import ctypes
-import sys
+"""The machine: which device, and what precision it is fast at."""
 
 import torch
 
@@ -31,22 +28,3 @@ def fast_precision(device: torch.device) -> str:
     if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
         return "bf16"
     return "fp32"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory ran out; on the CPU and in libraries only its words tell."""
-    words = ("can't allocate memory", "could not create a primitive", "STATUS_ALLOC_FAILED", "MPS backend out of memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error) for w in words)
-
-
-def release(device: torch.device) -> None:
-    """Gives memory that is free inside the process back to the system."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
-    if sys.platform == "linux":
-        try:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        except (OSError, AttributeError):
-            pass  # another C library, which has no such call

@@ -58,6 +58,10 @@ class Draws:
             self._device, mask, MASK_BLOCK,
         )  # fmt: skip
 
+    def kept(self) -> list[Tensor]:
+        """The blocks that are kept for the next rows."""
+        return [block for _, block in self._blocks.values()]
+
     def _rows(
         self,
         purpose: str,

@@ -56,13 +56,13 @@ class Generator:
         return to_images(self.network, noise)
 
 
-def to_images(network: nn.Module, noise: Tensor) -> Tensor:
-    """Runs a generator in chunks: noise ``[n, latent_dim]`` to uint8 ``[n, c, h, w]`` on the CPU."""
+def to_images(network: nn.Module, noise: Tensor, chunk: int = CHUNK) -> Tensor:
+    """Runs a generator on ``chunk`` samples at a time: noise ``[n, latent_dim]`` to uint8 ``[n, c, h, w]`` on the CPU."""
     like = next(network.parameters())
     pieces = []
     with evaluating(network):
-        for chunk in torch.split(noise, CHUNK):
-            images = network(chunk.to(like)).float().clamp_(-1, 1)
+        for some in torch.split(noise, chunk):
+            images = network(some.to(like)).float().clamp_(-1, 1)
             pieces.append(images.add_(1).mul_(127.5).round_().to("cpu", torch.uint8).contiguous())
     return torch.cat(pieces)
 

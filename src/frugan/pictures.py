@@ -2,6 +2,7 @@
 
 import gc
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,36 @@ def save_loop(images: Tensor, path: Path, milliseconds: int = 60) -> None:
     frames = [grid(image[None]) for image in torch.cat([images, images.flip(0)[1:-1]])]
     with whole(path) as part:
         frames[0].save(part, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+
+
+def plot_memory(phases: Mapping[str, Sequence[Mapping[str, int]]], path: Path, title: str) -> None:
+    """Draws what is live during one update, event by event, by what it is for; ``phases`` follow one another."""
+    names = list(dict.fromkeys(name for course in phases.values() for now in course for name in now))
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    axes = figure.subplots()
+    whole_course = [now for course in phases.values() for now in course]
+    values = np.array([[now.get(name, 0) for now in whole_course] for name in names]) / 2**20
+    axes.stackplot(np.arange(len(whole_course)), values, labels=names, step="post", linewidth=0)
+    begin = 0
+    for name, course in phases.items():
+        axes.axvline(begin, color="black", linewidth=0.6)
+        axes.text(begin + len(whole_course) / 200, values.sum(0).max() * 1.02, name)
+        begin += len(course)
+    axes.set_xlim(0, len(whole_course))
+    axes.set_xlabel("operators of one update, in order")
+    axes.set_ylabel("MiB that training has allocated")
+    axes.set_title(title)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), reverse=True)
+    with whole(path) as part:
+        figure.savefig(part, dpi=120)
+    del figure, axes
+    gc.collect()
+
+
+def rehearse() -> None:
+    """Draws once for nobody, so that all that drawing loads is there before the memory for it is counted."""
+    with tempfile.TemporaryDirectory() as folder:
+        plot_losses([{"images": 1, "Loss_D": 1.0}], Path(folder) / "nothing.png")
 
 
 def plot_losses(lines: Sequence[Mapping[str, Any]], path: Path) -> None:

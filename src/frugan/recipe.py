@@ -41,6 +41,7 @@ class Data(Section):
 
 
 Norm = Literal["batch", "group", "none"]
+Choice = Literal["auto", "yes", "no"]  # auto: if the memory there is asks for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,12 +190,24 @@ class Training(Section):
 class Memory(Section):
     """How the arithmetic is laid out: only ``precision`` changes more than rounding, unless a network couples samples."""
 
-    accumulation_steps: int = option(1, "micro-batches that the discriminator's batch is cut into", least=1)
-    generator_accumulation_steps: int | None = option(
-        None, "micro-batches that the generator's batch is cut into; unset: as the discriminator's", least=1
+    accumulation_steps: int | None = option(
+        None, "micro-batches that the discriminator's batch is cut into; unset: as few as fit", least=1
     )
+    generator_accumulation_steps: int | None = option(
+        None, "micro-batches that the generator's batch is cut into; unset: as the discriminator's, or as few as fit", least=1
+    )
+    separate_terms: Choice = option("auto", "one backward for real images, then one for generated ones (reassociation)")
+    penalty: Literal["auto", "double-backward", "jvp"] = option(
+        "auto", "how gradient penalties are differentiated; jvp: forwards, which takes less together with the next (reassociation)"
+    )
+    checkpoint_blocks: Choice = option("auto", "keep the inputs of each block alone and compute it again in backward (bitwise)")
+    recompute_generator: Choice = option("auto", "run G again for its backward, so that it is not held beside D (bitwise)")
+    offload_activations: Choice = option("auto", "what backward needs waits on the host (bitwise; accelerators)")
+    offload_state: Choice = option("auto", "moments and the averaged generator wait on the host (bitwise; accelerators)")
+    in_place: bool = option(True, "activations overwrite what they are applied to (bitwise)")
+    lean_adam: bool = option(True, "Adam keeps no first moment where beta1 is 0 (reassociation)")
     precision: Literal["fp32", "bf16", "fp16", "auto"] = option(
-        "fp32", "arithmetic inside the networks; auto: bf16 or fp16 where the device is fast at it"
+        "fp32", "arithmetic inside the networks; auto: bf16 or fp16 where the device is fast at it (approximate)"
     )
     channels_last: bool = option(True, "lay images out with the channels innermost: faster convolutions")
 
@@ -309,6 +322,8 @@ class Run(Section):
     """Where and with what a training runs: nothing here changes the numbers it ends with."""
 
     out: str | None = option(None, "run folder; unset: runs/DATA-RECIPE")
+    memory: str | None = option(None, "the most memory to hold, as 2GiB or 800MiB; unset: most of what is free")
+    allow_approximate: bool = option(False, "where nothing else fits, batch norm may work on micro-batches below 16")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: the first of cuda, mps, cpu that is there")
     threads: int | None = option(None, "processor threads; unset: all cores, or as the run was started with", least=1)
     workers: int = option(2, "threads that decode images ahead of training", least=1)

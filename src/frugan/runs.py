@@ -121,7 +121,10 @@ class RunFolder:
             raise UserError(f"cannot write {self.log_file}: {error.strerror}.") from None
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The whole lines of ``log.jsonl``."""
+        """The reports in ``log.jsonl``: its whole lines but for events."""
+        return [line for line in self._log_lines() if "event" not in line]
+
+    def _log_lines(self) -> list[dict[str, Any]]:
         if not self.log_file.exists():
             return []
         lines = []
@@ -134,9 +137,17 @@ class RunFolder:
                 lines.append(line)
         return lines
 
+    def saved_plan(self) -> dict[str, Any]:
+        """What ``plan.json`` says, if there is one."""
+        return self._read_plan() if self.plan_file.exists() else {}
+
+    def rewrite_plan(self, changes: Mapping[str, Any]) -> None:
+        """Changes what ``plan.json`` says."""
+        write_text(self.plan_file, json.dumps(self._read_plan() | dict(changes), indent=2) + "\n")
+
     def rewind_log(self, images: int) -> None:
         """Drops what was logged after ``images`` images: it is about to be trained again."""
-        lines = [line for line in self.read_log() if line["images"] <= images]
+        lines = [line for line in self._log_lines() if line["images"] <= images]
         write_text(self.log_file, "".join(json.dumps(line) + "\n" for line in lines))
 
     def _read_plan(self) -> dict[str, Any]:

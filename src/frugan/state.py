@@ -26,9 +26,9 @@ class Mean:
 
     def add(self, terms: Mapping[str, Tensor]) -> None:
         """Takes in one update's terms."""
-        for name, value in terms.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
+        sums = {name: self.sums[name] + value if name in self.sums else value for name, value in terms.items()}
+        self.sums |= sums  # all of them or, if memory runs out, none
+        self.counts |= {name: self.counts.get(name, 0) + 1 for name in terms}
 
     def take(self) -> dict[str, float]:
         """The means so far; begins anew."""

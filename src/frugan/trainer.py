@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,22 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from frugan import checkpoint, device, generate, pictures
-from frugan.console import Console, counted, losses
-from frugan.data.loader import Loader, resolve
+from frugan.console import Console, losses
+from frugan.data.loader import Loader, keepable, resolve
 from frugan.data.source import Source, open_source
 from frugan.draws import Draws
 from frugan.errors import UserError
+from frugan.memory import limit
+from frugan.memory.plan import Layout, size
+from frugan.memory.recover import Change, OutOfMemory
 from frugan.networks import Network, build
-from frugan.optim import Ema, adam, rate_factor
+from frugan.optim import rate_factor
+from frugan.planner import Plan, Planner, average, freeze, lay_out, make_step, notices, optimizers, recovery
 from frugan.recipe import Recipe, Run
 from frugan.runs import RunFolder
 from frugan.signals import Signals, Stopped
 from frugan.state import Mean, State, take_weights
-from frugan.step import Step, split
+from frugan.step import Terms
 from frugan.summary import summarise
 
 GRID = 64  # images in the pictures of real images and of samples during training
@@ -51,13 +56,15 @@ class Trainer:
         self.console = console
         self.on_update = on_update
         self.device = device.choose(run.device)
+        limit.handle("return")  # until there is a plan
         if run.threads:
             torch.set_num_threads(run.threads)
         source = open_source(recipe.data)
         self.recipe = self._resolve(recipe, source)
         data = self.recipe.data
         seed = self.recipe.training.seed
-        self.loader = Loader(source, data, seed=seed, workers=run.workers, tell=console.tell)
+        keep = keepable(limit.budget(run.memory, self.device), limit.resident())
+        self.loader = Loader(source, data, seed=seed, workers=run.workers, tell=console.tell, keep=keep)
         self.source = source
         self.batch = self.recipe.training.batch_size
         if self.batch > len(self.loader):
@@ -65,9 +72,6 @@ class Trainer:
                 f"--batch-size {self.batch} is more than the {len(self.loader)} images of {source.name}: "
                 f"use --batch-size {min(64, len(self.loader))} or fewer."
             )
-        memory = self.recipe.memory
-        self.sizes_d = split(self.batch, memory.accumulation_steps)
-        self.sizes_g = split(self.batch, memory.generator_accumulation_steps or memory.accumulation_steps)
         self.total = math.ceil(self.recipe.training.epochs * len(self.loader) / self.batch) * self.batch
         self.folder = RunFolder(Path(run.out) if run.out else Path("runs") / f"{source.name}-{self.recipe.recipe}")
         self.signals = Signals()
@@ -82,37 +86,21 @@ class Trainer:
 
     def _build(self, resuming: bool) -> State:
         """Networks, optimizers and average, as new or, unless ``resuming``, from the run to start from."""
-        recipe, memory = self.recipe, self.recipe.memory
+        recipe = self.recipe
         data, options, training = recipe.data, recipe.optimizer, recipe.training
         channels, size, _ = data.shape
         generator, discriminator = build(recipe.network, size, channels, training.seed)
         if training.init_from and not resuming:
             self._start_from(training.init_from, generator, discriminator)
-        layout = torch.channels_last if memory.channels_last else torch.contiguous_format
-        for network in (generator, discriminator):
-            network.to(self.device, memory_format=layout)  # type: ignore[call-overload]
-        if training.freeze_d >= len(discriminator.blocks):
-            raise UserError(f"--freeze-d {training.freeze_d} leaves nothing to train: D has {len(discriminator.blocks)} blocks.")
-        if training.freeze_d and not training.init_from:
-            raise UserError("--freeze-d is for fine-tuning: name the run to start from with --init-from.")
-        for block in discriminator.blocks[: training.freeze_d]:
-            block.requires_grad_(False).eval()  # its running statistics stay too
-        coupled = generator.couples_samples or discriminator.couples_samples
-        if coupled and min(*self.sizes_d, *self.sizes_g, self.batch) < 2:
-            raise UserError(
-                "batch norm cannot train on micro-batches of 1: use a larger --batch-size or fewer --accumulation-steps, "
-                "or --norm-g group --norm-d group."
-            )
-        self.step = Step(
-            generator, discriminator, recipe.objective, recipe.network.latent_dim, Draws(training.seed, self.device),
-            flip=data.flip, precision=memory.precision, channels_last=memory.channels_last,
-        )  # fmt: skip
-        optimizer_g = adam(generator.parameters(), options.lr_g, options)
-        optimizer_d = adam([p for p in discriminator.parameters() if p.requires_grad], options.lr_d, options)
+        lay_out(recipe, generator, discriminator)
+        generator.to(self.device)
+        discriminator.to(self.device)
+        freeze(recipe, discriminator)
+        self.step = make_step(recipe, generator, discriminator)
+        optimizer_g, optimizer_d = optimizers(recipe, generator, discriminator, self.device)
         factor, patience = options.schedule_factor, options.schedule_patience
         return State(
-            generator, discriminator, Ema(generator, training.ema_half_life).eval() if training.ema_half_life else None,
-            optimizer_g, optimizer_d, self.step.scaler,
+            generator, discriminator, average(recipe, generator, self.device), optimizer_g, optimizer_d, self.step.scaler,
             ReduceLROnPlateau(optimizer_g, factor=factor, patience=patience, threshold=0),
             ReduceLROnPlateau(optimizer_d, factor=factor, patience=patience, threshold=0),
         )  # fmt: skip
@@ -136,28 +124,35 @@ class Trainer:
         with self.folder, self.signals:
             try:
                 return self._train()
-            except (RuntimeError, MemoryError) as error:
-                if not device.is_out_of_memory(error):
+            except (RuntimeError, MemoryError, OutOfMemory) as error:
+                if not (isinstance(error, OutOfMemory) or limit.is_out_of_memory(error)):
                     raise
-                raise self._out_of_memory() from None
+                raise self._out_of_memory(error) from None
             finally:
                 self.console.stop()
                 self.loader.close()
 
     def _train(self) -> Path:
+        recipe, folder = self.recipe, self.folder
+        about = self._about()
+        folder.check(recipe, about, self.run.accept_changes)
+        self.plan = self._plan(resuming=folder.newest_checkpoint() is not None)
+        with limit.held_to(self.plan.budget if self.plan.named else None, self.plan.handling, self.device):
+            return self._train_within(about)
+
+    def _train_within(self, about: dict[str, Any]) -> Path:
         recipe, console, folder = self.recipe, self.console, self.folder
-        plan = self._plan()
-        folder.check(recipe, plan, self.run.accept_changes)
-        resumed = folder.load_newest()
-        self.state = state = self._build(resuming=resumed is not None)
-        if resumed is not None:
-            self._resume(*resumed)
-        folder.claim(recipe, plan)
-        if resumed is None:
+        resumed = folder.newest_checkpoint() is not None
+        self.state = state = self._build(resuming=resumed)
+        self.recovery = recovery(recipe, self.plan, self.step, self.run.allow_approximate, self._changed)
+        if resumed:
+            self._resume()
+        folder.claim(recipe, about | self.plan.as_dict())
+        if not resumed:
             folder.log_file.unlink(missing_ok=True)
             pictures.save(pictures.grid(self.loader.batch(0, min(GRID, len(self.loader)))), folder.path / "real_images.png")
         self._introduce()
-        if resumed is not None:
+        if resumed:
             console.tell(f"Going on from {state.images:,} images.")
         if state.images >= self.total:
             console.tell(f"{folder.path} is already trained for {state.images:,} images; more --epochs go on.")
@@ -167,32 +162,18 @@ class Trainer:
         mean = Mean()
         self._clock, self._clock_images = time.monotonic(), state.images
         self.line: dict[str, Any] = {}
-        steps_g = recipe.training.discriminator_steps
         console.start(state.images, self.total)
         while state.images < self.total:
-            images = self.loader.batch(state.images, self.batch)
-            self._set_rates()
-
-            terms = self.step.discriminator_phase(images, state.images, self.sizes_d)
-            self._update(state.optimizer_d)
-            generates = (state.updates + 1) % steps_g == 0
-            if generates:
-                terms |= self.step.generator_phase(images, state.images, self.sizes_g)
-                self._update(state.optimizer_g)
-                if state.ema:
-                    state.ema.update(state.generator, self.batch * steps_g, state.images + self.batch)
             drawn = state.images
-            state.images += self.batch
-            state.updates += 1
-            mean.add(terms)
-            state.epoch_mean.add(terms)
+            terms = self._advance()
+            self.recovery.again(partial(mean.add, terms))
+            self.recovery.again(partial(state.epoch_mean.add, terms))
             ended = state.images // len(self.loader) > drawn // len(self.loader)
             within = state.images % len(self.loader) // self.batch  # updates of this epoch, so that a resumed log is the same
             if ended or (within and within % self.run.report_every == 0) or state.images >= self.total:
                 judged = {}
-                if generates:
-                    after = self.step.judge_generated(drawn, self.sizes_g)
-                    judged = {"D(G(z)) before": float(terms["D(G(z))"]), "D(G(z)) after": float(after)}
+                if "Loss_G" in terms:
+                    judged = {"D(G(z)) before": float(terms["D(G(z))"]), "D(G(z)) after": self._judged(drawn)}
                 self._report(mean, judged)
             console.progress(self.line | self._position(), recipe.training.epochs)
             if ended:
@@ -204,7 +185,30 @@ class Trainer:
                 raise Stopped(self.signals.received, state.images)
         self._save()
         self._results()
+        self._measured()
         return folder.path
+
+    def _advance(self) -> Terms:
+        """One update of D and, if it is its turn, one of G; what was measured."""
+        state, run, step = self.state, self.recovery.run, self.step
+        first, steps_g = state.images, self.recipe.training.discriminator_steps
+        self._set_rates()
+        images = self.recovery.again(partial(self.loader.images, first, self.batch))
+        terms = run("D", partial(step.discriminator_phase, images, first))
+        self._update(state.optimizer_d)
+        if (state.updates + 1) % steps_g == 0:
+            terms |= run("G", partial(step.generator_phase, images, first))
+            self._update(state.optimizer_g)
+            if state.ema:
+                # It allocates nothing but a number, before it changes anything.
+                self.recovery.again(partial(state.ema.update, state.generator, self.batch * steps_g, first + self.batch))
+        state.images += self.batch
+        state.updates += 1
+        return terms
+
+    def _judged(self, first: int) -> float:
+        sizes = self.recovery.layouts["G"].sizes
+        return float(self.recovery.again(lambda: self.step.judge_generated(first, sizes)))
 
     def _update(self, optimizer: Adam) -> None:
         scaler = self.state.scaler
@@ -259,7 +263,7 @@ class Trainer:
             self._sample(f"epoch_{number}.png")
         if number % self.run.checkpoint_every == 0:
             self._save()
-        device.release(self.device)
+        limit.release(self.device)
 
     def _went_to_pieces(self, name: str) -> UserError:
         way = ", or --precision bf16 or fp32" if self.state.scaler.is_enabled() else ""
@@ -268,10 +272,24 @@ class Trainer:
             f"Try lower --lr-g and --lr-d{way}; {self._last_state()}."
         )
 
-    def _out_of_memory(self) -> UserError:
-        largest = max(*self.sizes_d, *self.sizes_g)
-        way = f"--accumulation-steps {2 * math.ceil(self.batch / largest)} halves the micro-batches" if largest > 1 else "use less"
-        return UserError(f"memory ran out with micro-batches of {largest}: {way}; {self._last_state()}.")
+    def _out_of_memory(self, error: Exception) -> UserError:
+        """One sentence, after everything cheaper was tried."""
+        reason = str(error) if isinstance(error, OutOfMemory) else "memory ran out"
+        held = f" within --memory {self.run.memory}" if self.run.memory else ""
+        return UserError(
+            f"{reason}{held}: close other programs or give a larger --memory, then run the same command; {self._last_state()}."
+        )
+
+    def _changed(self, change: Change) -> None:
+        """Says and writes down what was changed because memory ran out."""
+        images, recovery = self.state.images, self.recovery
+        self.console.tell(
+            f"Memory ran out in {change.phase}'s phase after {images:,} images; going on with {change.change} ({change.guarantee})."
+        )
+        event = {"event": "memory ran out", "images": images, "phase": change.phase, "change": change.change}
+        self.folder.log(event | {"guarantee": str(change.guarantee)})
+        layouts = {name: layout.as_dict() for name, layout in recovery.layouts.items()}
+        self.folder.rewrite_plan({"layouts": layouts, "freed_memory": recovery.handling})
 
     def _last_state(self) -> str:
         saved = self.folder.newest_checkpoint()
@@ -279,14 +297,15 @@ class Trainer:
 
     def _samples(self, count: int) -> Tensor:
         noise = Draws(self.recipe.training.seed).normal("sample", 0, count, self.recipe.network.latent_dim)
-        return generate.to_images(self.state.averaged, noise)
+        return generate.to_images(self.state.averaged, noise, self.recovery.layouts["G"].micro_batch)
 
     def _sample(self, name: str) -> None:
-        device.release(self.device)
+        limit.release(self.device)
         pictures.save(pictures.grid(self._samples(GRID)), self.folder.samples / name)
         pictures.plot_losses(self.folder.read_log(), self.folder.path / "training_loss.png")
 
     def _save(self) -> None:
+        limit.release(self.device)
         tensors, numbers = self.state.capture()
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -311,7 +330,19 @@ class Trainer:
         self.console.tell(f"Final {losses(log[-1] if log else {})}")
         self.console.tell(f"Samples are in {final}, everything else beside them.")
 
-    def _resume(self, tensors: checkpoint.Tensors, numbers: Mapping[str, Any]) -> None:
+    def _measured(self) -> None:
+        """Predicted and measured peak, side by side."""
+        measured = limit.peak(self.device)
+        if measured is None:
+            return
+        plan = self.plan
+        within = f", within --memory {size(plan.budget)}" if plan.named else ""
+        self.console.tell(f"Memory: {size(measured)} at most, {size(plan.predicted)} predicted{within}.")
+        event = {"event": "memory", "images": self.state.images, "predicted": plan.predicted, "measured": measured}
+        self.folder.log(event | {"budget": plan.budget if plan.named else None})
+
+    def _resume(self) -> None:
+        tensors, numbers = self.folder.load_newest() or ({}, {})
         try:
             self.state.restore(tensors, numbers)
         except (RuntimeError, KeyError) as error:
@@ -335,17 +366,30 @@ class Trainer:
     def _machine(self) -> dict[str, Any]:
         return {"torch": torch.__version__, "device": self.device.type, "threads": torch.get_num_threads()}
 
-    def _plan(self) -> dict[str, Any]:
-        """How the recipe is laid out on this machine."""
+    def _about(self) -> dict[str, Any]:
+        """What this run is about, so that it is known again."""
         return {
-            "images": len(self.loader),
-            "fingerprint": self.source.fingerprint,
-            "device": str(self.device),
-            "precision": self.recipe.memory.precision,
-            "micro_batches_d": self.sizes_d,
-            "micro_batches_g": self.sizes_g,
-            "updates": self.total // self.batch,
-        }
+            "images": len(self.loader), "fingerprint": self.source.fingerprint, "device": str(self.device),
+            "precision": self.recipe.memory.precision, "updates": self.total // self.batch,
+        }  # fmt: skip
+
+    def _plan(self, resuming: bool) -> Plan:
+        """The plan of this run: the one it was started with if that still fits, so that it goes on as it was."""
+        if self.run.memory is not None:
+            pictures.rehearse()
+        planner = Planner(
+            self.recipe, self.device, data=self.loader.ahead(self.batch), memory=self.run.memory,
+            approximate=self.run.allow_approximate, tell=self.console.tell,
+        )  # fmt: skip
+        saved = self.folder.saved_plan() if resuming else {}
+        if "layouts" in saved:
+            layouts = {name: Layout.from_dict(layout) for name, layout in saved["layouts"].items()}
+            if all(sum(layout.sizes) == self.batch for layout in layouts.values()):
+                plan = planner.with_layouts(layouts, saved["freed_memory"])
+                if plan is not None:
+                    return plan
+                self.console.tell("The plan this run was started with does not fit any more; planning anew.")
+        return planner.plan()
 
     def _introduce(self) -> None:
         recipe, tell = self.recipe, self.console.tell
@@ -355,21 +399,11 @@ class Trainer:
         tell(f"{len(self.loader):,} images of {self.source.name}{classes}, {kind}, {data.image_size}x{data.image_size}.")
         self.console.networks(summarise(recipe))
         tell(
-            f"Recipe {recipe.recipe}, batch {self.batch} in {counted(len(self.sizes_d), 'micro-batch', 'es')} for D and "
-            f"{len(self.sizes_g)} for G, {counted(recipe.training.epochs, 'epoch')}, {memory.precision} on {self.device} "
-            f"with {counted(torch.get_num_threads(), 'thread')}, into {self.folder.path}."
+            f"Recipe {recipe.recipe}, {recipe.training.epochs} epochs, {memory.precision} on {self.device} with "
+            f"{torch.get_num_threads()} threads, into {self.folder.path}."
         )
-        if memory.precision in ("bf16", "fp16"):
-            tell(f"Approximate: {memory.precision} rounds inside the networks; --precision fp32 does not.")
-        elif (fast := device.fast_precision(self.device)) != "fp32":
+        self.console.plan(self.plan, self.batch)
+        if memory.precision == "fp32" and (fast := device.fast_precision(self.device)) != "fp32":
             tell(f"This device is faster in {fast}, which rounds more: --precision {fast}.")
-        for name, network, sizes in (
-            ("discriminator", self.state.discriminator, self.sizes_d),
-            ("generator", self.state.generator, self.sizes_g),
-        ):
-            if len(sizes) > 1 and network.couples_samples:
-                tell(f"Approximate: batch norm in the {name} takes its statistics from micro-batches of {sizes[0]}.")
-        if self.state.discriminator.couples_samples and (
-            recipe.objective.r1 or recipe.objective.r2 or recipe.objective.kind == "wgan-gp"
-        ):
-            tell("Gradient penalties are meant for each sample alone, and batch norm in D couples them: consider --norm-d group.")
+        for notice in notices(recipe, self.plan, self.state.generator, self.state.discriminator):
+            tell(notice)

@@ -9,6 +9,8 @@ read is named and skipped; where another image must stand in its place, it is th
 resumed run sees the same.
 """
 
+import math
+import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +31,7 @@ MANY = 1000  # images whose decoding takes long enough to be announced
 LOOKED_AT = 256  # images that decide whether a folder is grey
 
 Tell = Callable[[str], None]
+Images = Callable[[int, int], Tensor]
 
 
 def resolve(source: Source, data: Data, tell: Tell) -> Data:
@@ -55,6 +58,17 @@ def _looks_grey(source: Source, index: int, background: tuple[int, int, int]) ->
         return None
 
 
+def bytes_of(images: int, data: Data, batch: int, keep: int = SMALL) -> int:
+    """Bytes that a `Loader` of so many images holds: all of them, or one batch in use and one decoded ahead."""
+    each = math.prod(data.shape)
+    return images * each if images * each <= keep else 2 * batch * each
+
+
+def keepable(budget: int | None, resident: int) -> int:
+    """Bytes of decoded images worth keeping: at most a quarter of what a budget leaves."""
+    return SMALL if budget is None else max(0, min(SMALL, (budget - resident) // 4))
+
+
 class Loader:
     """The images of ``source`` as ``data`` (resolved) wants them.
 
@@ -64,12 +78,13 @@ class Loader:
         seed: of their order.
         workers: threads that decode.
         tell: is called with each thing a person should know: bad files, images smaller than the target.
+        keep: bytes of decoded images that may be kept in memory.
 
     Raises:
         UserError: no image can be read.
     """
 
-    def __init__(self, source: Source, data: Data, *, seed: int, workers: int, tell: Tell) -> None:
+    def __init__(self, source: Source, data: Data, *, seed: int, workers: int, tell: Tell, keep: int = SMALL) -> None:
         self.source = source
         self.shape = data.shape
         self.background = background_colour(data.background)
@@ -83,10 +98,13 @@ class Loader:
         self._kept: Tensor | None = None
         self.length = len(source)
         self._labels = None if source.labels is None else torch.from_numpy(source.labels)
-        if len(source) * int(np.prod(self.shape)) <= SMALL:
+        if len(source) * math.prod(self.shape) <= keep:
             self._keep()
         else:
             self._readable(0)  # one at least
+            # All threads at once: each reserves its stack when it starts, which must not happen within a limit on memory.
+            together = threading.Barrier(workers)
+            list(self._pool.map(lambda _: together.wait(), range(workers)))
 
     def __len__(self) -> int:
         """Images in an epoch."""
@@ -94,8 +112,13 @@ class Loader:
 
     def batch(self, first: int, count: int) -> Tensor:
         """Images ``first`` to ``first + count`` of the endless order: uint8 ``[count, c, h, w]`` on the host."""
+        return self.images(first, count)(first, count)
+
+    def images(self, first: int, count: int) -> Images:
+        """A batch to be read in pieces, ``(first, count)`` to uint8 ``[count, c, h, w]``; only what is asked for is copied."""
         if self._kept is not None:
-            return self._kept[self._indices(first, count)]
+            kept = self._kept
+            return lambda begin, number: kept[self._indices(begin, number)]
         while self._ahead and self._ahead[0][:2] != (first, count):
             for future in self._ahead.popleft()[2]:
                 future.cancel()
@@ -103,7 +126,12 @@ class Loader:
             self._decode_ahead(first, count)
         _, _, futures = self._ahead.popleft()
         self._decode_ahead(first + count, count)
-        return torch.from_numpy(np.stack([future.result() for future in futures]))
+        decoded = [future.result() for future in futures]
+        return lambda begin, number: torch.from_numpy(np.stack(decoded[begin - first : begin - first + number]))
+
+    def ahead(self, batch: int) -> int:
+        """Bytes that decoded images will take besides those that are kept: one batch in use, one decoded ahead."""
+        return 0 if self._kept is not None else 2 * batch * math.prod(self.shape)
 
     def labels(self, first: int, count: int) -> Tensor | None:
         """The classes of the images that `batch` gives: int64 ``[count]``, or None if there are none."""

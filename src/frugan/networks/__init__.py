@@ -8,7 +8,7 @@ import torch
 from frugan import recipe
 from frugan.draws import derive
 from frugan.networks import dcgan, mlp, r3, upsample
-from frugan.networks.blocks import Network, still_statistics
+from frugan.networks.blocks import Network
 
 Builder = Callable[[Any, int, int], tuple[Network, Network]]
 
@@ -31,4 +31,4 @@ def build(network: recipe.Network, image_size: int, channels: int, seed: int = 0
         return BUILDERS[type(network)](network, image_size, channels)
 
 
-__all__ = ["BUILDERS", "Network", "build", "still_statistics"]
+__all__ = ["BUILDERS", "Network", "build"]

@@ -1,8 +1,5 @@
 """What the networks are made of."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -112,19 +109,3 @@ def radford_init(network: nn.Module) -> None:
                 nn.init.zeros_(m.bias)
         elif isinstance(m, _BatchNorm):
             nn.init.normal_(m.weight, 1.0, 0.02)
-
-
-@contextmanager
-def still_statistics(network: nn.Module) -> Iterator[None]:
-    """While open, passing samples through ``network`` leaves its running statistics as they are."""
-    layers = [(m, m.momentum) for m in network.modules() if isinstance(m, _BatchNorm)]
-    counts = [m.num_batches_tracked.clone() for m, _ in layers if m.num_batches_tracked is not None]
-    for m, _ in layers:
-        m.momentum = 0.0
-    try:
-        yield
-    finally:
-        for (m, momentum), count in zip(layers, counts, strict=True):
-            m.momentum = momentum
-            if m.num_batches_tracked is not None:
-                m.num_batches_tracked.copy_(count)

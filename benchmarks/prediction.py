@@ -1,0 +1,141 @@
+"""Predicted against measured memory, over recipes, image sizes, batches and levers.
+
+    python benchmarks/prediction.py [--quick]
+
+Each cell is a process of its own. *Allocator*: everything a training allocates from its first weight to the end of one update of
+both networks, as the CPU allocator reports it, against the prediction made without allocating it. *Process*: the most that the
+process holds during three updates (VmHWM), against framework + heap, with freed memory reused or given back as the cell says.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the command line does
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+SIZES, BATCHES = (16, 28, 48, 64), (16, 64, 128)
+LEVERS: list[tuple[dict[str, Any], dict[str, Any]]] = [  # (settings, layout)
+    ({}, {}),
+    ({}, {"parts": 4}),
+    ({}, {"separate_terms": True}),
+    ({"precision": "bf16"}, {"parts": 2}),
+    ({}, {"recompute_generator": True, "parts": 2}),
+    ({}, {"checkpoint_blocks": True}),
+    ({"in_place": False}, {}),
+    ({"lean_adam": False}, {"parts": 3}),
+    ({"channels_last": False}, {"separate_terms": True, "parts": 2}),
+    ({}, {"penalty": "jvp"}),
+    ({}, {"penalty": "jvp", "checkpoint_blocks": True, "separate_terms": True, "recompute_generator": True, "parts": 4}),
+    ({"precision": "bf16"}, {"penalty": "jvp", "separate_terms": True}),
+]
+
+
+@dataclass
+class Options:
+    quick: bool = False  # a tenth of the cells
+    cell: str | None = None  # used by the script itself: measures one
+
+
+def cells() -> Iterator[dict[str, Any]]:
+    """All recipes x sizes x batches with levers in turn, and all levers at 28 pixels on r3, where all of them matter."""
+    turn = 0
+    for recipe in ("mlp", "upsample", "dcgan", "r3"):
+        usable = [lever for lever in LEVERS if recipe == "r3" or "penalty" not in lever[1]]
+        for side in SIZES:
+            for batch in BATCHES:
+                settings, layout = usable[turn % len(usable)]
+                handling = ("reuse", "return")[turn % 2]
+                yield {"recipe": recipe, "side": side, "batch": batch, "settings": settings, "layout": layout, "handling": handling}
+                turn += 1
+    for i, (settings, layout) in enumerate(LEVERS):
+        handling = ("reuse", "return")[i % 2]
+        yield {"recipe": "r3", "side": 28, "batch": 64, "settings": settings, "layout": layout, "handling": handling}
+
+
+def measure(cell: dict[str, Any]) -> dict[str, int]:
+    """Predictions and measurements of one cell, in bytes."""
+    import torch
+
+    from frugan import recipes
+    from frugan.memory import limit
+    from frugan.memory.plan import Layout
+    from frugan.memory.probe import allocations
+    from frugan.memory.search import Search
+    from frugan.memory.trace import highest
+    from frugan.networks import build
+    from frugan.planner import Model, average, jobs, lay_out, make_step, optimizers
+
+    device = torch.device("cpu")
+    side, batch = cell["side"], cell["batch"]
+    channels = 1 if side == 28 else 3
+    recipe = recipes.get(cell["recipe"]).replace(image_size=side, channels=channels, batch_size=batch, **cell["settings"])
+    layout = Layout.of(batch, **({"parts": 1} | cell["layout"]))
+    search = Search(jobs(Model(recipe, device)), device)
+    search.prepare()
+    exact = {job.name: search.exact(job, layout) for job in search.jobs}
+    predicted = max(e.moment.bytes for e in exact.values())
+    held = search.heap([e.timeline for e in exact.values()]) if cell["handling"] == "reuse" else predicted
+
+    def training(updates: int) -> None:
+        generator, discriminator = build(recipe.network, side, channels)
+        lay_out(recipe, generator, discriminator)
+        optimizer_g, optimizer_d = optimizers(recipe, generator, discriminator, device)
+        step, ema = make_step(recipe, generator, discriminator), average(recipe, generator, device)
+        for seen in range(0, updates * batch, batch):
+            for phase, optimizer in ((step.discriminator_phase, optimizer_d), (step.generator_phase, optimizer_g)):
+                phase(lambda row, n: torch.zeros(n, channels, side, side, dtype=torch.uint8), seen, layout)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if ema:
+                ema.update(generator, batch, seen + batch)
+
+    framework = limit.baseline(device)
+    limit.handle(cell["handling"])
+    limit.forget_peak()
+    training(3)
+    process = limit.peak(device)
+    allocated = highest(allocations(lambda: training(1)))
+    return {"predicted": predicted, "allocated": allocated, "predicted_process": framework + held, "process": process or 0}
+
+
+def main(options: Options) -> None:
+    if options.cell:
+        print(json.dumps(measure(json.loads(options.cell))))
+        return
+    table = Table(title="MiB predicted and measured")
+    for heading in ("recipe", "images", "batch", "settings and levers", "freed memory"):
+        table.add_column(heading)
+    for heading in ("predicted", "allocator", "error", "predicted", "process", "error"):
+        table.add_column(heading, justify="right")
+    errors, process_errors = [], []
+    for cell in list(cells())[:: 10 if options.quick else 1]:
+        command = [sys.executable, __file__, "--cell", json.dumps(cell)]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        errors.append(found["predicted"] / found["allocated"] - 1)
+        process_errors.append(found["predicted_process"] / found["process"] - 1)
+        print(cell, found, f"{errors[-1]:+.4%} {process_errors[-1]:+.2%}", file=sys.stderr, flush=True)
+        used = cell["settings"] | cell["layout"]
+        numbers = [f"{found[k] / 2**20:.1f}" for k in ("predicted", "allocated", "predicted_process", "process")]
+        table.add_row(
+            cell["recipe"], str(cell["side"]), str(cell["batch"]), ", ".join(f"{k} {v}" for k, v in used.items()) or "plain",
+            cell["handling"], *numbers[:2], f"{errors[-1]:+.2%}", *numbers[2:], f"{process_errors[-1]:+.1%}",
+        )  # fmt: skip
+    Console(width=160).print(table)
+    import torch
+
+    print(
+        f"{len(errors)} cells, torch {torch.__version__}, {torch.get_num_threads()} threads. Allocator: {min(errors):+.2%} to "
+        f"{max(errors):+.2%}. Process: {min(process_errors):+.1%} to {max(process_errors):+.1%}."
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,19 @@
+"""The memory engine, a library of its own: it finds, predicts, holds and repairs a way of training that fits into a budget.
+
+It works for any `torch.nn.Module` and any loss that gives one term a sample; see `Engine`, and ``examples/vae.py``. The parts, from
+the bottom:
+
+- `plan`: what layouts there are, and what each guarantees.
+- `limit`: the memory of this process: how much it is, was at most, and may be.
+- `levers`: the same gradients in less memory.
+- `trace`: what a computation would allocate, found without allocating it; `heap`: what the process holds for that.
+- `probe`: what only running an operator tells.
+- `search`: the fastest layout that fits.
+- `recover`: goes on in a cheaper way when memory runs out.
+- `engine`: all of that for one module and one loss.
+"""
+
+from frugan.memory.engine import Engine, accumulate
+from frugan.memory.plan import Guarantee, Layout, split
+
+__all__ = ["Engine", "Guarantee", "Layout", "accumulate", "split"]

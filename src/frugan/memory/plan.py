@@ -1,0 +1,143 @@
+"""Plans: how a batch is computed in the memory there is. Pure: bytes and names in, choices out; no torch."""
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Any, Literal, Self
+
+from frugan.errors import UserError
+
+SMALLEST_COUPLED = 16  # samples of which batch statistics may be taken without being asked
+
+
+class Guarantee(IntEnum):
+    """What a way of saving memory leaves as it is, best first."""
+
+    BITWISE = 0  # the same bits
+    REASSOCIATION = 1  # the same sums in another order: equal to rounding
+    APPROXIMATE = 2  # it changes the training
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+UNITS = {"": 1, "b": 1, "k": 2**10, "kib": 2**10, "kb": 10**3, "m": 2**20, "mib": 2**20, "mb": 10**6,
+         "g": 2**30, "gib": 2**30, "gb": 10**9, "t": 2**40, "tib": 2**40, "tb": 10**12}  # fmt: skip
+
+
+def parse_bytes(text: str) -> int:
+    """``2GiB``, ``1.5 GB``, ``800M`` or a plain number of bytes.
+
+    Raises:
+        UserError: no number, or a unit nobody knows.
+    """
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
+    if not found:
+        raise UserError(f"--memory {text!r} is no amount of memory: say it like 800MiB or 2GiB.")
+    number, unit = found.groups()
+    if unit.lower() not in UNITS:
+        raise UserError(f"--memory {text}: there is no unit {unit!r}; use KiB, MiB, GiB or TiB (or KB, MB, GB, TB).")
+    return int(float(number) * UNITS[unit.lower()])
+
+
+def size(count: float) -> str:
+    """Bytes in words."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def split(batch: int, parts: int) -> list[int]:
+    """Sizes of ``parts`` micro-batches of ``batch`` samples, the last ones one smaller if need be; never an empty one."""
+    parts = min(parts, batch)
+    return [batch // parts + (i < batch % parts) for i in range(parts)]
+
+
+def slices(sizes: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """The beginning and the length of each micro-batch."""
+    begin = 0
+    for count in sizes:
+        yield begin, count
+        begin += count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How one phase computes its batch.
+
+    Args:
+        sizes: of the micro-batches.
+        separate_terms: one backward after the other for the parts of the loss, so that never all graphs are held.
+        penalty: how gradient penalties are differentiated, see `frugan.memory.levers.directional`.
+        recompute_generator: in the generator's phase, generate once without a graph and once more for backward.
+        checkpoint_blocks: keep the inputs of each block alone, and compute it again in backward.
+        offload_activations: what backward needs waits on the host.
+    """
+
+    sizes: tuple[int, ...]
+    separate_terms: bool = False
+    penalty: Literal["double-backward", "jvp"] = "double-backward"
+    recompute_generator: bool = False
+    checkpoint_blocks: bool = False
+    offload_activations: bool = False
+
+    @classmethod
+    def of(cls, batch: int, parts: int, **levers: Any) -> Self:
+        """A layout of ``parts`` micro-batches."""
+        return cls(sizes=tuple(split(batch, parts)), **levers)
+
+    @property
+    def micro_batch(self) -> int:
+        """The largest micro-batch."""
+        return self.sizes[0]
+
+    def named(self) -> dict[str, Guarantee]:
+        """The levers that are in use, in words, with what each guarantees."""
+        used = {
+            f"micro-batches of {self.micro_batch}": (len(self.sizes) > 1, Guarantee.REASSOCIATION),
+            "separate terms": (self.separate_terms, Guarantee.REASSOCIATION),
+            "penalties by jvp": (self.penalty == "jvp", Guarantee.REASSOCIATION),
+            "generator recomputed": (self.recompute_generator, Guarantee.BITWISE),
+            "blocks recomputed": (self.checkpoint_blocks, Guarantee.BITWISE),
+            "activations on the host": (self.offload_activations, Guarantee.BITWISE),
+        }
+        return {name: guarantee for name, (is_used, guarantee) in used.items() if is_used}
+
+    def guarantee(self, coupled: bool) -> Guarantee:
+        """What holds for the whole; ``coupled``: a sample's output depends on the others of its micro-batch."""
+        if coupled and len(self.sizes) > 1:
+            return Guarantee.APPROXIMATE
+        return max(self.named().values(), default=Guarantee.BITWISE)
+
+    def __str__(self) -> str:
+        return ", ".join(self.named()) or "whole batch"
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return vars(self) | {"sizes": list(self.sizes)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """What `as_dict` wrote."""
+        return cls(**(values | {"sizes": tuple(values["sizes"])}))
+
+    def cheaper(self, levers: Collection[str], smallest: int) -> Self | None:
+        """The next layout that needs less memory: bitwise levers first, then others, then smaller micro-batches.
+
+        Args:
+            levers: the names of those that may be used.
+            smallest: what a micro-batch must not be smaller than.
+
+        Returns:
+            None if there is none.
+        """
+        for lever in ("recompute_generator", "checkpoint_blocks", "offload_activations", "separate_terms"):
+            if lever in levers and not getattr(self, lever):
+                return replace(self, **{lever: True})  # type: ignore[arg-type]
+        if "penalty" in levers and self.penalty != "jvp":
+            return replace(self, penalty="jvp")
+        sizes = tuple(split(sum(self.sizes), -(-sum(self.sizes) // (self.micro_batch // 2)))) if self.micro_batch > 1 else ()
+        return replace(self, sizes=sizes) if sizes and min(sizes) >= smallest else None

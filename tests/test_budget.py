@@ -1,0 +1,225 @@
+"""A budget is predicted, held and reported; what cannot be held is refused with what could."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adam
+
+from frugan import recipes
+from frugan.cli import main
+from frugan.errors import UserError
+from frugan.memory import Engine
+from frugan.memory.plan import Layout
+from frugan.memory.probe import allocations
+from frugan.memory.search import Search
+from frugan.memory.trace import highest
+from frugan.networks import build
+from frugan.planner import Model, Planner, average, jobs, lay_out, make_step, optimizers
+from frugan.runs import RunFolder
+
+from .conftest import final_state, write_idx
+
+CPU = torch.device("cpu")
+CELLS = [
+    ("mlp", 16, {}, {}), ("mlp", 28, {"precision": "bf16"}, {}), ("mlp", 28, {}, {"separate_terms": True}),
+    ("upsample", 16, {}, {"checkpoint_blocks": True}), ("upsample", 28, {}, {"recompute_generator": True}),
+    ("dcgan", 28, {}, {}), ("dcgan", 32, {"precision": "bf16"}, {"checkpoint_blocks": True}),
+    ("dcgan", 32, {"in_place": False}, {}),
+    ("r3", 16, {}, {}), ("r3", 28, {}, {"penalty": "jvp"}), ("r3", 16, {"lean_adam": False}, {"separate_terms": True}),
+    ("r3", 28, {"precision": "bf16"}, {"penalty": "jvp", "checkpoint_blocks": True, "separate_terms": True}),
+    ("r3", 28, {}, {"recompute_generator": True, "checkpoint_blocks": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "side", "memory", "used"), CELLS)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_what_is_predicted_is_what_the_allocator_gives_out(
+    name: str, side: int, memory: dict[str, object], used: dict[str, object], parts: int
+) -> None:
+    recipe = recipes.get(name).replace(image_size=side, channels=1, batch_size=24, flip=True, **memory)
+    layout = Layout.of(24, parts, **used)
+    search = Search(jobs(Model(recipe, CPU)), CPU)
+    predicted = max(search.exact(job, layout).moment.bytes for job in search.jobs)
+
+    def training() -> None:
+        generator, discriminator = build(recipe.network, side, 1)
+        lay_out(recipe, generator, discriminator)
+        both, step = optimizers(recipe, generator, discriminator, CPU), make_step(recipe, generator, discriminator)
+        ema = average(recipe, generator, CPU)
+        for first in (0, 24):  # the second has what the first leaves behind
+            for phase in (step.discriminator_phase, step.generator_phase):
+                phase(lambda row, n: torch.zeros(n, 1, side, side, dtype=torch.uint8), first, layout)
+                for optimizer in both:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+        del ema
+
+    measured = highest(allocations(training))
+    assert -0.01 < predicted / measured - 1 < 0.02, (predicted, measured)
+
+
+def frugan(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own: a budget is one of a process."""
+    return subprocess.run([sys.executable, "-m", "frugan", *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_a_refused_budget_names_the_smallest_which_holds_while_less_is_refused(few: Path, tmp_path: Path) -> None:
+    common = f"train {few} --norm-g none --norm-d none --image-size 32 --batch-size 64 --epochs 2 --device cpu --out".split()
+    refused = frugan(*common, tmp_path / "a", "--memory", "100MiB")
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
+    assert not (tmp_path / "a").exists()
+    smallest = int(re.search(r"the smallest that works is --memory (\d+)MiB", refused.stderr)[1])  # type: ignore[index]
+    assert frugan(*common, tmp_path / "b", "--memory", f"{int(0.9 * smallest)}MiB").returncode == 2
+
+    held = frugan(*common, tmp_path / "c", "--memory", f"{smallest}MiB")
+    assert held.returncode == 0, held.stderr
+    assert "predicted" in held.stdout
+    event = json.loads((tmp_path / "c" / "log.jsonl").read_text().splitlines()[-1])
+    assert event["event"] == "memory"
+    assert event["measured"] <= event["budget"] == smallest << 20
+    assert abs(event["predicted"] / event["measured"] - 1) < 0.08
+    assert all("event" not in line for line in RunFolder(tmp_path / "c").read_log())
+
+
+def test_a_training_within_a_budget_is_the_training_without(few: Path, tmp_path: Path) -> None:
+    plain, planned = tmp_path / "plain", tmp_path / "planned"
+    asked = f"train {few} --norm-g none --norm-d none --image-size 64 --batch-size 64 --epochs 1 --device cpu --quiet".split()
+    assert frugan(*asked, "--out", plain).returncode == 0
+    refused = frugan(*asked, "--out", planned, "--memory", "1MiB").stderr
+    smallest = re.search(r"the smallest that works is --memory (\d+MiB)", refused)[1]  # type: ignore[index]
+    assert frugan(*asked, "--out", planned, "--memory", smallest).returncode == 0
+    layouts = json.loads((planned / "plan.json").read_text())["layouts"]
+    assert len(layouts["D"]["sizes"]) > 1
+    (a, _), (b, _) = final_state(plain), final_state(planned)
+    for name in a:
+        assert torch.allclose(a[name].float(), b[name].float(), rtol=1e-3, atol=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--memory", "2 parsecs"], "there is no unit"),
+        (["--memory", "much"], "is no amount of memory"),
+        (["--memory", "900TiB"], "is more than the"),
+        (["--memory", "50MiB"], "the framework itself holds"),
+        (["--memory"], "needs a value"),
+        (["--plot", "plan.txt"], "pictures are written as"),
+        (["--penalty", "jpv"], "must be one of"),
+        (["--checkpoint-blocks", "maybe"], "must be one of"),
+    ],
+)
+def test_budgets_that_cannot_be(arguments: list[str], said: str, few: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["plan", str(few), "--image-size", "8", "--batch-size", "8", "--device", "cpu", *arguments])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("frugan: ") and error.count("\n") == 1
+
+
+def test_a_device_that_cannot_be_limited_is_said() -> None:
+    with pytest.raises(UserError, match="cannot be held on meta"):
+        Planner(recipes.get("dcgan").replace(image_size=8, channels=1), torch.device("meta"), memory="1GiB")
+
+
+def test_the_plan_says_where_the_bytes_go(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", str(few), "--recipe", "r3", "--image-size", "16", "--batch-size", "32", "--device", "cpu"]
+    main([*asked, "--plot", str(tmp_path / "plan.png")])
+    said = capsys.readouterr().out
+    for word in ("weights", "moments", "average", "activations", "workspaces", "framework", "data", "bitwise",
+                 "reassociation", "arithmetic", "speed", "taken", "predicted"):  # fmt: skip
+        assert word in said, word
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+    main([*asked, "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["training_allocates"] == max(sum(parts.values()) for parts in plan["phases"].values())
+    assert plan["predicted"] == plan["framework"] + plan["data"] + plan["training_holds"]
+    assert {row["phase"] for row in plan["candidates"] if row["taken"]} == {"D", "G"}
+
+
+def test_levers_that_are_asked_for_are_used(few: Path, tmp_path: Path, train: Callable[..., Path]) -> None:
+    run = train(tmp_path / "r", recipe="r3", epochs=1, penalty="jvp", checkpoint_blocks="yes", recompute_generator="yes",
+                separate_terms="yes", accumulation_steps=2, generator_accumulation_steps=4)  # fmt: skip
+    plan = json.loads((run / "plan.json").read_text())
+    d, g = plan["layouts"]["D"], plan["layouts"]["G"]
+    assert d["sizes"] == [8, 8] and g["sizes"] == [4, 4, 4, 4]
+    assert d["penalty"] == "jvp" and d["separate_terms"] and d["checkpoint_blocks"] and g["recompute_generator"]
+    assert plan["guarantee"] == "reassociation"
+
+
+def test_a_resumed_run_keeps_its_plan(few: Path, tmp_path: Path, train: Callable[..., Path]) -> None:
+    run = train(tmp_path / "r", recipe="r3", epochs=1)
+    plan = json.loads((run / "plan.json").read_text())
+    plan["layouts"]["D"] = Layout.of(16, 4, separate_terms=True).as_dict()  # as if memory had run out
+    (run / "plan.json").write_text(json.dumps(plan))
+    train(tmp_path / "r", recipe="r3", epochs=2)
+    assert json.loads((run / "plan.json").read_text())["layouts"]["D"] == plan["layouts"]["D"]
+
+
+def test_networks_that_cannot_be_followed_are_run_instead(
+    few: Path, tmp_path: Path, train: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Looking(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if float(x.detach().mean()) < 1e9 else -x  # what it does depends on what it sees
+
+    def looking(*arguments: object, **named: object) -> object:
+        generator, discriminator = build(*arguments, **named)  # type: ignore[arg-type]
+        discriminator.blocks[0].append(Looking())
+        return generator, discriminator
+
+    monkeypatch.setattr("frugan.networks.build", looking)
+    monkeypatch.setattr("frugan.trainer.build", looking)
+    run = train(tmp_path / "r", epochs=1, quiet=False)
+    assert "measured by running them instead" in capsys.readouterr().out
+    assert json.loads((run / "plan.json").read_text())["training_allocates"] > 0
+    looking_engine = Engine(
+        nn.Sequential(nn.Linear(3, 1), Looking()), lambda m, x: m(x).square().sum(1), SGD(nn.Linear(1, 1).parameters()), batch=8
+    )
+    looking_engine.plan(torch.zeros(1, 3))
+    assert not looking_engine.followed
+
+
+def test_the_engine_trains_any_module_the_same_in_pieces() -> None:
+    def trained(parts: int | None) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 2)).double()
+        engine = Engine(
+            model, lambda m, x, y: (m(x) - y).square().sum(1), Adam(model.parameters(), fused=True), batch=12, blocks=[model[0]]
+        )
+        engine.plan(torch.zeros(1, 6, dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64))
+        if parts:
+            engine.recovery.layouts["the step"] = Layout.of(12, parts, checkpoint_blocks=True)
+        with engine:
+            for _ in range(5):
+                engine.step(torch.randn(12, 6, dtype=torch.float64), torch.randn(12, 2, dtype=torch.float64))
+        return list(model.parameters())
+
+    for whole, cut in zip(trained(None), trained(5), strict=True):
+        assert torch.allclose(whole, cut, rtol=1e-12, atol=1e-14)
+
+
+def test_the_example_trains_within_its_budget(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (512, 28, 28), dtype=np.uint8)
+    write_idx(tmp_path, images)
+    script = Path(__file__).parent.parent / "examples" / "vae.py"
+    assert len(script.read_text().splitlines()) < 100
+
+    def run(memory: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(script), str(tmp_path), "--memory", memory, "--batch", "256", "--epochs", "2"]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    smallest = re.search(r"the smallest that works is (\d+MiB)", run("10MiB").stderr)
+    assert smallest
+    done = run(smallest[1])
+    assert done.returncode == 0, done.stderr
+    bounds = [float(found) for found in re.findall(r"epoch \d: ([\d.]+) nats", done.stdout)]
+    assert bounds[1] < bounds[0]

@@ -1,0 +1,152 @@
+"""Every lever keeps the guarantee it states."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from frugan import recipe, recipes
+from frugan.draws import Draws
+from frugan.errors import UserError
+from frugan.memory import levers
+from frugan.memory.plan import Guarantee, Layout
+from frugan.networks import build
+from frugan.networks.blocks import Block
+from frugan.objective import squared_norm, unit_norm
+from frugan.planner import Model, jobs
+from frugan.step import Step
+
+from .test_exactness import NETWORKS, OBJECTIVES
+
+levers.load_forward_mode()
+
+COUPLED = {
+    "dcgan-batch": recipe.Dcgan(latent_dim=5, width_g=4, width_d=4),
+    "upsample-batch": recipe.Upsample(latent_dim=5, width_g=4, width_d=4, norm_d="batch"),
+    "mlp-batch": recipe.Mlp(latent_dim=5, width_g=4, width_d=8, norm_d="batch"),
+}
+LEVERS = {
+    "separate_terms": True,
+    "penalty": "jvp",
+    "recompute_generator": True,
+    "checkpoint_blocks": True,
+    "offload_activations": True,
+}
+
+
+def outcome(network: recipe.Network, objective: recipe.Objective, layout: Layout) -> dict[str, Tensor]:
+    """Gradients, running statistics and measurements of both phases."""
+    generator, discriminator = (n.double() for n in build(network, 12, 2))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in [*generator.parameters(), *discriminator.parameters()]:
+            p.add_(torch.randn_like(p), alpha=0.1)
+    images = torch.randint(0, 256, (sum(layout.sizes), 2, 12, 12), dtype=torch.uint8)
+    step = Step(generator, discriminator, objective, network.latent_dim, Draws(3))
+    found = {}
+    for name, phase in (("d", step.discriminator_phase), ("g", step.generator_phase)):
+        found |= {f"{name}/{k}": v for k, v in phase(lambda row, n: images[row : row + n], 0, layout).items()}
+    for name, net in (("g", generator), ("d", discriminator)):
+        found |= {f"{name}.{k}": p.grad for k, p in net.named_parameters() if p.grad is not None}
+        found |= {f"{name}.{k}": b for k, b in net.named_buffers()}
+    return found
+
+
+@settings(max_examples=60)
+@given(
+    network=st.sampled_from([*NETWORKS.values(), *COUPLED.values()]),
+    kind=st.sampled_from(sorted(OBJECTIVES)),
+    penalties=st.sampled_from([(0.0, 0.0), (0.7, 0.0), (0.0, 0.4), (0.7, 0.4)]),
+    used=st.sets(st.sampled_from(sorted(LEVERS)), min_size=1),
+    parts=st.sampled_from([1, 2]),
+)
+def test_any_levers_give_what_they_promise(
+    network: recipe.Network, kind: str, penalties: tuple[float, float], used: set[str], parts: int
+) -> None:
+    if network in COUPLED.values():
+        used = used - {"penalty"}  # refused: see the next test
+    options = vars(OBJECTIVES[kind]) | {"r1": penalties[0], "r2": penalties[1]}
+    objective = type(OBJECTIVES[kind])(**options)
+    plain = outcome(network, objective, Layout.of(6, parts))
+    layout = Layout.of(6, parts, **{name: LEVERS[name] for name in used})
+    other = outcome(network, objective, layout)
+    assert plain.keys() == other.keys()
+    bitwise = all(g == Guarantee.BITWISE for n, g in layout.named().items() if not n.startswith("micro"))
+    scale = max(v.double().norm() for k, v in plain.items() if k[1] == ".")
+    for name, value in plain.items():
+        if bitwise:
+            assert torch.equal(value, other[name]), name
+        else:
+            error = (value - other[name]).double().norm() / value.double().norm().clamp_min(1e-6 * scale)
+            assert error < 1e-11, (name, float(error))
+
+
+def test_penalties_by_jvp_are_refused_with_batch_norm() -> None:
+    asked = recipes.get("dcgan").replace(image_size=16, channels=1, r1=1.0, penalty="jvp")
+    with pytest.raises(UserError, match="batch norm"):
+        jobs(Model(asked, torch.device("cpu")))
+    auto = asked.replace(penalty="auto")
+    assert all(v["penalty"] == "double-backward" for v in jobs(Model(auto, torch.device("cpu")))[0].variants)
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> tuple[list[Block], Tensor]:
+    """A random discriminator: convolutions, normalisations and activations in blocks, ending in a logit; and its images."""
+    channels = draw(st.integers(1, 3))
+    images = torch.randn(draw(st.integers(1, 4)), channels, 8, 8, dtype=torch.float64)
+    blocks, before = [], channels
+    for _ in range(draw(st.integers(1, 3))):
+        out = draw(st.sampled_from([2, 4]))
+        conv = nn.Conv2d(before, out, draw(st.sampled_from([1, 3])), padding="same", bias=draw(st.booleans()))
+        norm = [nn.GroupNorm(2, out)] if draw(st.booleans()) else []
+        activation = draw(st.sampled_from([nn.LeakyReLU(0.2, inplace=True), nn.ReLU(), nn.SiLU(), nn.Tanh()]))
+        resample = [nn.AvgPool2d(2)] if draw(st.booleans()) and len(blocks) < 2 else []
+        blocks.append(Block(conv, *norm, activation, *resample))
+        before = out
+    blocks.append(Block(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * before, 1), nn.Flatten(0)))
+    return blocks, images
+
+
+@settings(max_examples=60)
+@given(chain=chains(), function=st.sampled_from([squared_norm, unit_norm]), recompute=st.booleans(), seed=st.integers(0, 2**32))
+def test_penalties_by_jvp_are_those_by_double_backward(
+    chain: tuple[list[Block], Tensor], function: object, recompute: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    blocks, images = chain
+    network = nn.Sequential(*blocks).double()
+    weights = list(network.parameters())
+
+    x = images.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(network(x).sum(), x, create_graph=True)
+    wanted = torch.autograd.grad(function(gradient).sum(), weights, allow_unused=True, materialize_grads=True)  # type: ignore[operator]
+
+    leaf = gradient.detach().requires_grad_(True)
+    (direction,) = torch.autograd.grad(function(leaf).sum(), leaf)  # type: ignore[operator]
+    logits, slope = levers.directional(blocks, images, direction, recompute=recompute)
+    assert torch.equal(logits, network(images))
+    got = torch.autograd.grad(slope.sum(), weights, allow_unused=True, materialize_grads=True)
+
+    scale = max(float(g.norm()) for g in wanted)
+    for a, b in zip(wanted, got, strict=True):
+        assert (a - b).norm() <= 1e-12 * max(float(a.norm()), 1e-3 * scale, 1e-30)
+
+
+def test_penalties_by_jvp_compile_whole() -> None:
+    _, discriminator = (n.double() for n in build(recipe.R3(latent_dim=4, width_g=2, width_d=2), 8, 1))
+    images = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    direction = torch.randn_like(images)
+    blocks = list(discriminator.blocks)
+
+    def penalty(x: Tensor, v: Tensor) -> Tensor:
+        return levers.directional(blocks, x, v)[1].sum()
+
+    penalty(images, direction).backward()
+    wanted = {name: p.grad.clone() for name, p in discriminator.named_parameters() if p.grad is not None}
+    discriminator.zero_grad()
+    torch.compile(penalty, fullgraph=True, backend="aot_eager")(images, direction).backward()
+    assert wanted
+    for name, p in discriminator.named_parameters():
+        if name in wanted:
+            assert torch.allclose(p.grad, wanted[name], rtol=1e-12, atol=1e-15), name
