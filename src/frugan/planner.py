@@ -22,6 +22,7 @@ from frugan.memory.recover import Change, Recovery
 from frugan.memory.search import MARGIN, Candidate, Choice, Job, Search
 from frugan.memory.trace import Timeline, trace, without_memory
 from frugan.networks import Network
+from frugan.networks.blocks import Dropout
 from frugan.optim import Ema, FrugalAdam, adam
 from frugan.recipe import Recipe, WganGp
 from frugan.step import Step
@@ -102,8 +103,8 @@ class Model:
             self.step = make_step(recipe, self.generator, self.discriminator)
         self.coupled = self.generator.couples_samples or self.discriminator.couples_samples
         self._first = 0
-        for phase in PHASES:  # masks that are drawn ahead are held from one phase to the other, so they must be there
-            self.trace(phase, Layout(sizes=(2,)), False)
+        self.real = real
+        self._draws_masks = any(isinstance(m, Dropout) for m in self.discriminator.modules())
 
     def held(self) -> dict[str, list[Tensor | None]]:
         """What is there all the time, by what it is for."""
@@ -118,6 +119,10 @@ class Model:
 
     def trace(self, phase: str, layout: Layout, accumulated: bool) -> Timeline:
         """What ``phase`` allocates; ``accumulated``: gradients of earlier micro-batches are there."""
+        if self._draws_masks:
+            self._draws_masks = False
+            for either in PHASES:  # masks that are drawn ahead are held from one phase to the other, so they must be there
+                self.trace(either, Layout(sizes=(2,)), False)
         learning = list((self.discriminator if phase == "D" else self.generator).parameters())
         self._first += 1 << 20  # rows that were not drawn before
         with self.mode:
@@ -209,8 +214,8 @@ def variants(recipe: Recipe, phase: str, device: torch.device, coupled_d: bool) 
     return sorted(made, key=lambda v: sum(x not in (False, "double-backward") for x in v.values()))
 
 
-def jobs(model: Model) -> list[Job]:
-    """Both phases, for the search.
+def jobs(model: Model, trace: Callable[[str, Layout, bool], Timeline] | None = None) -> list[Job]:
+    """Both phases, for the search, traced by ``trace`` (default: the model's own).
 
     Raises:
         UserError: batch norm was asked to work on single samples.
@@ -225,7 +230,7 @@ def jobs(model: Model) -> list[Job]:
     return [
         Job(
             phase, batch, variants(model.recipe, phase, model.device, model.discriminator.couples_samples),
-            partial(model.trace, phase), coupled=model.coupled, smallest=2 if model.coupled else 1, parts=parts[phase],
+            partial(trace or model.trace, phase), coupled=model.coupled, smallest=2 if model.coupled else 1, parts=parts[phase],
         )
         for phase in PHASES
     ]  # fmt: skip
@@ -303,21 +308,22 @@ class Planner:
         self.device = device
         self.data = data
         self.named = limit.budget(memory, device)
-        self.model = self._followed(recipe, device, tell)
-        self.search = Search(jobs(self.model), device, approximate=approximate)
+        self.tell = tell
+        self.model = Model(recipe, device)
+        self.search = Search(jobs(self.model, self._trace), device, approximate=approximate)
 
-    @staticmethod
-    def _followed(recipe: Recipe, device: torch.device, tell: Callable[[str], None]) -> Model:
+    def _trace(self, phase: str, layout: Layout, accumulated: bool) -> Timeline:
         try:
-            return Model(recipe, device)
+            return self.model.trace(phase, layout, accumulated)
         except UserError:
             raise
         except Exception as error:  # whatever a tracer cannot follow: values looked at, numpy, operators it does not know
-            if limit.is_out_of_memory(error):
+            if self.model.real or limit.is_out_of_memory(error):
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            tell(f"The networks cannot be followed without running them ({reason}): measured by running them instead.")
-            return Model(recipe, device, real=True)
+            self.tell(f"The networks cannot be followed without running them ({reason}): measured by running them instead.")
+            self.model = Model(self.recipe, self.device, real=True)
+            return self.model.trace(phase, layout, accumulated)
 
     def plan(self) -> Plan:
         """The fastest plan that fits.
@@ -325,27 +331,36 @@ class Planner:
         Raises:
             UserError: none does; names the smallest budget that would do, and what binds it.
         """
+        if self.named is None:
+            framework = limit.baseline(self.device)
+            budget = framework + limit.spare(self.device)
+            choice = self.search.plain(budget - framework - self.data - MARGIN) or self.search.choose(
+                budget - framework - self.data - MARGIN
+            )
+            if choice is None:
+                raise self._refusal(budget)
+            return self._describe(choice, framework, budget)
+
         self.search.prepare()
         framework = limit.baseline(self.device)
         for _ in range(2):
-            budget = self.named or limit.default_budget(self.device)
-            choice = self.search.choose(budget - framework - self.data - MARGIN)
+            choice = self.search.choose(self.named - framework - self.data - MARGIN)
             if choice is None:
                 break
-            plan = self._describe(choice, framework, budget)
+            plan = self._describe(choice, framework, self.named)
             # Planning runs operators, which loads more of the libraries; what it keeps itself does not count.
             self.search.forget()
             plan = replace(plan, framework=limit.baseline(self.device))
-            if self.named is None or plan.predicted <= budget - MARGIN // 4:
+            if plan.predicted <= self.named - MARGIN // 4:
                 return plan
             framework = plan.framework
-        raise self._refusal(budget)
+        raise self._refusal(self.named)
 
     def with_layouts(self, layouts: Mapping[str, Layout], handling: Handling) -> Plan | None:
         """The plan with these layouts, if it fits."""
         chosen = {job.name: self.search.candidate(job, layouts[job.name]) for job in self.search.jobs}
         framework = limit.baseline(self.device)
-        budget = self.named or limit.default_budget(self.device)
+        budget = self.named or framework + limit.spare(self.device)
         if any(c.needs(handling) > budget - framework - self.data - MARGIN for c in chosen.values()):
             return None
         return self._describe(Choice(handling, chosen, {}), framework, budget)

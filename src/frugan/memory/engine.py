@@ -96,7 +96,7 @@ class Engine(AbstractContextManager["Engine"]):
         search.prepare()
         state = sum(t.untyped_storage().nbytes() for t in self._held())
         framework = limit.baseline(self.device) - state  # the state is there already, and is part of every timeline
-        choice = search.choose((self.budget or limit.default_budget(self.device)) - framework - MARGIN)
+        choice = search.choose((self.budget or framework + limit.spare(self.device)) - framework - MARGIN)
         if choice is None:
             least = search.smallest()[STEP]
             smallest = framework + MARGIN + least.allocated

@@ -155,11 +155,9 @@ def baseline(device: torch.device) -> int:
     return context(device) + torch.cuda.memory_allocated(device) if device.type == "cuda" else resident()
 
 
-def default_budget(device: torch.device) -> int:
-    """What is held now and most of what is free."""
-    if device.type == "cuda":
-        return baseline(device) + int(LEFT * torch.cuda.mem_get_info(device)[0])
-    return baseline(device) + int(LEFT * free())
+def spare(device: torch.device) -> int:
+    """Most of the bytes that are free, which may be taken where no budget is named."""
+    return int(LEFT * (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free()))
 
 
 def can_be_limited(device: torch.device) -> bool:
@@ -196,7 +194,8 @@ def limited(budget: int, device: torch.device) -> Iterator[None]:
 @contextmanager
 def held_to(budget: int | None, handling: Handling, device: torch.device) -> Iterator[None]:
     """While open, freed memory is handled as ``handling`` says, and the process is `limited` to ``budget`` if there is one."""
-    baseline(device)  # lets go of what planning has left
+    if budget is not None:
+        baseline(device)  # lets go of what planning has left
     if device.type == "cpu":
         handle(handling)
     forget_peak()

@@ -152,6 +152,7 @@ class Search:
         self.workspaces = Workspaces(device)
         self._lines: dict[tuple[str, str], Line] = {}
         self._exact: dict[tuple[str, Layout], Exact] = {}
+        self._timelines: dict[tuple[str, Layout], Timeline] = {}
 
     @cached_property
     def handlings(self) -> tuple[Handling, ...]:
@@ -161,6 +162,7 @@ class Search:
     def forget(self) -> None:
         """Lets go of traces and measurements; they are made anew when they are asked for."""
         self._exact.clear()
+        self._timelines.clear()
         self.workspaces.clear()
         CALLS.clear()
 
@@ -168,11 +170,18 @@ class Search:
         """Traces ``layout`` as it is."""
         key = (job.name, layout)
         if key not in self._exact:
-            timeline = job.trace(replace(layout, sizes=layout.sizes[:2]), False)
+            timeline = self._timeline(job, layout)
             self.workspaces.measure(timeline.calls())
             held = self.heap([timeline]) if self.device.type == "cpu" else 0
             self._exact[key] = Exact(timeline, timeline.peak(self.workspaces), held)
         return self._exact[key]
+
+    def _timeline(self, job: Job, layout: Layout) -> Timeline:
+        """What ``layout`` allocates but for workspaces; more than two micro-batches are as two."""
+        key = (job.name, layout)
+        if key not in self._timelines:
+            self._timelines[key] = job.trace(replace(layout, sizes=layout.sizes[:2]), False)
+        return self._timelines[key]
 
     def heap(self, timelines: Sequence[Timeline]) -> int:
         """The heap after two updates in which ``timelines`` follow each other, where freed memory is used again."""
@@ -208,6 +217,18 @@ class Search:
         """Runs every operator of the plainest layouts once, small, so that all libraries have loaded what they need."""
         for job in self.jobs:
             self._line(job, job.variants[0])
+
+    def plain(self, available: float) -> Choice | None:
+        """Everything as plainly as it may be done, if that fits into ``available`` bytes without a doubt."""
+        chosen = {}
+        for job in self.jobs:
+            layout = Layout.of(job.batch, job.counts[0], **job.variants[0])
+            if self._timeline(job, layout).peak().bytes > available:
+                return None
+            chosen[job.name] = self.candidate(job, layout)
+        return (
+            Choice(self.handlings[0], chosen, {}) if all(c.needs(self.handlings[0]) <= available for c in chosen.values()) else None
+        )
 
     def choose(self, available: float) -> Choice | None:
         """The fastest that fits into ``available`` bytes, exact layouts before approximate ones; None if nothing does."""
