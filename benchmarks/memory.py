@@ -1,6 +1,6 @@
 """What training allocates, and images/s, against a plain PyTorch loop with the same networks, at growing effective batches.
 
-    python benchmarks/memory.py [--image-size 64] [--micro-batch 32] [--rounds 3]
+    python benchmarks/memory.py [--image-size 64] [--micro-batch 16] [--rounds 2]
 
 Allocated is everything from the first weight to the end of an update of both networks: weights, gradients, moments, average and
 activations, as the CPU allocator reports it. Each measurement is a process of its own; for speed the loops take turns, and the
@@ -27,10 +27,10 @@ from rich.table import Table
 @dataclass
 class Options:
     image_size: int = 64
-    micro_batch: int = 32
+    micro_batch: int = 16
     batches: tuple[int, ...] = (64, 512, 4096)
     plain_most: int = 1024  # batches above this are not tried with the plain loop, which would need too much
-    rounds: int = 3
+    rounds: int = 2
     cell: str | None = None  # used by the script itself: measures one
 
 

@@ -29,7 +29,8 @@ from .conftest import final_state, write_idx
 
 CPU = torch.device("cpu")
 CELLS = [
-    ("mlp", 16, {}, {}), ("mlp", 28, {"precision": "bf16"}, {}), ("mlp", 28, {}, {"separate_terms": True}),
+    ("mlp", 16, {}, {}), ("mlp", 48, {"in_place": False}, {}),
+    ("mlp", 28, {"precision": "bf16"}, {}), ("mlp", 28, {}, {"separate_terms": True}),
     ("upsample", 16, {}, {"checkpoint_blocks": True}), ("upsample", 28, {}, {"recompute_generator": True}),
     ("dcgan", 28, {}, {}), ("dcgan", 32, {"precision": "bf16"}, {"checkpoint_blocks": True}),
     ("dcgan", 32, {"in_place": False}, {}),

@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import re
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,6 +20,7 @@ Handling = Literal["reuse", "return"]
 # Of mallopt (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
 MIB = 1 << 20
+UNKNOWN = 1 << 50  # bytes that are free where nobody says
 LEFT = 0.9  # of what is free, to be taken where no budget is named
 
 
@@ -99,9 +99,11 @@ def peak(device: torch.device) -> int | None:
 
 def free() -> int:
     """Bytes that this process could still take (Linux): of the machine, of its control group, and of its own limit on data."""
-    info = Path("/proc/meminfo").read_text()
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", info, re.MULTILINE)
-    there = int(found[1]) * 1024 if found else 0
+    there = _meminfo("MemAvailable")
+    if there is None:
+        return UNKNOWN
+    import resource  # there is none on Windows
+
     if (group := _group()) is not None:
         there = min(there, group[0] - group[1])
     soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
@@ -110,10 +112,15 @@ def free() -> int:
 
 def total() -> int:
     """Bytes of memory that there are for this process at all (Linux)."""
-    found = re.search(r"^MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    there = int(found[1]) * 1024 if found else 0
+    there = _meminfo("MemTotal") or UNKNOWN
     group = _group()
     return min(there, group[0]) if group else there
+
+
+def _meminfo(name: str) -> int | None:
+    info = Path("/proc/meminfo")
+    found = re.search(rf"^{name}:\s+(\d+) kB", info.read_text(), re.MULTILINE) if info.exists() else None
+    return int(found[1]) * 1024 if found else None
 
 
 def _group() -> tuple[int, int] | None:
@@ -180,6 +187,8 @@ def limited(budget: int, device: torch.device) -> Iterator[None]:
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
         return
+    import resource
+
     _ = np.ones((64, 64)) @ np.ones((64, 64))  # numpy's BLAS ends the process when it cannot reserve its buffers later
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     held = baseline(device)

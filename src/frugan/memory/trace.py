@@ -199,6 +199,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._numbers: dict[int, int] = {}
         self._next = 0
         self._sum: Event | None = None  # what was done last, if it was such a sum
+        self._summands: set[int] = set()  # the storages of its summands that are no views
         self._stands_for: dict[int, int] = {}  # a sum: the summand whose storage it really is in
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -221,9 +222,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         event.storages += [n for t in tree_leaves(result) if isinstance(t, Tensor) and (n := self._meet(t)) is not None]
         if func is torch.ops.aten._efficientzerotensor.default:
             self.timeline.sizes.update(dict.fromkeys(event.storages, 0))  # zeros of forward-mode, which are nowhere
-        # Autograd sums gradients that meet in place, where it holds the last reference to one; but not while a mode looks on.
+        # Autograd sums gradients that meet in place, where it holds the last reference to one that is no view; but not while a
+        # mode looks on.
         backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
         self._sum = event if backward and func is torch.ops.aten.add.Tensor else None
+        if self._sum:
+            summands = [t for t in args if isinstance(t, Tensor) and not t._is_view()]
+            self._summands = {self._numbers.get(t.untyped_storage()._cdata, -1) for t in summands}
         return result
 
     def hold(self, label: str, tensors: "Tensors") -> None:
@@ -255,7 +260,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 del self._known[address], self._numbers[address]
             events, sizes = self.timeline.events, self.timeline.sizes
             real = self._stands_for.get(number, number)
-            if self._sum and events[-1] is self._sum and self._sum.storages and sizes[self._sum.storages[0]] == sizes[real]:
+            in_place = self._sum and events[-1] is self._sum and self._sum.storages and number in self._summands
+            if in_place and self._sum and sizes[self._sum.storages[0]] == sizes[real]:
                 self._stands_for[self._sum.storages.pop()] = real
                 self._sum.call = None  # what happens in place needs nothing
             else:
