@@ -129,7 +129,7 @@ class Model:
             if accumulated:
                 for parameter in learning:
                     parameter.grad = torch.zeros_like(parameter)
-            held: dict[str, list[Tensor | None]] = {"gradients": [p.grad for p in learning], "masks": [*self.step.draws.kept()]}
+            held: dict[str, list[Tensor | None]] = {"gradients": [p.grad for p in learning], "noise": [*self.step.draws.kept()]}
             held |= self.held()
             run = getattr(self.step, PHASES[phase])
             try:
