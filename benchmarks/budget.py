@@ -41,13 +41,14 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from frugan import recipes
+    from frugan.build import lay_out, make_step, optimizers
     from frugan.memory import limit
     from frugan.memory.plan import Layout, split
     from frugan.memory.probe import allocations
     from frugan.memory.search import MARGIN
     from frugan.memory.trace import highest
     from frugan.networks import build
-    from frugan.planner import Planner, lay_out, make_step, optimizers
+    from frugan.planner import Planner
 
     device = torch.device("cpu")
     side, batch = cell["side"], cell["batch"]

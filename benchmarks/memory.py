@@ -39,12 +39,12 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from frugan import recipes
+    from frugan.build import average, lay_out, make_step, optimizers
     from frugan.memory import limit
     from frugan.memory.plan import Layout
     from frugan.memory.probe import allocations
     from frugan.memory.trace import highest
     from frugan.networks import build
-    from frugan.planner import average, lay_out, make_step, optimizers
 
     side, batch, device = cell["side"], cell["batch"], torch.device("cpu")
     dtype = torch.float64 if cell["what"] == "weights" else torch.float32

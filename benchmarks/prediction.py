@@ -65,13 +65,14 @@ def measure(cell: dict[str, Any]) -> dict[str, int]:
     import torch
 
     from frugan import recipes
+    from frugan.build import average, lay_out, make_step, optimizers
     from frugan.memory import limit
     from frugan.memory.plan import Layout
     from frugan.memory.probe import allocations
     from frugan.memory.search import Search
     from frugan.memory.trace import highest
     from frugan.networks import build
-    from frugan.planner import Model, average, jobs, lay_out, make_step, optimizers
+    from frugan.phases import Model, jobs
 
     device = torch.device("cpu")
     side, batch = cell["side"], cell["batch"]

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 from frugan import recipes
+from frugan.build import average, lay_out, make_step, optimizers
 from frugan.cli import main
 from frugan.errors import UserError
 from frugan.memory import Engine
@@ -22,7 +23,8 @@ from frugan.memory.probe import allocations
 from frugan.memory.search import Search
 from frugan.memory.trace import highest
 from frugan.networks import build
-from frugan.planner import Model, Planner, average, jobs, lay_out, make_step, optimizers
+from frugan.phases import Model, jobs
+from frugan.planner import Planner
 from frugan.runs import RunFolder
 
 from .conftest import final_state, write_idx
@@ -92,7 +94,7 @@ def test_a_refused_budget_names_the_smallest_which_holds_while_less_is_refused(f
 
 def test_a_training_within_a_budget_is_the_training_without(few: Path, tmp_path: Path) -> None:
     plain, planned = tmp_path / "plain", tmp_path / "planned"
-    asked = f"train {few} --norm-g none --norm-d none --image-size 64 --batch-size 64 --epochs 1 --device cpu --quiet".split()
+    asked = f"train {few} --norm-g none --norm-d none --image-size 96 --batch-size 64 --epochs 1 --device cpu --quiet".split()
     assert frugan(*asked, "--out", plain).returncode == 0
     refused = frugan(*asked, "--out", planned, "--memory", "1MiB").stderr
     smallest = re.search(r"the smallest that works is --memory (\d+MiB)", refused)[1]  # type: ignore[index]
@@ -101,7 +103,8 @@ def test_a_training_within_a_budget_is_the_training_without(few: Path, tmp_path:
     assert len(layouts["D"]["sizes"]) > 1
     (a, _), (b, _) = final_state(plain), final_state(planned)
     for name in a:
-        assert torch.allclose(a[name].float(), b[name].float(), rtol=1e-3, atol=1e-4), name
+        # As vectors: where a gradient is rounding alone, Adam's first update has a random sign.
+        assert (a[name] - b[name]).float().norm() <= 1e-3 * a[name].float().norm() + 1e-6, name
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from frugan.memory.plan import Guarantee, Layout
 from frugan.networks import build
 from frugan.networks.blocks import Block
 from frugan.objective import squared_norm, unit_norm
-from frugan.planner import Model, jobs
+from frugan.phases import Model, jobs
 from frugan.step import Step
 
 from .test_exactness import NETWORKS, OBJECTIVES
@@ -93,6 +93,7 @@ def test_penalties_by_jvp_are_refused_with_batch_norm() -> None:
 @st.composite
 def chains(draw: st.DrawFn) -> tuple[list[Block], Tensor]:
     """A random discriminator: convolutions, normalisations and activations in blocks, ending in a logit; and its images."""
+    torch.manual_seed(draw(st.integers(0, 2**32)))
     channels = draw(st.integers(1, 3))
     images = torch.randn(draw(st.integers(1, 4)), channels, 8, 8, dtype=torch.float64)
     blocks, before = [], channels
@@ -109,11 +110,10 @@ def chains(draw: st.DrawFn) -> tuple[list[Block], Tensor]:
 
 
 @settings(max_examples=60)
-@given(chain=chains(), function=st.sampled_from([squared_norm, unit_norm]), recompute=st.booleans(), seed=st.integers(0, 2**32))
+@given(chain=chains(), function=st.sampled_from([squared_norm, unit_norm]), recompute=st.booleans())
 def test_penalties_by_jvp_are_those_by_double_backward(
-    chain: tuple[list[Block], Tensor], function: object, recompute: bool, seed: int
+    chain: tuple[list[Block], Tensor], function: object, recompute: bool
 ) -> None:
-    torch.manual_seed(seed)
     blocks, images = chain
     network = nn.Sequential(*blocks).double()
     weights = list(network.parameters())
@@ -128,9 +128,9 @@ def test_penalties_by_jvp_are_those_by_double_backward(
     assert torch.equal(logits, network(images))
     got = torch.autograd.grad(slope.sum(), weights, allow_unused=True, materialize_grads=True)
 
-    scale = max(float(g.norm()) for g in wanted)
-    for a, b in zip(wanted, got, strict=True):
-        assert (a - b).norm() <= 1e-12 * max(float(a.norm()), 1e-3 * scale, 1e-30)
+    # The gradient as one vector: a bias before a norm has a gradient of rounding alone.
+    a, b = (torch.cat([g.flatten() for g in gradients]) for gradients in (wanted, got))
+    assert (a - b).norm() <= 1e-12 * a.norm().clamp_min(1e-30)
 
 
 def test_penalties_by_jvp_compile_whole() -> None:

@@ -17,6 +17,8 @@ from frugan.files import whole
 
 GAP = 2  # pixels between the images of a grid
 LEAST_SIDE = 64  # pixels that a small image is enlarged to in a grid, so that a person can see it
+GRID = 64  # images in the pictures of real images and of samples during training
+FINAL = 16  # images in the last picture
 
 
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:

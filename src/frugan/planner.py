@@ -1,239 +1,25 @@
-"""The plan of a training: its two phases traced on networks without memory, and what the process needs besides."""
+"""The plan of a training: how its two phases are laid out within a budget, and what the process needs besides."""
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import product
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from frugan import networks
-from frugan.draws import Draws
 from frugan.errors import UserError
 from frugan.memory import limit
 from frugan.memory.limit import MIB, Handling
-from frugan.memory.plan import SMALLEST_COUPLED, Guarantee, Layout, size, split
+from frugan.memory.plan import SMALLEST_COUPLED, Guarantee, Layout, size
 from frugan.memory.recover import Change, Recovery
-from frugan.memory.search import MARGIN, Candidate, Choice, Job, Search
-from frugan.memory.trace import Timeline, trace, without_memory
+from frugan.memory.search import MARGIN, SLACK, Candidate, Choice, Search, shortened
+from frugan.memory.trace import Timeline
 from frugan.networks import Network
-from frugan.networks.blocks import Dropout
-from frugan.optim import Ema, FrugalAdam, adam
-from frugan.recipe import Recipe, WganGp
+from frugan.phases import PHASES, Model, jobs, levers, penalised
+from frugan.pictures import FINAL, GRID
+from frugan.recipe import Recipe
 from frugan.step import Step
-
-PHASES = {"D": "discriminator_phase", "G": "generator_phase"}
-
-
-def lay_out(recipe: Recipe, generator: Network, discriminator: Network) -> None:
-    """Does to new networks what the recipe's memory section says: their memory format, and what overwrites what."""
-    layout = torch.channels_last if recipe.memory.channels_last else torch.contiguous_format
-    for network in (generator, discriminator):
-        network.to(memory_format=layout)
-        for module in network.modules():
-            if isinstance(module, (nn.LeakyReLU, nn.ReLU)):
-                module.inplace = recipe.memory.in_place
-
-
-def freeze(recipe: Recipe, discriminator: Network) -> None:
-    """Keeps the first blocks as they are, running statistics too, if the recipe says so.
-
-    Raises:
-        UserError: there is nothing to start from, or nothing would be left to train.
-    """
-    training = recipe.training
-    if training.freeze_d >= len(discriminator.blocks):
-        raise UserError(f"--freeze-d {training.freeze_d} leaves nothing to train: D has {len(discriminator.blocks)} blocks.")
-    if training.freeze_d and not training.init_from:
-        raise UserError("--freeze-d is for fine-tuning: name the run to start from with --init-from.")
-    for block in discriminator.blocks[: training.freeze_d]:
-        block.requires_grad_(False).eval()
-
-
-def optimizers(recipe: Recipe, generator: Network, discriminator: Network, device: torch.device) -> tuple[FrugalAdam, FrugalAdam]:
-    """Of the generator and of the discriminator, whose frozen blocks have none."""
-    options, memory = recipe.optimizer, recipe.memory
-    offload = memory.offload_state == "yes" and device.type != "cpu"
-    return (
-        adam(generator.parameters(), options.lr_g, options, lean=memory.lean_adam, offload=offload),
-        adam(
-            [p for p in discriminator.parameters() if p.requires_grad],
-            options.lr_d,
-            options,
-            lean=memory.lean_adam,
-            offload=offload,
-        ),
-    )
-
-
-def average(recipe: Recipe, generator: Network, device: torch.device) -> Ema | None:
-    """The averaged generator, if there is one."""
-    half_life = recipe.training.ema_half_life
-    host = torch.device("cpu") if recipe.memory.offload_state == "yes" and device.type not in ("cpu", "meta") else None
-    return Ema(generator, half_life, host).eval() if half_life else None
-
-
-class Model:
-    """Everything that a training of ``recipe`` (resolved) holds on ``device``, and traces of its phases.
-
-    It is without memory; ``real`` gives it memory, for networks that cannot be followed without running them.
-    """
-
-    def __init__(self, recipe: Recipe, device: torch.device, real: bool = False) -> None:
-        self.recipe = recipe
-        self.device = device
-        self.mode: AbstractContextManager[object] = nullcontext() if real else FakeTensorMode()
-        self._offloaded = recipe.memory.offload_state == "yes" and device.type != "cpu"
-        channels, size, _ = recipe.data.shape
-        with torch.device(device if real else "meta"):
-            self.generator, self.discriminator = networks.build(recipe.network, size, channels)
-            lay_out(recipe, self.generator, self.discriminator)
-            self.average = average(recipe, self.generator, torch.device("meta"))
-        freeze(recipe, self.discriminator)
-        with self.mode:
-            for module in (self.generator, self.discriminator, self.average):
-                if module is not None and not real:
-                    without_memory(module, torch.device("cpu") if module is self.average and self._offloaded else device)
-            self.optimizers = optimizers(recipe, self.generator, self.discriminator, device)
-            self.step = make_step(recipe, self.generator, self.discriminator)
-        self.coupled = self.generator.couples_samples or self.discriminator.couples_samples
-        self._first = 0
-        self.real = real
-        self._draws_masks = any(isinstance(m, Dropout) for m in self.discriminator.modules())
-
-    def held(self) -> dict[str, list[Tensor | None]]:
-        """What is there all the time, by what it is for."""
-        moments = [t for o in self.optimizers for state in o.state.values() for t in state.values()]
-        on_device = [t for t in moments if t.device.type == self.device.type]
-        averaged = _tensors(self.average) if self.average else []
-        return {
-            "weights": [*_tensors(self.generator), *_tensors(self.discriminator)],
-            "moments": [*on_device],
-            "average": [t for t in averaged if t.device.type == self.device.type],
-        }
-
-    def trace(self, phase: str, layout: Layout, accumulated: bool) -> Timeline:
-        """What ``phase`` allocates; ``accumulated``: gradients of earlier micro-batches are there."""
-        if self._draws_masks:
-            self._draws_masks = False
-            for either in PHASES:  # masks that are drawn ahead are held from one phase to the other, so they must be there
-                self.trace(either, Layout(sizes=(2,)), False)
-        learning = list((self.discriminator if phase == "D" else self.generator).parameters())
-        self._first += 1 << 20  # rows that were not drawn before
-        with self.mode:
-            if accumulated:
-                for parameter in learning:
-                    parameter.grad = torch.zeros_like(parameter)
-            held: dict[str, list[Tensor | None]] = {"gradients": [p.grad for p in learning], "noise": [*self.step.draws.kept()]}
-            held |= self.held()
-            run = getattr(self.step, PHASES[phase])
-            try:
-                return trace(
-                    lambda: run(self._images, self._first, layout), held, {"gradients": lambda: [p.grad for p in learning]}
-                )
-            finally:
-                for parameter in [*self.generator.parameters(), *self.discriminator.parameters()]:
-                    parameter.grad = None
-
-    def sampling(self, images: int) -> Timeline:
-        """What making ``images`` images allocates."""
-        network = self.average.module if self.average else self.generator
-        with self.mode, torch.no_grad():
-            noise = torch.empty(images, self.recipe.network.latent_dim, device=self.device)
-            return trace(lambda: network(noise).float().add(1).to(torch.uint8), self.held())
-
-    def _images(self, first: int, count: int) -> Tensor:
-        return torch.empty(count, *self.recipe.data.shape, dtype=torch.uint8)
-
-
-def make_step(recipe: Recipe, generator: Network, discriminator: Network) -> Step:
-    """The step of ``recipe`` on these networks."""
-    memory = recipe.memory
-    device = next(generator.parameters()).device
-    return Step(
-        generator, discriminator, recipe.objective, recipe.network.latent_dim, Draws(recipe.training.seed, device),
-        flip=recipe.data.flip, precision=memory.precision, channels_last=memory.channels_last,
-    )  # fmt: skip
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
-SLACK = 1.05  # the framework is not the same in every process, and planning closer to a limit loads more of it
-LEVERS = {"D": ("separate_terms", "checkpoint_blocks", "offload_activations"),
-          "G": ("recompute_generator", "checkpoint_blocks", "offload_activations")}  # fmt: skip
-
-
-def levers(recipe: Recipe, phase: str, device: torch.device, coupled_d: bool) -> dict[str, tuple[Any, ...]]:
-    """The values that each lever of ``phase`` may take, the plainest first.
-
-    Raises:
-        UserError: penalties by jvp were asked for with batch norm in D, whose forward derivative torch differentiates as if the
-            batch's statistics were constants; with group norm it is right.
-    """
-    memory = recipe.memory
-    allowed: dict[str, tuple[Any, ...]] = {}
-    for name in LEVERS[phase]:
-        if name == "offload_activations" and device.type == "cpu":
-            allowed[name] = (False,)  # they are on the host
-        else:
-            allowed[name] = {"auto": (False, True), "yes": (True,), "no": (False,)}[getattr(memory, name)]
-    if phase == "D" and penalised(recipe):
-        if memory.penalty == "jvp" and coupled_d:
-            raise UserError("--penalty jvp would be wrong with batch norm in the discriminator: use --norm-d group, or none.")
-        allowed["penalty"] = ("double-backward", "jvp") if memory.penalty == "auto" else (memory.penalty,)
-        if coupled_d:
-            allowed["penalty"] = ("double-backward",)
-    return allowed
-
-
-def penalised(recipe: Recipe) -> bool:
-    """Whether D's loss has a gradient penalty."""
-    objective = recipe.objective
-    return bool(objective.r1 or objective.r2 or (isinstance(objective, WganGp) and objective.gradient_penalty))
-
-
-def variants(recipe: Recipe, phase: str, device: torch.device, coupled_d: bool) -> list[dict[str, Any]]:
-    """The combinations of levers worth a look, the plainest first.
-
-    Penalties by jvp need as much as by double backward until blocks are recomputed, and blocks under a double backward are all
-    needed at once: the two are used together or not at all, unless one was asked for.
-    """
-    allowed = levers(recipe, phase, device, coupled_d)
-    made = [dict(zip(allowed, values, strict=True)) for values in product(*allowed.values())]
-    if recipe.memory.checkpoint_blocks == "auto" and len(allowed.get("penalty", ())) > 1:
-        made = [
-            v for v in made if (v["penalty"] == "jvp") == v["checkpoint_blocks"] and v["separate_terms"] >= v["checkpoint_blocks"]
-        ]
-    return sorted(made, key=lambda v: sum(x not in (False, "double-backward") for x in v.values()))
-
-
-def jobs(model: Model, trace: Callable[[str, Layout, bool], Timeline] | None = None) -> list[Job]:
-    """Both phases, for the search, traced by ``trace`` (default: the model's own).
-
-    Raises:
-        UserError: batch norm was asked to work on single samples.
-    """
-    memory, batch = model.recipe.memory, model.recipe.training.batch_size
-    parts = {"D": memory.accumulation_steps, "G": memory.generator_accumulation_steps or memory.accumulation_steps}
-    if model.coupled and min(min(split(batch, count or 1)) for count in parts.values()) < 2:
-        raise UserError(
-            "batch norm cannot train on micro-batches of 1: use a larger --batch-size or fewer --accumulation-steps, "
-            "or --norm-g group --norm-d group."
-        )
-    return [
-        Job(
-            phase, batch, variants(model.recipe, phase, model.device, model.discriminator.couples_samples),
-            partial(trace or model.trace, phase), coupled=model.coupled, smallest=2 if model.coupled else 1, parts=parts[phase],
-        )
-        for phase in PHASES
-    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -414,10 +200,14 @@ class Planner:
             exact = self.search.exact(candidate.job, candidate.layout)
             phases[f"{name}'s phase"] = exact.moment.parts | {"workspaces": exact.moment.workspace}
             timelines.append(exact.timeline)
-        sampling = self.model.sampling(64)
-        self.search.workspaces.measure(sampling.calls())
-        moment = sampling.peak(self.search.workspaces)
-        phases["samples"] = moment.parts | {"workspaces": moment.workspace}
+        layout = choice.chosen["G"].layout
+        besides = {"judging": [self.model.judging(replace(layout, sizes=shortened(layout.sizes)))]}
+        besides["samples"] = [self.model.sampling(count, layout.micro_batch) for count in (GRID, FINAL)]
+        for name, traced in besides.items():
+            for timeline in traced:
+                self.search.workspaces.measure(timeline.calls())
+            moment = max((t.peak(self.search.workspaces) for t in traced), key=lambda m: m.bytes)
+            phases[name] = moment.parts | {"workspaces": moment.workspace}
         held = max(sum(parts.values()) for parts in phases.values())
         if choice.handling == "reuse":
             held = max(held, self.search.heap(timelines))
@@ -470,8 +260,19 @@ def recovery(recipe: Recipe, plan: Plan, step: Step, approximate: bool, changed:
     coupled = step.generator.couples_samples or step.discriminator.couples_samples
     least = {p: min(SMALLEST_COUPLED, *layout.sizes) if coupled else 1 for p, layout in plan.layouts.items()}
     coupled_d = step.discriminator.couples_samples
+
+    @cache
+    def prepare(phase: str, layout: Layout) -> None:
+        model = Model(recipe, device)
+        job = next(job for job in jobs(model) if job.name == phase)
+        try:
+            Search([job], device).exact(job, layout)
+        except Exception as error:  # networks that cannot be followed have nothing prepared
+            if limit.is_out_of_memory(error):
+                raise
+
     usable = {p: {k for k, v in levers(recipe, p, device, coupled_d).items() if len(v) > 1} for p in PHASES}
     return Recovery(
         [step.generator, step.discriminator], device, plan.layouts, plan.handling, levers=usable,
-        smallest=dict.fromkeys(PHASES, 2) if coupled and approximate else least, coupled=coupled, changed=changed,
+        smallest=dict.fromkeys(PHASES, 2) if coupled and approximate else least, coupled=coupled, changed=changed, prepare=prepare,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from frugan import checkpoint, device, generate, pictures
+from frugan.build import average, freeze, lay_out, make_step, optimizers
 from frugan.console import Console, losses
 from frugan.data.loader import Loader, keepable, resolve
 from frugan.data.source import Source, open_source
@@ -24,7 +25,8 @@ from frugan.memory.plan import Layout, size
 from frugan.memory.recover import Change, OutOfMemory
 from frugan.networks import Network, build
 from frugan.optim import rate_factor
-from frugan.planner import Plan, Planner, average, freeze, lay_out, make_step, notices, optimizers, recovery
+from frugan.pictures import FINAL, GRID
+from frugan.planner import Plan, Planner, notices, recovery
 from frugan.recipe import Recipe, Run
 from frugan.runs import RunFolder
 from frugan.signals import Signals, Stopped
@@ -32,8 +34,6 @@ from frugan.state import Mean, State, take_weights
 from frugan.step import Terms
 from frugan.summary import summarise
 
-GRID = 64  # images in the pictures of real images and of samples during training
-FINAL = 16  # images in the last picture
 FINAL_PICTURE = "final_generated_images.png"
 OnUpdate = Callable[[int], None]
 

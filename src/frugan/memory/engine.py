@@ -22,7 +22,7 @@ from frugan.memory import levers, limit
 from frugan.memory.limit import MIB
 from frugan.memory.plan import Layout, size, slices
 from frugan.memory.recover import Change, Recovery
-from frugan.memory.search import MARGIN, Choice, Job, Search
+from frugan.memory.search import MARGIN, SLACK, Choice, Job, Search
 from frugan.memory.trace import Timeline, trace
 
 Loss = Callable[..., Tensor]
@@ -99,7 +99,7 @@ class Engine(AbstractContextManager["Engine"]):
         choice = search.choose((self.budget or framework + limit.spare(self.device)) - framework - MARGIN)
         if choice is None:
             least = search.smallest()[STEP]
-            smallest = framework + MARGIN + least.allocated
+            smallest = SLACK * framework + MARGIN + least.allocated
             raise UserError(
                 f"{size(self.budget or 0)} are too little for this training: the smallest that works is "
                 f"{math.ceil(smallest / MIB)}MiB, because "
@@ -110,7 +110,7 @@ class Engine(AbstractContextManager["Engine"]):
         self.recovery = Recovery(
             [self.module], self.device, {STEP: choice.chosen[STEP].layout}, choice.handling, coupled=self.coupled,
             levers={STEP: {"checkpoint_blocks"} if self.blocks else set()}, smallest={STEP: 2 if self.coupled else 1},
-            changed=self.changed,
+            changed=self.changed, prepare=lambda _, layout: search.exact(job, layout),
         )  # fmt: skip
         return choice
 

@@ -22,6 +22,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
 MIB = 1 << 20
 UNKNOWN = 1 << 50  # bytes that are free where nobody says
 LEFT = 0.9  # of what is free, to be taken where no budget is named
+_budgets: list[int] = []  # what this process's memory is limited to now, on the CPU
 
 
 def _libc() -> ctypes.CDLL | None:
@@ -51,6 +52,8 @@ def handle(how: Handling) -> None:
             libc.mallopt(M_MMAP_THRESHOLD, 65536)
             libc.mallopt(M_TRIM_THRESHOLD, 65536)
             libc.malloc_trim(0)
+            if _budgets:
+                _limit_data()  # the system counts the gaps of the heap as held for ever, but tensors do not go there any more
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -190,14 +193,44 @@ def limited(budget: int, device: torch.device) -> Iterator[None]:
     import resource
 
     _ = np.ones((64, 64)) @ np.ones((64, 64))  # numpy's BLAS ends the process when it cannot reserve its buffers later
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    held = baseline(device)
-    cap = _status("VmData") + max(0, budget - held)
-    resource.setrlimit(resource.RLIMIT_DATA, (cap if hard == resource.RLIM_INFINITY else min(cap, hard), hard))
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    baseline(device)
+    _budgets.append(budget)
+    _limit_data()
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        _budgets.pop()
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _limit_data() -> None:
+    """Lets the process's data grow by what is left of its budget now."""
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    cap = _status("VmData") + max(0, min(_budgets) - resident())
+    resource.setrlimit(resource.RLIMIT_DATA, (cap if hard == resource.RLIM_INFINITY else min(cap, hard), hard))
+
+
+@contextmanager
+def unlimited() -> Iterator[None]:
+    """While open, `limited` does not hold: for what libraries load, who may end the process when they are refused memory.
+
+    oneDNN reserves memory for the code of every convolution it has not met before, does not look whether it got it, and
+    runs it. Little of what it reserves is ever held.
+    """
+    if not _budgets:
+        yield
+        return
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+    try:
+        yield
+    finally:
+        _limit_data()
 
 
 @contextmanager

@@ -44,11 +44,14 @@ class Recovery:
         smallest: for each phase what a micro-batch must not be smaller than.
         coupled: whether a sample's output depends on the others of its micro-batch.
         changed: is told of every change.
+        prepare: is called with a phase and its new layout before that is used, while nothing is limited, so that libraries load
+            what they need for it.
     """
 
     def __init__(
         self, modules: Sequence[nn.Module], device: torch.device, layouts: Mapping[str, Layout], handling: Handling, *,
         levers: Mapping[str, Collection[str]], smallest: Mapping[str, int], coupled: bool, changed: Callable[[Change], None],
+        prepare: Callable[[str, Layout], object],
     ) -> None:  # fmt: skip
         self.modules = modules
         self.device = device
@@ -58,6 +61,7 @@ class Recovery:
         self.smallest = smallest
         self.coupled = coupled
         self.changed = changed
+        self.prepare = prepare
 
     def run(self, phase: str, compute: Callable[[Layout], T]) -> T:
         """``compute`` with the layout of ``phase``; with cheaper ones if memory runs out.
@@ -109,6 +113,8 @@ class Recovery:
         cheaper = before.cheaper(self.levers[phase], self.smallest[phase])
         if cheaper is None:
             raise OutOfMemory(f"memory ran out in {phase}'s phase with {before}, and there is nothing cheaper left")
+        with limit.unlimited():
+            self.prepare(phase, cheaper)
         self.layouts[phase] = cheaper
         new = {name: guarantee for name, guarantee in cheaper.named().items() if name not in before.named()}
         cut = self.coupled and cheaper.sizes != before.sizes

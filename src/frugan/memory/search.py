@@ -25,6 +25,7 @@ from frugan.memory.trace import CALLS, Moment, Timeline
 SMALL, LARGE = 4, 16  # micro-batches through which the lines are drawn
 REUSE_MARGIN = 1.06  # of what the heap is predicted to hold: the prediction was up to 5% short (docs/LOG.md)
 MARGIN = 24 << 20  # bytes of a budget left for what libraries load on their first use
+SLACK = 1.05  # on the framework in what is named as smallest: it is not the same in every process, and planning loads more of it
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,11 @@ class Choice:
         return max(c.guarantee for c in self.chosen.values())
 
 
+def shortened(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Micro-batches that show what all of ``sizes`` need: two of the largest, as the second finds gradients, and the last."""
+    return sizes[:2] + sizes[-1:] if len(sizes) > 2 and sizes[-1] != sizes[1] else sizes[:2]
+
+
 class Search:
     """The layouts of all ``jobs`` on ``device``."""
 
@@ -177,10 +183,10 @@ class Search:
         return self._exact[key]
 
     def _timeline(self, job: Job, layout: Layout) -> Timeline:
-        """What ``layout`` allocates but for workspaces; more than two micro-batches are as two."""
+        """What ``layout`` allocates but for workspaces; more than two micro-batches of a size are as two."""
         key = (job.name, layout)
         if key not in self._timelines:
-            self._timelines[key] = job.trace(replace(layout, sizes=layout.sizes[:2]), False)
+            self._timelines[key] = job.trace(replace(layout, sizes=shortened(layout.sizes)), False)
         return self._timelines[key]
 
     def heap(self, timelines: Sequence[Timeline]) -> int:
@@ -195,7 +201,7 @@ class Search:
     def candidate(self, job: Job, layout: Layout) -> Candidate:
         """``layout`` traced as it is."""
         exact = self.exact(job, layout)
-        timeline, cut = exact.timeline, len(layout.sizes) / len(layout.sizes[:2])
+        timeline, cut = exact.timeline, sum(layout.sizes) / sum(shortened(layout.sizes))
         return Candidate(
             job, layout, exact.moment.bytes, exact.held, int(timeline.flops * cut), timeline.seconds(self.rates) * cut,
             int(timeline.fresh * cut),

@@ -1,0 +1,69 @@
+"""What a recipe makes on a device: networks as they are laid out in memory, optimizers, average and step."""
+
+import torch
+from torch import nn
+
+from frugan.draws import Draws
+from frugan.errors import UserError
+from frugan.networks import Network
+from frugan.optim import Ema, FrugalAdam, adam
+from frugan.recipe import Recipe
+from frugan.step import Step
+
+
+def lay_out(recipe: Recipe, generator: Network, discriminator: Network) -> None:
+    """Does to new networks what the recipe's memory section says: their memory format, and what overwrites what."""
+    layout = torch.channels_last if recipe.memory.channels_last else torch.contiguous_format
+    for network in (generator, discriminator):
+        network.to(memory_format=layout)
+        for module in network.modules():
+            if isinstance(module, (nn.LeakyReLU, nn.ReLU)):
+                module.inplace = recipe.memory.in_place
+
+
+def freeze(recipe: Recipe, discriminator: Network) -> None:
+    """Keeps the first blocks as they are, running statistics too, if the recipe says so.
+
+    Raises:
+        UserError: there is nothing to start from, or nothing would be left to train.
+    """
+    training = recipe.training
+    if training.freeze_d >= len(discriminator.blocks):
+        raise UserError(f"--freeze-d {training.freeze_d} leaves nothing to train: D has {len(discriminator.blocks)} blocks.")
+    if training.freeze_d and not training.init_from:
+        raise UserError("--freeze-d is for fine-tuning: name the run to start from with --init-from.")
+    for block in discriminator.blocks[: training.freeze_d]:
+        block.requires_grad_(False).eval()
+
+
+def optimizers(recipe: Recipe, generator: Network, discriminator: Network, device: torch.device) -> tuple[FrugalAdam, FrugalAdam]:
+    """Of the generator and of the discriminator, whose frozen blocks have none."""
+    options, memory = recipe.optimizer, recipe.memory
+    offload = memory.offload_state == "yes" and device.type != "cpu"
+    return (
+        adam(generator.parameters(), options.lr_g, options, lean=memory.lean_adam, offload=offload),
+        adam(
+            [p for p in discriminator.parameters() if p.requires_grad],
+            options.lr_d,
+            options,
+            lean=memory.lean_adam,
+            offload=offload,
+        ),
+    )
+
+
+def average(recipe: Recipe, generator: Network, device: torch.device) -> Ema | None:
+    """The averaged generator, if there is one."""
+    half_life = recipe.training.ema_half_life
+    host = torch.device("cpu") if recipe.memory.offload_state == "yes" and device.type not in ("cpu", "meta") else None
+    return Ema(generator, half_life, host).eval() if half_life else None
+
+
+def make_step(recipe: Recipe, generator: Network, discriminator: Network) -> Step:
+    """The step of ``recipe`` on these networks."""
+    memory = recipe.memory
+    device = next(generator.parameters()).device
+    return Step(
+        generator, discriminator, recipe.objective, recipe.network.latent_dim, Draws(recipe.training.seed, device),
+        flip=recipe.data.flip, precision=memory.precision, channels_last=memory.channels_last,
+    )  # fmt: skip
