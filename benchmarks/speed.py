@@ -27,7 +27,7 @@ from frugan.draws import Draws, Rows
 from frugan.memory.plan import Layout
 from frugan.networks import build
 from frugan.objective import LOSSES
-from frugan.optim import adam
+from frugan.optim import FrugalAdam
 from frugan.recipe import Recipe
 from frugan.step import Step
 
@@ -69,7 +69,9 @@ def frugal(recipe: Recipe, options: Options, device: torch.device, precision: st
     """The same through `frugan.step`."""
     built = build(recipe.network, options.image_size, options.channels)
     generator, discriminator = (n.to(device, memory_format=torch.channels_last) for n in built)
-    optimizers = [adam(n.parameters(), 2e-4, recipe.optimizer) for n in (discriminator, generator)]
+    optimizers = [
+        FrugalAdam(n.parameters(), 2e-4, (recipe.optimizer.beta1, recipe.optimizer.beta2)) for n in (discriminator, generator)
+    ]
     step = Step(
         generator, discriminator, recipe.objective, recipe.network.latent_dim, Draws(0, device),
         precision=precision, channels_last=True,

@@ -149,6 +149,36 @@ def test_the_plan_says_where_the_bytes_go(few: Path, tmp_path: Path, capsys: pyt
     assert {row["phase"] for row in plan["candidates"] if row["taken"]} == {"D", "G"}
 
 
+def test_approximate_ways_are_taken_only_if_allowed_and_said(few: Path, tmp_path: Path) -> None:
+    levers = "--accumulation-steps 1 --checkpoint-blocks no --separate-terms no --recompute-generator no"
+    common = f"train {few} --norm-g none --norm-d none --image-size 128 --batch-size 32 --epochs 1 --device cpu {levers}".split()
+    least = re.compile(r"the smallest that works is --memory (\d+)MiB")
+    refused = [
+        frugan(*common, "--memory", "1MiB", "--out", tmp_path / "no", *more).stderr for more in ([], ["--allow-approximate"])
+    ]
+    exact, rounded = (int(least.search(said)[1]) for said in refused)  # type: ignore[index]
+    assert "--allow-approximate also takes bf16" in refused[0]
+    assert rounded < exact
+    done = frugan(*common, "--memory", f"{rounded}MiB", "--allow-approximate", "--out", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    assert "Approximate: bf16" in done.stdout
+    plan = json.loads((tmp_path / "r" / "plan.json").read_text())
+    assert plan["precision"] == "bf16" and plan["guarantee"] == "approximate"
+
+
+def test_moments_in_8_bits_resume_exactly_and_are_planned(few: Path, tmp_path: Path, train: Callable[..., Path]) -> None:
+    low = {"recipe": "dcgan", "image_size": 16, "moments": "8bit", "width_g": 16, "width_d": 16}
+    whole = train(tmp_path / "whole", epochs=2, **low)
+    half = train(tmp_path / "half", epochs=1, **low)
+    train(half, epochs=2, **low)
+    (a, _), (b, _) = final_state(whole), final_state(half)
+    assert any(name.endswith("exp_avg_sq/codes") for name in a)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    plain = train(tmp_path / "plain", epochs=1, **low | {"moments": "fp32"})
+    moments = [json.loads((run / "plan.json").read_text())["phases"]["D's phase"]["moments"] for run in (whole, plain)]
+    assert moments[0] < 0.5 * moments[1]
+
+
 def test_levers_that_are_asked_for_are_used(few: Path, tmp_path: Path, train: Callable[..., Path]) -> None:
     run = train(tmp_path / "r", recipe="r3", epochs=1, penalty="jvp", checkpoint_blocks="yes", recompute_generator="yes",
                 separate_terms="yes", accumulation_steps=2, generator_accumulation_steps=4)  # fmt: skip

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from frugan.optim import Ema, rate_factor
+from frugan.optim import Ema, FrugalAdam, LowBitAdam, rate_factor
 from frugan.recipe import Optimizer
 
 
@@ -39,3 +39,24 @@ def test_the_average_forgets_half_in_its_half_life_whatever_the_batch(batch: int
     for _ in range(1000 // batch):
         ema.update(network, batch, seen)
     torch.testing.assert_close(ema.module.weight, torch.full((1, 1), 0.5))
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.5])
+def test_moments_in_8_bits_train_as_those_in_32_do_in_a_quarter_of_their_bytes(beta1: float) -> None:
+    def trained(kind: type[FrugalAdam]) -> tuple[torch.Tensor, int]:
+        torch.manual_seed(0)
+        layer = nn.Conv2d(16, 64, 5, padding=2).to(memory_format=torch.channels_last)
+        images, wanted = torch.randn(8, 16, 6, 6), torch.randn(8, 64, 6, 6)
+        optimizer = kind(layer.parameters(), 1e-2, (beta1, 0.99))
+        for _ in range(60):
+            optimizer.zero_grad()
+            (layer(images) - wanted).square().mean().backward()
+            optimizer.step()
+        moments = [m for k, m in optimizer.state[layer.weight].items() if k != "step"]
+        assert optimizer.state[layer.weight]["step"] == 60
+        return (layer(images) - wanted).square().mean().detach(), sum(m.nbytes for m in moments)
+
+    (loss, whole), (loss_low, low) = trained(FrugalAdam), trained(LowBitAdam)
+    assert low < 0.27 * whole
+    assert loss < 0.1
+    assert abs(loss_low / loss - 1) < 0.25

@@ -1,12 +1,14 @@
 """What a recipe makes on a device: networks as they are laid out in memory, optimizers, average and step."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
 from frugan.draws import Draws
 from frugan.errors import UserError
 from frugan.networks import Network
-from frugan.optim import Ema, FrugalAdam, adam
+from frugan.optim import Ema, FrugalAdam, LowBitAdam
 from frugan.recipe import Recipe
 from frugan.step import Step
 
@@ -40,16 +42,11 @@ def optimizers(recipe: Recipe, generator: Network, discriminator: Network, devic
     """Of the generator and of the discriminator, whose frozen blocks have none."""
     options, memory = recipe.optimizer, recipe.memory
     offload = memory.offload_state == "yes" and device.type != "cpu"
-    return (
-        adam(generator.parameters(), options.lr_g, options, lean=memory.lean_adam, offload=offload),
-        adam(
-            [p for p in discriminator.parameters() if p.requires_grad],
-            options.lr_d,
-            options,
-            lean=memory.lean_adam,
-            offload=offload,
-        ),
-    )
+    betas = (options.beta1, options.beta2)
+    kind: type[FrugalAdam] = LowBitAdam if memory.moments == "8bit" else FrugalAdam
+    made = partial(kind, betas=betas, lean=memory.lean_adam, offload=offload)
+    learning = [p for p in discriminator.parameters() if p.requires_grad]
+    return made(generator.parameters(), options.lr_g), made(learning, options.lr_d)
 
 
 def average(recipe: Recipe, generator: Network, device: torch.device) -> Ema | None:

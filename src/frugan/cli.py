@@ -139,7 +139,7 @@ def _plan(options: Any, recipe: Recipe) -> None:
     from frugan.data.source import open_source
     from frugan.memory import limit
     from frugan.memory.plan import size
-    from frugan.planner import Planner
+    from frugan.planner import find
 
     console = Console(quiet=options.json)
     where = device.choose(options.device)
@@ -154,17 +154,19 @@ def _plan(options: Any, recipe: Recipe) -> None:
         recipe = recipe.replace(precision=device.fast_precision(where))
     keep = keepable(limit.budget(options.memory, where), limit.resident())
     held = bytes_of(len(source), data, recipe.training.batch_size, keep)
-    planner = Planner(recipe, where, data=held, memory=options.memory, approximate=options.allow_approximate, tell=console.tell)
-    plan = planner.plan()
-    looked_at = planner.looked_at(plan)
+    planner, plan = find(recipe, where, data=held, memory=options.memory, approximate=options.allow_approximate, tell=console.tell)
+    looked_at, speed = planner.looked_at(plan), planner.images_per_second(plan)
     if options.json:
-        print(json.dumps(plan.as_dict() | {"candidates": looked_at}))
+        about = {"precision": planner.recipe.memory.precision, "candidates": looked_at, "images_per_second": speed}
+        print(json.dumps(plan.as_dict() | about))
     else:
         console.bytes(plan)
         console.candidates(looked_at)
         for reason in planner.why(plan):
             console.tell(reason)
         console.plan(plan, recipe.training.batch_size)
+        precision = planner.recipe.memory.precision
+        console.tell(f"Speed: about {speed:,.0f} images/s in {precision}, from its operators run and timed one by one.")
     if options.plot:
         courses = {
             f"{name}: {min(2, parts)} of {parts} micro-batches" if parts > 1 else name: timeline.course(planner.search.workspaces)

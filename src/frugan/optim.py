@@ -1,23 +1,24 @@
 """Optimizers, learning-rate schedules and the averaged generator."""
 
+import logging
 import math
+import warnings
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.optim import Adam
+from torch.optim.adam import adam
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from frugan import recipe
+from frugan.errors import UserError
 
+BLOCK = 256  # numbers that share a scale in moments of 8 bits
+PIECE = BLOCK << 10  # numbers whose moments are made whole at a time
 EMA_RAMP = 0.05  # the half-life is at most this share of the images seen, so that the start is forgotten soon
-
-
-def adam(
-    parameters: Iterable[nn.Parameter], rate: float, options: recipe.Optimizer, *, lean: bool = True, offload: bool = False
-) -> "FrugalAdam":
-    """Adam over ``parameters`` as ``options`` say."""
-    return FrugalAdam(parameters, rate, (options.beta1, options.beta2), lean=lean, offload=offload)
 
 
 class FrugalAdam(Adam):
@@ -48,8 +49,11 @@ class FrugalAdam(Adam):
         self.offload = offload
         for parameter in self._parameters():
             step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            self.state[parameter] = {"step": step} | {name: torch.zeros_like(parameter) for name in self.moments}
+            self.state[parameter] = {"step": step} | self._new_moments(parameter)
         self._stow()
+
+    def _new_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(parameter) for name in self.moments}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -58,7 +62,7 @@ class FrugalAdam(Adam):
         for parameter in learning:
             state = self.state[parameter]
             if self.offload:
-                state |= {name: state[name].to(parameter.device, non_blocking=True) for name in self.moments}
+                state |= {k: v.to(parameter.device, non_blocking=True) for k, v in state.items() if k != "step"}
             if "exp_avg" not in self.moments:
                 state["exp_avg"] = parameter.grad  # the kernel writes beta1 * it + (1 - beta1) * gradient into it: itself
         try:
@@ -72,11 +76,94 @@ class FrugalAdam(Adam):
     def _stow(self) -> None:
         if self.offload:
             for state in self.state.values():
-                state |= {name: state[name].to("cpu") for name in self.moments}
+                state |= {k: v.to("cpu") for k, v in state.items() if k != "step"}
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         for group in self.param_groups:
             yield from group["params"]
+
+
+class LowBitAdam(FrugalAdam):
+    """`FrugalAdam` with moments of 8 bits in blocks of 256 (Dettmers et al. 2022), by torchao's numerics. Approximate.
+
+    As there, parameters of fewer than 4096 numbers, or of a number that 256 does not divide, keep moments in fp32. Moments are
+    made whole a piece at a time, so that little is held besides.
+
+    Raises:
+        UserError: torchao is not installed.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what torchao finds amiss with torch, none concerns arithmetic
+                logging.disable(logging.WARNING)
+                from torchao.optim import quant_utils
+        except ImportError:
+            raise UserError("--moments 8bit needs torchao: pip install torchao, or use --moments fp32.") from None
+        finally:
+            logging.disable(logging.NOTSET)
+        self.numerics = quant_utils
+        self.maps: dict[str, Tensor] = {}
+        super().__init__(*arguments, **named)
+
+    def _new_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        count = parameter.numel()
+        if count < 4096 or count % BLOCK:
+            return super()._new_moments(parameter)
+        made = {}
+        for name in self.moments:
+            with unset_fake_temporarily():  # plans are made of tensors without numbers
+                levels = self.numerics.create_dynamic_map(signed=name == "exp_avg")
+            if name not in self.maps:
+                self.maps[name] = torch.tensor(levels, device=parameter.device)
+            made[f"{name}/codes"] = torch.full((count,), levels.index(0), dtype=torch.uint8, device=parameter.device)
+            made[f"{name}/scale"] = torch.zeros(count // BLOCK, device=parameter.device)
+        return made
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update by the gradients there are."""
+        low = [p for p in self._parameters() if p.grad is not None and "exp_avg_sq/codes" in self.state[p]]
+        gradients = [p.grad for p in low]
+        for parameter in low:
+            self._step_of(parameter)
+            parameter.grad = None
+        super().step()
+        for parameter, gradient in zip(low, gradients, strict=True):
+            parameter.grad = gradient
+
+    def _step_of(self, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        group, state = self.param_groups[0], self.state[parameter]
+        here = {k: v.to(parameter.device) for k, v in state.items()}
+        same = parameter.grad.stride() == parameter.stride()
+        weights = _in_memory_order(parameter)
+        gradient = _in_memory_order(parameter.grad if same else torch.empty_like(parameter).copy_(parameter.grad))
+        for begin in range(0, len(weights), PIECE):
+            piece = slice(begin, begin + PIECE)
+            blocks = slice(begin // BLOCK, (begin + PIECE) // BLOCK)
+            whole = {
+                name: self.numerics.dequant_with_qmap(here[f"{name}/codes"][piece], self.maps[name], here[f"{name}/scale"][blocks])
+                for name in self.moments
+            }
+            step = here["step"].clone()
+            adam(
+                [weights[piece]], [gradient[piece]], [whole.get("exp_avg", gradient[piece])], [whole["exp_avg_sq"]], [], [step],
+                fused=True, grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None),
+                amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=0.0,
+                eps=group["eps"], maximize=False,
+            )  # fmt: skip
+            for name, moment in whole.items():
+                scaled, scale = self.numerics.scale_tensor(moment, BLOCK)
+                state[f"{name}/codes"][piece] = self.numerics.quantize_8bit_with_qmap(scaled, self.maps[name])
+                state[f"{name}/scale"][blocks] = scale
+        state["step"].copy_(step)
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """The numbers of a dense tensor as they lie in memory, ``[n]``, without a copy."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
 def rate_factor(options: recipe.Optimizer, epochs_done: float, epochs: int) -> float:

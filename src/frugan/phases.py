@@ -93,6 +93,18 @@ class Model:
             noise = torch.empty(images, self.recipe.network.latent_dim)
             return trace(lambda: generate.to_images(network, noise, chunk), self.held())
 
+    def updating(self, phase: str) -> Timeline:
+        """What Adam allocates in its update of the network that ``phase`` trains."""
+        network, optimizer = (self.discriminator, self.optimizers[1]) if phase == "D" else (self.generator, self.optimizers[0])
+        with self.mode:
+            gradients = {p: torch.zeros_like(p) for p in network.parameters() if p.requires_grad}
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+            try:
+                return trace(optimizer.step, self.held() | {"gradients": [*gradients.values()]})
+            finally:
+                network.zero_grad(set_to_none=True)
+
     def judging(self, layout: Layout) -> Timeline:
         """What D(G(z)) after an update allocates."""
         self._first += 1 << 20

@@ -12,6 +12,7 @@ from frugan.errors import UserError
 from frugan.memory import limit
 from frugan.memory.limit import MIB, Handling
 from frugan.memory.plan import SMALLEST_COUPLED, Guarantee, Layout, size
+from frugan.memory.probe import seconds
 from frugan.memory.recover import Change, Recovery
 from frugan.memory.search import MARGIN, SLACK, Candidate, Choice, Search, shortened
 from frugan.memory.trace import Timeline
@@ -69,6 +70,34 @@ class Plan:
             "framework": self.framework, "data": self.data, "training_allocates": self.allocated, "training_holds": self.held,
             "phases": self.phases,
         }  # fmt: skip
+
+
+class TooLittle(UserError):
+    """Nothing fits into the budget; ``smallest`` is the one that would do, in bytes."""
+
+    def __init__(self, sentence: str, smallest: int) -> None:
+        super().__init__(sentence)
+        self.smallest = smallest
+
+
+def find(recipe: Recipe, device: torch.device, *, approximate: bool = False, **options: Any) -> "tuple[Planner, Plan]":
+    """The planner of ``recipe`` (resolved), and its plan; where nothing fits and ``approximate`` allows it, in bf16.
+
+    The arguments are the `Planner`'s, and so are the errors.
+    """
+    planner = Planner(recipe, device, approximate=approximate, **options)
+    try:
+        return planner, planner.plan()
+    except TooLittle as error:
+        if not approximate or recipe.memory.precision != "fp32":
+            raise
+        refused = error
+        del planner
+    planner = Planner(recipe.replace(precision="bf16"), device, approximate=approximate, **options)
+    try:
+        return planner, replace(planner.plan(), guarantee=Guarantee.APPROXIMATE)
+    except TooLittle as error:
+        raise min(refused, error, key=lambda e: e.smallest) from None
 
 
 class Planner:
@@ -187,6 +216,18 @@ class Planner:
         chosen = plan.choice.chosen
         return {name: (self.search.exact(c.job, c.layout).timeline, len(c.layout.sizes)) for name, c in chosen.items()}
 
+    def images_per_second(self, plan: Plan) -> float:
+        """About how fast ``plan`` trains here: each distinct operator of it is run and timed, alone."""
+        total = 0.0
+        if self.device.type == "cpu":
+            limit.handle(plan.handling)
+        for candidate in plan.choice.chosen.values():
+            timeline, sizes = self.search.exact(candidate.job, candidate.layout).timeline, candidate.layout.sizes
+            total += seconds(timeline.calls(), self.device) * sum(sizes) / sum(shortened(sizes))
+        if self.device.type == "cpu":
+            limit.handle("return")
+        return self.recipe.training.batch_size / total
+
     def smallest(self) -> tuple[int, int, Candidate]:
         """The smallest budget that would do, the framework's part of it, and what binds it."""
         binding = max(self.search.smallest().values(), key=lambda c: c.allocated)
@@ -202,6 +243,8 @@ class Planner:
             timelines.append(exact.timeline)
         layout = choice.chosen["G"].layout
         besides = {"judging": [self.model.judging(replace(layout, sizes=shortened(layout.sizes)))]}
+        if self.recipe.memory.moments != "fp32":  # else Adam allocates nothing
+            besides["update"] = [self.model.updating(phase) for phase in PHASES]
         besides["samples"] = [self.model.sampling(count, layout.micro_batch) for count in (GRID, FINAL)]
         for name, traced in besides.items():
             for timeline in traced:
@@ -228,17 +271,21 @@ class Planner:
                 f"the framework holds {size(framework)}, images {size(self.data)}, weights with gradients, moments and average "
                 f"{size(state)}, and {binding.job.name}'s phase, with {binding.layout}, {size(binding.allocated - state)}"
             )
-        way = "" if self.search.approximate or not self.model.coupled else (
-            f" (batch norm keeps micro-batches at {SMALLEST_COUPLED} or more; --allow-approximate lifts that)"
-        )  # fmt: skip
-        return UserError(
-            f"{said} is too little for this training: the smallest that works is --memory {smallest // MIB}MiB, because {why}{way}."
+        lifted = [f"micro-batches below {SMALLEST_COUPLED} under batch norm"] if self.model.coupled else []
+        lifted += ["bf16"] if self.recipe.memory.precision == "fp32" else []
+        way = f" (--allow-approximate also takes {' and '.join(lifted)})" if lifted and not self.search.approximate else ""
+        return TooLittle(
+            f"{said} is too little for this training: the smallest that works is --memory {smallest // MIB}MiB, "
+            f"because {why}{way}.",
+            smallest,
         )
 
 
 def notices(recipe: Recipe, plan: Plan, generator: Network, discriminator: Network) -> list[str]:
     """What a person should know of what ``plan`` and ``recipe`` do to the training."""
     told = []
+    if recipe.memory.moments == "8bit":
+        told.append("Approximate: Adam keeps its moments in 8 bits; --moments fp32 does not.")
     precision = recipe.memory.precision
     if precision in ("bf16", "fp16"):
         told.append(f"Approximate: {precision} rounds inside the networks; --precision fp32 does not.")

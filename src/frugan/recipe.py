@@ -206,6 +206,7 @@ class Memory(Section):
     offload_state: Choice = option("auto", "moments and the averaged generator wait on the host (bitwise; accelerators)")
     in_place: bool = option(True, "activations overwrite what they are applied to (bitwise)")
     lean_adam: bool = option(True, "Adam keeps no first moment where beta1 is 0 (reassociation)")
+    moments: Literal["fp32", "8bit"] = option("fp32", "how Adam keeps its moments; 8bit needs torchao (approximate)")
     precision: Literal["fp32", "bf16", "fp16", "auto"] = option(
         "fp32", "arithmetic inside the networks; auto: bf16 or fp16 where the device is fast at it (approximate)"
     )
@@ -323,7 +324,7 @@ class Run(Section):
 
     out: str | None = option(None, "run folder; unset: runs/DATA-RECIPE")
     memory: str | None = option(None, "the most memory to hold, as 2GiB or 800MiB; unset: most of what is free")
-    allow_approximate: bool = option(False, "where nothing else fits, batch norm may work on micro-batches below 16")
+    allow_approximate: bool = option(False, "where nothing else fits, micro-batches below 16 under batch norm, and bf16")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: the first of cuda, mps, cpu that is there")
     threads: int | None = option(None, "processor threads; unset: all cores, or as the run was started with", least=1)
     workers: int = option(2, "threads that decode images ahead of training", least=1)

@@ -87,14 +87,11 @@ class State:
                 self.averaged.load_state_dict(self.generator.state_dict())
         for part, network, optimizer in self._optimizers():
             for name, parameter in network.named_parameters():
-                # Moments take the memory format of their parameter, as they had when they were made.
-                moments = {
-                    key: value.clone() if value.dim() == 0 else torch.empty_like(parameter).copy_(value)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                    if (value := tensors.get(f"{part}/{name}/{key}")) is not None
-                }
-                if moments:
-                    optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in moments.items()}
+                moments = optimizer.state.get(parameter, {})
+                there = {key: tensors.get(f"{part}/{name}/{key}") for key in moments}
+                if all(value is not None for value in there.values()):  # moments that were kept in another way begin anew
+                    for key, value in there.items():
+                        moments[key].copy_(value)
         self.images, self.updates = state["images"], state["updates"]
         if state["scaler"]:  # empty where there was no fp16
             self.scaler.load_state_dict(state["scaler"])

@@ -26,7 +26,7 @@ from frugan.memory.recover import Change, OutOfMemory
 from frugan.networks import Network, build
 from frugan.optim import rate_factor
 from frugan.pictures import FINAL, GRID
-from frugan.planner import Plan, Planner, notices, recovery
+from frugan.planner import Plan, Planner, find, notices, recovery
 from frugan.recipe import Recipe, Run
 from frugan.runs import RunFolder
 from frugan.signals import Signals, Stopped
@@ -74,6 +74,8 @@ class Trainer:
             )
         self.total = math.ceil(self.recipe.training.epochs * len(self.loader) / self.batch) * self.batch
         self.folder = RunFolder(Path(run.out) if run.out else Path("runs") / f"{source.name}-{self.recipe.recipe}")
+        if run.allow_approximate and self.folder.saved_plan().get("precision") == "bf16":
+            self.recipe = self.recipe.replace(precision="bf16")  # as it was planned
         self.signals = Signals()
         self._told_bad = len(self.loader.bad)
 
@@ -134,11 +136,10 @@ class Trainer:
 
     def _train(self) -> Path:
         recipe, folder = self.recipe, self.folder
-        about = self._about()
-        folder.check(recipe, about, self.run.accept_changes)
+        folder.check(recipe, self._about(), self.run.accept_changes)
         self.plan = self._plan(resuming=folder.newest_checkpoint() is not None)
         with limit.held_to(self.plan.budget if self.plan.named else None, self.plan.handling, self.device):
-            return self._train_within(about)
+            return self._train_within(self._about())
 
     def _train_within(self, about: dict[str, Any]) -> Path:
         recipe, console, folder = self.recipe, self.console, self.folder
@@ -377,19 +378,19 @@ class Trainer:
         """The plan of this run: the one it was started with if that still fits, so that it goes on as it was."""
         if self.run.memory is not None:
             pictures.rehearse()
-        planner = Planner(
-            self.recipe, self.device, data=self.loader.ahead(self.batch), memory=self.run.memory,
-            approximate=self.run.allow_approximate, tell=self.console.tell,
-        )  # fmt: skip
+        options: dict[str, Any] = {"data": self.loader.ahead(self.batch), "memory": self.run.memory}
+        options |= {"approximate": self.run.allow_approximate, "tell": self.console.tell}
         saved = self.folder.saved_plan() if resuming else {}
         if "layouts" in saved:
             layouts = {name: Layout.from_dict(layout) for name, layout in saved["layouts"].items()}
             if all(sum(layout.sizes) == self.batch for layout in layouts.values()):
-                plan = planner.with_layouts(layouts, saved["freed_memory"])
+                plan = Planner(self.recipe, self.device, **options).with_layouts(layouts, saved["freed_memory"])
                 if plan is not None:
                     return plan
                 self.console.tell("The plan this run was started with does not fit any more; planning anew.")
-        return planner.plan()
+        planner, plan = find(self.recipe, self.device, **options)
+        self.recipe = planner.recipe
+        return plan
 
     def _introduce(self) -> None:
         recipe, tell = self.recipe, self.console.tell

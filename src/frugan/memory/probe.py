@@ -1,6 +1,7 @@
 """What cannot be known without asking the machine: operators' workspaces, and what the allocator really gave out."""
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -71,6 +72,32 @@ class Workspaces(dict[Call, list[int]]):
             most = torch.cuda.max_memory_allocated(self.device) - before
             kept = torch.cuda.memory_allocated(self.device) - before
             return [most, kept - most] if most else []
+
+
+def seconds(calls: Mapping[Call, int], device: torch.device) -> float:
+    """How long ``calls``, each so many times, take on ``device``: of each distinct one the second of two runs is timed."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    total = 0.0
+    for call, times in calls.items():
+        args, kwargs = tree_map_only(Spec, _made_up, call.arguments)
+        try:
+            with torch.no_grad():
+                for _ in range(2):
+                    wait()
+                    begin = time.perf_counter()
+                    call.operator(*args, **kwargs)
+                    wait()
+                    took = time.perf_counter() - begin
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            continue  # made-up numbers do not satisfy it
+        total += times * took
+    return total
 
 
 def _made_up(spec: Spec) -> Tensor:

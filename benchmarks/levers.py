@@ -1,0 +1,143 @@
+"""What each lever saves and costs: R1 both ways in the discriminator alone, then each lever in an update of both networks.
+
+    python benchmarks/levers.py [--recipe r3] [--image-size 64] [--batch-size 32] [--rounds 5] [--compile] [--device cuda]
+
+MiB are what the allocator gives out beyond weights and images; times are medians of rounds in which all rows take turns.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the command line does
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from frugan import recipes
+from frugan.build import lay_out, make_step
+from frugan.memory import levers, limit
+from frugan.memory.plan import Layout
+from frugan.memory.probe import allocations
+from frugan.memory.trace import highest
+from frugan.networks import build
+from frugan.objective import squared_norm
+
+
+@dataclass
+class Options:
+    recipe: str = "r3"
+    image_size: int = 64
+    batch_size: int = 32
+    rounds: int = 5
+    compile: bool = False  # also compiled with fullgraph=True
+    device: str = "cpu"
+
+
+def main(options: Options) -> None:
+    device, side, batch = torch.device(options.device), options.image_size, options.batch_size
+    recipe = recipes.get(options.recipe).replace(image_size=side, channels=3, batch_size=batch)
+    generator, discriminator = (n.to(device) for n in build(recipe.network, side, 3))
+    lay_out(recipe, generator, discriminator)
+    pixels = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8)
+    images = pixels.to(device).float().div(127.5).sub(1)
+    step, blocks = make_step(recipe, generator, discriminator), list(discriminator.blocks)
+    levers.load_forward_mode()
+
+    def double_backward() -> None:
+        x = images.clone().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(discriminator(x).sum(), x, create_graph=True)
+        squared_norm(gradient).sum().backward()
+
+    def slope(x: Tensor, v: Tensor) -> Tensor:
+        return levers.directional(blocks, x, v)[1].sum()
+
+    def by_jvp(slope: Callable[[Tensor, Tensor], Tensor], parts: int = 1) -> None:
+        for some in images.chunk(parts):
+            x = some.clone().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(discriminator(x).sum(), x)
+            slope(some, 2 * gradient).backward()
+
+    rows: dict[str, Callable[[], object]] = {
+        "R1 by double backward": double_backward,
+        "R1 by jvp": lambda: by_jvp(slope),
+        "R1 by jvp, blocks recomputed": lambda: by_jvp(lambda x, v: levers.directional(blocks, x, v, recompute=True)[1].sum()),
+    }
+    if options.compile:
+        compiled = torch.compile(slope, fullgraph=True)
+        rows["R1 by jvp, compiled"] = lambda: by_jvp(compiled)
+    update = {
+        "update, whole batch": {}, "separate terms": {"separate_terms": True}, "penalties by jvp": {"penalty": "jvp"},
+        "blocks recomputed": {"checkpoint_blocks": True}, "generator recomputed": {"recompute_generator": True},
+        "activations on the host": {"offload_activations": True},
+        "by jvp, separate, recomputed": {"penalty": "jvp", "separate_terms": True, "checkpoint_blocks": True},
+        "micro-batches of a quarter": {}, "all of these": {"penalty": "jvp", "separate_terms": True, "checkpoint_blocks": True,
+                                                           "recompute_generator": True},
+    }  # fmt: skip
+    if not recipe.objective.r1:
+        update = {name: used for name, used in update.items() if "penalty" not in used}
+
+    def updated(layout: Layout) -> None:
+        step.discriminator_phase(lambda row, n: pixels[row : row + n], 0, layout)
+        step.generator_phase(lambda row, n: pixels[row : row + n], 0, layout)
+
+    for name, used in update.items():
+        parts = 4 if name in ("micro-batches of a quarter", "all of these") else 1
+        rows[name] = partial(updated, Layout.of(batch, parts, **used))
+
+    def clear() -> None:
+        for network in (generator, discriminator):
+            network.zero_grad(set_to_none=True)
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    peaks, seconds = {}, {name: [] for name in rows}
+    if device.type == "cpu":
+        limit.handle("reuse")  # as training does
+    for name, compute in rows.items():
+        compute()  # what libraries load, and compiling
+        clear()
+        if device.type == "cuda":
+            wait()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            compute()
+            wait()
+            peaks[name] = torch.cuda.max_memory_allocated() - before
+        else:
+            peaks[name] = highest(allocations(compute))
+        clear()
+    for _ in range(options.rounds):
+        for name, compute in rows.items():
+            wait()
+            begin = time.perf_counter()
+            compute()
+            wait()
+            seconds[name].append(time.perf_counter() - begin)
+            clear()
+    table = Table(title=f"{options.recipe}, {side}x{side} colour, batch {batch}, fp32")
+    for heading in ("", "MiB", "of plain", "ms", "of plain"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name in rows:
+        plain = "R1 by double backward" if name.startswith("R1") else "update, whole batch"
+        if name == "update, whole batch":
+            table.add_section()
+        took, base = (statistics.median(seconds[n]) for n in (name, plain))
+        table.add_row(
+            name, f"{peaks[name] / 2**20:.1f}", f"{peaks[name] / peaks[plain]:.2f}", f"{1e3 * took:.0f}", f"{took / base:.2f}"
+        )
+    Console(width=120).print(table)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"medians of {options.rounds} rounds; torch {torch.__version__}, {where}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
