@@ -94,6 +94,7 @@ def main(options: Options) -> None:
     def clear() -> None:
         for network in (generator, discriminator):
             network.zero_grad(set_to_none=True)
+            network.requires_grad_(True)  # the generator's phase wants no gradients of D
 
     def wait() -> None:
         if device.type == "cuda":

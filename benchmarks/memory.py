@@ -42,15 +42,25 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     from frugan.build import average, lay_out, make_step, optimizers
     from frugan.memory import limit
     from frugan.memory.plan import Layout
-    from frugan.memory.probe import allocations
-    from frugan.memory.trace import highest
+    from frugan.memory.probe import record, recorded
     from frugan.networks import build
 
     side, batch, device = cell["side"], cell["batch"], torch.device("cpu")
     dtype = torch.float64 if cell["what"] == "weights" else torch.float32
     recipe = recipes.get(cell["recipe"]).replace(image_size=side, channels=3, batch_size=batch)
 
+    live = most = 0
+
+    def account() -> None:
+        nonlocal live, most
+        for move in recorded():
+            live += move
+            most = max(most, live)
+
     def images(first: int, count: int) -> torch.Tensor:
+        if cell["what"] == "bytes":  # after each micro-batch: of all of a large batch the record itself would take gigabytes
+            account()
+            record()
         generator = torch.Generator().manual_seed(first)  # each row its own, however they are asked for
         return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
 
@@ -84,7 +94,10 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         return update, generator, discriminator
 
     if cell["what"] == "bytes":
-        return {"bytes": highest(allocations(lambda: make()[0](0)))}
+        record()
+        make()[0](0)
+        account()
+        return {"bytes": most}
     update, generator, discriminator = make()
     if cell["what"] == "weights":
         for i in range(2):

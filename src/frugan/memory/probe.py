@@ -25,15 +25,26 @@ def allocations(computation: Callable[[], Any]) -> list[int]:
     The profiler's older interface is used: it reports the same allocations as the newer one, but starts in milliseconds instead
     of seconds and writes nothing on the terminal.
     """
+    record()
+    try:
+        computation()
+    finally:
+        moves = recorded()
+    return moves
+
+
+def record() -> None:
+    """Begins what `recorded` ends."""
     nothing = False
     config = ProfilerConfig(
         ProfilerState.CPU, nothing, True, nothing, nothing, nothing, _ExperimentalConfig()
     )  # the third is: report memory
     _enable_profiler_legacy(config)
-    try:
-        computation()
-    finally:
-        threads = _disable_profiler_legacy()
+
+
+def recorded() -> list[int]:
+    """What was allocated and freed since `record`. Every operator is remembered until then: a long stretch takes gigabytes."""
+    threads = _disable_profiler_legacy()
     return [event.cpu_memory_usage() for events in threads for event in events if event.kind() == "memory_alloc"]  # type: ignore[comparison-overlap]
 
 
