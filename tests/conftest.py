@@ -1,6 +1,10 @@
 """What the tests share: tiny data of every kind, and small real trainings on it."""
 
+import atexit
+import os
+import shutil
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +20,8 @@ from frugan import checkpoint
 from frugan.runs import RunFolder
 
 torch.set_num_threads(2)
+os.environ["FRUGAN_CACHE"] = tempfile.mkdtemp(prefix="frugan-")  # packs of the tests, of the processes they start too
+atexit.register(shutil.rmtree, os.environ["FRUGAN_CACHE"], ignore_errors=True)
 settings.register_profile("patient", deadline=None)  # shared machines stall now and then
 settings.load_profile("patient")
 

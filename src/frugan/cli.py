@@ -5,6 +5,7 @@ Every field of a recipe is a flag, with the help, type and default that stand in
 """
 
 import json
+import math
 import os
 import sys
 import typing
@@ -18,7 +19,7 @@ import tyro
 
 from frugan import recipes
 from frugan.errors import UserError, nearest
-from frugan.recipe import Recipe, Run
+from frugan.recipe import Data, Recipe, Run
 from frugan.section import Section, flag, readable, spoken
 
 
@@ -42,7 +43,7 @@ DataArgument = Annotated[
     tyro.conf.Positional,
     tyro.conf.arg(
         metavar="DATA",
-        help="folder or zip of images, folder of IDX files, or digits (default), mnist, fashion-mnist",
+        help="folder, zip or tars of images, parquet, IDX files, a data set on the hub, or digits (default), mnist, fashion-mnist",
         help_behavior_hint="",
     ),
 ]
@@ -92,6 +93,89 @@ class Generate:
     device: Annotated[str, tyro.conf.arg(help="cpu, cuda, mps or auto")] = "cpu"
 
 
+class Pack:
+    """Decodes, crops and resizes images once, into a pack that trainings read: beforehand, instead of on first use."""
+
+
+class Check:
+    """Tells what is there, before one trains on it; writes a sheet of images to look at."""
+
+
+def _data_options(name: str, base: type[Any], *extra: Any) -> type[Any]:
+    """A dataclass, a kind of ``base``, of everything that can be said about images."""
+    options: list[Any] = [("data", DataArgument, field(default=None)), *extra]
+    options += [o for o in _described(Data) if o[0] not in ("data", "flip")]
+    options += [o for o in _described(Run) if o[0] == "workers"]
+    made = make_dataclass(name, options, bases=(base,), kw_only=True)
+    made.__doc__ = base.__doc__
+    return made
+
+
+def _data_verbs() -> dict[str, Callable[..., Any]]:
+    out = tyro.conf.arg(help="folder to write; unset: the cache, where trainings find it", help_behavior_hint="")
+    sheet = tyro.conf.arg(help="picture to write; unset: NAME-check.png", help_behavior_hint="")
+    as_json = ("json", Annotated[bool, tyro.conf.arg(help="print what was found as JSON")], field(default=False))
+    return {
+        "pack": _data_options("Pack", Pack, ("out", Annotated[str | None, out], field(default=None))),
+        "check": _data_options("Check", Check, ("sheet", Annotated[str | None, sheet], field(default=None)), as_json),
+    }
+
+
+def _images(options: Any, tell: Callable[[str], None]) -> tuple[Any, Data]:
+    """The source that was named, and the data section with everything filled in."""
+    from frugan.data.loader import resolve
+    from frugan.data.source import open_source
+
+    said = {f.name: getattr(options, f.name) for f in fields(Data) if f.name not in ("data", "flip")}
+    asked = Data(data=options.data or Data().data, **said)
+    source = open_source(asked)
+    return source, resolve(source, asked, tell)
+
+
+def _pack(options: Any) -> None:
+    from frugan.console import Console
+    from frugan.data.packing import make, packed
+
+    console = Console()
+    source, data = _images(options, console.tell)
+    ways: dict[str, Any] = {"workers": options.workers, "tell": console.tell, "progress": console.packing}
+    if options.out is None:
+        pack = packed(source, data, **ways)
+    else:
+        out = Path(options.out)
+        if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"--out {out} holds something else: name a new folder.")
+        for problem in source.problems:
+            console.tell(problem)
+        pack = make(source, data, out, **ways)
+    known = pack.manifest
+    skipped = f", {known.skipped} skipped" if known.skipped else ""
+    print(f"{pack.folder}: {known.images:,} images of {known.size}x{known.size}, {known.channels} channels{skipped}")
+
+
+def _check(options: Any) -> None:
+    from frugan import pictures
+    from frugan.console import Console
+    from frugan.data.check import check
+
+    console = Console(quiet=options.json)
+    source, data = _images(options, console.tell)
+    report = check(source, data, workers=options.workers, progress=console.packing)
+    sheet = Path(options.sheet or f"{source.name}-check.png")
+    if report.shown:
+        import numpy as np
+        import torch
+
+        pictures.save(pictures.grid(torch.from_numpy(np.stack(report.shown))), sheet)
+    if options.json:
+        print(json.dumps(report.as_dict() | {"problems": list(source.problems), "sheet": str(sheet)}))
+    else:
+        console.found(report, source.problems, data)
+        console.tell(f"Images as training sees them are in {sheet}.")
+    if not report.images:
+        raise UserError(f"none of the {len(source)} images of {source.name} can be read.")
+
+
 def _recipe_of(arguments: Sequence[str]) -> Recipe:
     """The recipe that ``--recipe`` and ``--objective`` name, by which the other flags are known."""
     said = {"--recipe": recipes.DEFAULT, "--objective": ""}
@@ -137,6 +221,7 @@ def _plan(options: Any, recipe: Recipe) -> None:
     from frugan.console import Console
     from frugan.data.loader import bytes_of, keepable, resolve
     from frugan.data.source import open_source
+    from frugan.data.stream import ShardSource, block_of
     from frugan.memory import limit
     from frugan.memory.plan import size
     from frugan.planner import find
@@ -152,8 +237,12 @@ def _plan(options: Any, recipe: Recipe) -> None:
     recipe = recipe.replace(image_size=data.image_size, channels=data.channels)
     if recipe.memory.precision == "auto":
         recipe = recipe.replace(precision=device.fast_precision(where))
-    keep = keepable(limit.budget(options.memory, where), limit.resident())
-    held = bytes_of(len(source), data, recipe.training.batch_size, keep)
+    keep = keepable(limit.budget(options.memory, where), where)
+    batch = recipe.training.batch_size
+    if isinstance(source, ShardSource):
+        held = (2 * min(block_of(data), len(source)) + batch) * math.prod(data.shape)
+    else:
+        held = bytes_of(len(source), data, batch, keep)
     planner, plan = find(recipe, where, data=held, memory=options.memory, approximate=options.allow_approximate, tell=console.tell)
     looked_at, speed = planner.looked_at(plan), planner.images_per_second(plan)
     if options.json:
@@ -261,12 +350,17 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Recipe]:
         "generate": Generate,
         "summary": _recipe_options("Summary", Summary, recipe),
     }
+    prog = "frugan"
+    if arguments[0] == "data":
+        arguments, verbs, prog = arguments[1:] or ["--help"], _data_verbs(), "frugan data"
     if not arguments[0].startswith("-") and arguments[0] not in verbs:
-        raise UserError(f"there is no command {arguments[0]!r}: {nearest(arguments[0], verbs)}")
+        raise UserError(
+            f"there is no command {arguments[0]!r}: {nearest(arguments[0], [*verbs, *(['data'] if prog == 'frugan' else [])])}"
+        )
     if arguments[0] in verbs:
         _check_flags(arguments[1:], typing.get_type_hints(verbs[arguments[0]]))
     options = tyro.extras.subcommand_cli_from_dict(
-        verbs, prog="frugan", description="Trains GANs in the memory you have.", args=arguments
+        verbs, prog=prog, description="Trains GANs in the memory you have.", args=arguments
     )
     return options, recipe
 
@@ -303,6 +397,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _train(options, recipe)
         elif isinstance(options, Plan):
             _plan(options, recipe)
+        elif isinstance(options, Pack):
+            _pack(options)
+        elif isinstance(options, Check):
+            _check(options)
         else:
             _summary(options, recipe)
     except UserError as error:

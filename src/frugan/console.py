@@ -1,6 +1,7 @@
 """What a person sees: notices, tables, progress. Plain lines when it is not a terminal."""
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,10 +9,13 @@ from rich.console import Console as Rich
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
 from rich.table import Table
 
+from frugan.data.check import Report
 from frugan.memory.plan import size
 from frugan.planner import Plan
+from frugan.recipe import Data
 from frugan.summary import Row
 
+MANY = 1000  # images whose packing takes long enough to be announced
 PLAIN_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 
 
@@ -112,6 +116,53 @@ class Console:
             )  # fmt: skip
         self.rich.print(table, soft_wrap=False)
         self.rich.print()
+
+    def found(self, report: Report, problems: Iterable[str], data: Data) -> None:
+        """What `frugan data check` found."""
+        for problem in problems:
+            self.tell(problem)
+        for name, why in report.unreadable.items():
+            self.tell(f"{name}: {why}.")
+        for names in report.duplicates:
+            self.tell(f"The same: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}.")
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column()
+
+        def most(counter: Counter[Any]) -> str:
+            parts = [f"{name} {count:,}" for name, count in counter.most_common(8)]
+            return ", ".join(parts) + (f" and {len(counter) - 8} more" if len(counter) > 8 else "")
+
+        sizes = Counter({f"{w}x{h}": count for (w, h), count in report.sizes.items()})
+        twice = sum(len(names) - 1 for names in report.duplicates)
+        table.add_row("images", f"{report.images:,}")
+        table.add_row("unreadable", f"{len(report.unreadable):,}")
+        table.add_row("twice or more", f"{twice:,}")
+        table.add_row("sizes", most(sizes))
+        table.add_row("modes", f"{most(report.modes)}; {report.grey:,} without colour")
+        table.add_row("classes", most(report.classes) or "none")
+        target = f"{data.image_size}x{data.image_size}, {'grey' if data.channels == 1 else 'colour'}"
+        cut = (
+            f"the middle square; {report.cropped:.0%} of an image is cut off on average"
+            if report.cropped >= 0.005
+            else "whole images"
+        )
+        table.add_row("trained as", f"{target}: {cut}; {report.small:,} are smaller and are enlarged")
+        self.rich.print(table, soft_wrap=False)
+
+    def packing(self, done: int, total: int) -> None:
+        """Shows how many images are packed."""
+        if self.rich.is_terminal and not self.rich.quiet:
+            if self._bar is None:
+                self._bar = Progress(TextColumn("packing"), *Progress.get_default_columns(), console=self.rich)
+                self._task = self._bar.add_task("", total=total)
+                self._bar.start()
+            self._bar.update(self._task, completed=done)
+            if done == total:
+                self.stop()
+        elif total >= MANY and (done == total or time.monotonic() - self._last_plain >= PLAIN_EVERY):
+            self._last_plain = time.monotonic()
+            self.tell(f"Packed {done:,} of {total:,} images.")
 
     def start(self, done: int, total: int) -> None:
         """Begins showing progress in images."""

@@ -10,9 +10,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+KEPT = 1 << 20  # numbers of a permutation that are kept: 8 MiB
+ROUNDS = 6  # of the Feistel network
 BLOCK = 64  # rows drawn at once: a generator's stream cannot be entered in the middle
 MASK_BLOCK = 4  # the same for dropout masks, whose rows are large: a whole number of 64-bit words, whatever the shape
 
@@ -21,6 +25,42 @@ def derive(seed: int, *purpose: object) -> int:
     """A 63-bit seed that belongs to ``seed`` and ``purpose``."""
     text = "/".join(map(str, (seed, *purpose)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+class Order:
+    """A random permutation of ``n`` numbers that can be read anywhere.
+
+    Up to `KEPT` numbers it is drawn whole. Above that each number is computed when it is asked for, by a Feistel network on the
+    next power of four and walking on from what lies outside (Black and Rogaway 2002), so that memory does not grow with ``n``.
+    """
+
+    def __init__(self, seed: int, n: int) -> None:
+        self.n = n
+        self._whole: Tensor | None = None
+        if n <= KEPT:
+            self._whole = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+            return
+        self._half = np.uint64(((n - 1).bit_length() + 1) // 2)
+        self._keys = [np.uint64(derive(seed, i)) for i in range(ROUNDS)]
+
+    def read(self, first: int, count: int) -> Tensor:
+        """The numbers at ``first`` to ``first + count``: int64 ``[count]``."""
+        if self._whole is not None:
+            return self._whole[first : first + count]
+        numbers = self._permuted(np.arange(first, first + count, dtype=np.uint64))
+        while len(outside := np.flatnonzero(numbers >= self.n)):
+            numbers[outside] = self._permuted(numbers[outside])
+        return torch.from_numpy(numbers.astype(np.int64))
+
+    def _permuted(self, x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        mask = (np.uint64(1) << self._half) - np.uint64(1)
+        left, right = x >> self._half, x & mask
+        with np.errstate(over="ignore"):
+            for key in self._keys:
+                mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)
+                mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+                left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        return (left << self._half) | right
 
 
 class Draws:

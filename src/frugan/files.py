@@ -44,3 +44,8 @@ def write_text(path: Path, text: str) -> None:
     """Writes ``text`` to ``path``, whole or not at all."""
     with whole(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def cache_folder() -> Path:
+    """Where downloads lie: ``$FRUGAN_CACHE``, or ``~/.cache/frugan``."""
+    return Path(os.environ.get("FRUGAN_CACHE") or Path.home() / ".cache" / "frugan")

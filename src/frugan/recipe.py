@@ -24,12 +24,17 @@ SMALLEST_IMAGE = 8  # pixels a side: below it no recipe has a stage left to lear
 class Data(Section):
     """Which images, and how they are made to fit."""
 
-    data: str = option("digits", "folder or zip of images, folder of IDX files, or digits, mnist, fashion-mnist")
-    split: Literal["train", "test", "all"] = option("train", "which part of a data set that has parts (IDX files)")
+    data: str = option(
+        "digits", "folder, zip or tars of images, parquet, IDX files, a data set on the hub, or digits, mnist, fashion-mnist"
+    )
+    split: str = option("train", "which part of a data set that has parts: train, test, all, or what it calls it")
+    image_column: str | None = option(None, "of a table of images; unset: the first with images in it")
+    label_column: str | None = option(None, "of a table of images, or key of JSON labels; unset: what is found")
     image_size: int | None = option(
         None, "side of the square images, in pixels; unset: the data's own, or 64 for files", least=SMALLEST_IMAGE
     )
     channels: Literal[1, 3] | None = option(None, "1 for grey, 3 for colour; unset: decided from the data")
+    stream: bool = option(False, "read tar or parquet shards as training goes, for data larger than the disk; URLs always are")
     background: str = option("white", "what transparent pixels are laid upon: a colour name or #rrggbb")
     flip: bool = option(False, "mirror half of the images left to right, drawn anew each time")
 

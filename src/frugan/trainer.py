@@ -16,8 +16,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from frugan import checkpoint, device, generate, pictures
 from frugan.build import average, freeze, lay_out, make_step, optimizers
 from frugan.console import Console, losses
+from frugan.data.images import Source
 from frugan.data.loader import Loader, keepable, resolve
-from frugan.data.source import Source, open_source
+from frugan.data.source import open_source
+from frugan.data.stream import ShardSource, StreamLoader
 from frugan.draws import Draws
 from frugan.errors import UserError
 from frugan.memory import limit
@@ -63,8 +65,17 @@ class Trainer:
         self.recipe = self._resolve(recipe, source)
         data = self.recipe.data
         seed = self.recipe.training.seed
-        keep = keepable(limit.budget(run.memory, self.device), limit.resident())
-        self.loader = Loader(source, data, seed=seed, workers=run.workers, tell=console.tell, keep=keep)
+        self.loader: Loader | StreamLoader
+        if isinstance(source, ShardSource):
+            for problem in source.problems:
+                console.tell(problem)
+            self.loader = StreamLoader(source.shards, data, seed=seed, workers=run.workers, tell=console.tell)
+        else:
+            keep = keepable(limit.budget(run.memory, self.device), self.device)
+            self.loader = Loader(
+                source, data, seed=seed, workers=run.workers, tell=console.tell, keep=keep, device=self.device,
+                progress=console.packing,
+            )  # fmt: skip
         self.source = source
         self.batch = self.recipe.training.batch_size
         if self.batch > len(self.loader):
@@ -77,7 +88,6 @@ class Trainer:
         if run.allow_approximate and self.folder.saved_plan().get("precision") == "bf16":
             self.recipe = self.recipe.replace(precision="bf16")  # as it was planned
         self.signals = Signals()
-        self._told_bad = len(self.loader.bad)
 
     def _resolve(self, recipe: Recipe, source: Source) -> Recipe:
         data = resolve(source, recipe.data, self.console.tell)
@@ -255,9 +265,6 @@ class Trainer:
             if "Loss_G" in means:
                 state.plateau_g.step(means["Loss_G"])
         self.console.epoch(self.line | means, number, training.epochs)
-        if len(self.loader.bad) > self._told_bad:
-            self._told_bad = len(self.loader.bad)
-            self.console.tell(f"{self._told_bad} of {len(self.source)} images could not be read so far.")
         if state.images >= self.total:
             return  # what follows the loop saves
         if number % self.run.sample_every == 0:
@@ -312,7 +319,7 @@ class Trainer:
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise self._went_to_pieces(name)
         recipe, folder = self.recipe, self.folder
-        numbers |= {"recipe": recipe.to_toml(), "fingerprint": self.source.fingerprint} | self._machine()
+        numbers |= {"recipe": recipe.to_toml(), "fingerprint": self.loader.fingerprint} | self._machine()
         checkpoint.save(checkpoint.path_for(folder.checkpoints, self.state.images), tensors, numbers)
         generate.save(folder.generator_file, self.state.averaged, recipe, self.state.images)
         checkpoint.prune(folder.checkpoints, self.run.keep_checkpoints)
@@ -370,7 +377,7 @@ class Trainer:
     def _about(self) -> dict[str, Any]:
         """What this run is about, so that it is known again."""
         return {
-            "images": len(self.loader), "fingerprint": self.source.fingerprint, "device": str(self.device),
+            "images": len(self.loader), "fingerprint": self.loader.fingerprint, "device": str(self.device),
             "precision": self.recipe.memory.precision, "updates": self.total // self.batch,
         }  # fmt: skip
 

@@ -3,34 +3,31 @@
 Epoch after epoch is one endless order, a new permutation each; batch after batch is a slice of it, so that every image comes
 once an epoch whatever the batch size, and resuming needs nothing but the number of images seen.
 
-Images that fit into `SMALL` bytes are decoded once and kept; others are decoded anew each time by threads that run ahead of
-training (Pillow's decoders let go of the interpreter, and threads cost no second copy of the process). A file that cannot be
-read is named and skipped; where another image must stand in its place, it is the next one that can be read, so that a
-resumed run sees the same.
+Images come from a pack (`frugan.data.pack`), which is made on first use. A small one is kept whole, on the device that trains;
+of others a thread reads the rows of the next batch while one trains.
 """
 
+import hashlib
 import math
-import threading
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import UnidentifiedImageError
+from numpy.typing import NDArray
 from torch import Tensor
 
-from frugan.data.decode import Pixels, background_colour, flatten, is_grey
-from frugan.data.source import DEFAULT_SIZE, Source
-from frugan.draws import derive
-from frugan.errors import UserError
+from frugan.data.decode import background_colour, flatten, is_grey
+from frugan.data.images import ArraySource, Source, Tell
+from frugan.data.packing import Progress, packed
+from frugan.draws import Order, derive
+from frugan.memory import limit
 from frugan.recipe import Data
 
-SMALL = 256 << 20  # bytes of decoded images that are kept in memory
-MANY = 1000  # images whose decoding takes long enough to be announced
+SMALL = 64 << 20  # bytes of images that are kept in the memory of the host: reading the rest is hardly slower
+DEFAULT_SIZE = 64  # pixels, where images have no size in common
 LOOKED_AT = 256  # images that decide whether a folder is grey
 
-Tell = Callable[[str], None]
 Images = Callable[[int, int], Tensor]
 
 
@@ -54,19 +51,20 @@ def _looks_grey(source: Source, index: int, background: tuple[int, int, int]) ->
     try:
         with source.open(index, DEFAULT_SIZE) as image:
             return is_grey(flatten(image, background))
-    except Exception:  # as in `_read`, which names the file
+    except Exception:  # packing names the file
         return None
 
 
 def bytes_of(images: int, data: Data, batch: int, keep: int = SMALL) -> int:
-    """Bytes that a `Loader` of so many images holds: all of them, or one batch in use and one decoded ahead."""
+    """Bytes that a `Loader` of so many images holds: all of them, or one batch in use and one read ahead."""
     each = math.prod(data.shape)
     return images * each if images * each <= keep else 2 * batch * each
 
 
-def keepable(budget: int | None, resident: int) -> int:
-    """Bytes of decoded images worth keeping: at most a quarter of what a budget leaves."""
-    return SMALL if budget is None else max(0, min(SMALL, (budget - resident) // 4))
+def keepable(budget: int | None, device: torch.device) -> int:
+    """Bytes of images worth keeping on ``device``: at most a quarter of what a budget leaves there, or of what is free."""
+    there = limit.spare(device) if budget is None else budget - limit.held(device)
+    return max(0, there // 4 if device.type == "cuda" else min(SMALL, there // 4))
 
 
 class Loader:
@@ -76,135 +74,93 @@ class Loader:
         source: where they come from.
         data: how they are made to fit.
         seed: of their order.
-        workers: threads that decode.
+        workers: threads that decode, if they are not packed yet.
         tell: is called with each thing a person should know: bad files, images smaller than the target.
-        keep: bytes of decoded images that may be kept in memory.
+        keep: bytes of images that may be kept in memory.
+        device: where they are kept.
+        progress: is called with how many images are packed, of how many.
 
     Raises:
-        UserError: no image can be read.
+        UserError: no image can be read, or the pack cannot be written.
     """
 
-    def __init__(self, source: Source, data: Data, *, seed: int, workers: int, tell: Tell, keep: int = SMALL) -> None:
-        self.source = source
+    def __init__(
+        self, source: Source, data: Data, *, seed: int, workers: int, tell: Tell, keep: int = SMALL,
+        device: torch.device | None = None, progress: Progress | None = None,
+    ) -> None:  # fmt: skip
         self.shape = data.shape
-        self.background = background_colour(data.background)
         self.seed = seed
-        self.tell = tell
-        self.bad: dict[int, str] = {}
-        self._told_small = False
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-        self._ahead: deque[tuple[int, int, list[Future[Pixels]]]] = deque()
-        self._order: tuple[int, Tensor] | None = None
+        self._order: tuple[int, Order] | None = None
+        self._next: tuple[int, int, Future[NDArray[np.uint8]]] | None = None
+        self._thread: ThreadPoolExecutor | None = None
         self._kept: Tensor | None = None
-        self.length = len(source)
-        self._labels = None if source.labels is None else torch.from_numpy(source.labels)
-        if len(source) * math.prod(self.shape) <= keep:
-            self._keep()
+        self._pack = None
+        if isinstance(source, ArraySource) and source.fits(data) and source.images.nbytes <= keep:
+            whole = np.ascontiguousarray(source.images[:, None])
+            self.length = len(whole)
+            self.fingerprint = hashlib.sha256(whole.data).hexdigest()
+            self._labels = source.labels
         else:
-            self._readable(0)  # one at least
-            # All threads at once: each reserves its stack when it starts, which must not happen within a limit on memory.
-            together = threading.Barrier(workers)
-            list(self._pool.map(lambda _: together.wait(), range(workers)))
+            self._pack = pack = packed(source, data, workers=workers, tell=tell, progress=progress)
+            self.length, self.fingerprint = len(pack), pack.manifest.fingerprint
+            if pack.manifest.small:
+                size = data.image_size
+                tell(f"Some images are smaller than {size}x{size} and are enlarged, {pack.manifest.small} for one.")
+            if pack.bytes > keep:
+                self._thread = ThreadPoolExecutor(1, thread_name_prefix="read")
+                self._thread.submit(int).result()  # it reserves its stack when it starts, which must not happen within a limit
+                return
+            whole = pack.all()
+        self._kept = torch.tensor(whole, device=device)
 
     def __len__(self) -> int:
         """Images in an epoch."""
         return self.length
 
     def batch(self, first: int, count: int) -> Tensor:
-        """Images ``first`` to ``first + count`` of the endless order: uint8 ``[count, c, h, w]`` on the host."""
+        """Images ``first`` to ``first + count`` of the endless order: uint8 ``[count, c, h, w]``, on the host or as kept."""
         return self.images(first, count)(first, count)
 
     def images(self, first: int, count: int) -> Images:
         """A batch to be read in pieces, ``(first, count)`` to uint8 ``[count, c, h, w]``; only what is asked for is copied."""
         if self._kept is not None:
             kept = self._kept
-            return lambda begin, number: kept[self._indices(begin, number)]
-        while self._ahead and self._ahead[0][:2] != (first, count):
-            for future in self._ahead.popleft()[2]:
-                future.cancel()
-        if not self._ahead:
-            self._decode_ahead(first, count)
-        _, _, futures = self._ahead.popleft()
-        self._decode_ahead(first + count, count)
-        decoded = [future.result() for future in futures]
-        return lambda begin, number: torch.from_numpy(np.stack(decoded[begin - first : begin - first + number]))
+            return lambda begin, number: kept[self._indices(begin, number).to(kept.device)]
+        if self._next is None or self._next[:2] != (first, count):
+            self._read_ahead(first, count)
+        assert self._next
+        read = self._next[2].result()
+        self._read_ahead(first + count, count)
+        return lambda begin, number: torch.from_numpy(read[begin - first : begin - first + number])
 
     def ahead(self, batch: int) -> int:
-        """Bytes that decoded images will take besides those that are kept: one batch in use, one decoded ahead."""
+        """Bytes that images will take besides those that are kept: one batch in use, one read ahead."""
         return 0 if self._kept is not None else 2 * batch * math.prod(self.shape)
 
     def labels(self, first: int, count: int) -> Tensor | None:
         """The classes of the images that `batch` gives: int64 ``[count]``, or None if there are none."""
-        return None if self._labels is None else self._labels[self._indices(first, count)]
+        indices = self._indices(first, count).numpy()
+        if self._pack is None:
+            return None if self._labels is None else torch.from_numpy(self._labels[indices])
+        found = self._pack.labels(indices)
+        return None if found is None else torch.from_numpy(found)
 
     def close(self) -> None:
-        """Ends the threads."""
-        self._pool.shutdown(cancel_futures=True)
+        """Ends the thread."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
 
-    def _decode_ahead(self, first: int, count: int) -> None:
-        indices = self._indices(first, count).tolist()
-        self._ahead.append((first, count, [self._pool.submit(self._readable, i) for i in indices]))
+    def _read_ahead(self, first: int, count: int) -> None:
+        assert self._pack and self._thread
+        self._next = (first, count, self._thread.submit(self._pack.read, self._indices(first, count).numpy()))
 
     def _indices(self, first: int, count: int) -> Tensor:
         pieces = []
         while count:
             epoch, offset = divmod(first, self.length)
             if self._order is None or self._order[0] != epoch:
-                generator = torch.Generator().manual_seed(derive(self.seed, "order", epoch))
-                self._order = (epoch, torch.randperm(self.length, generator=generator))
-            piece = self._order[1][offset : offset + count]
+                self._order = (epoch, Order(derive(self.seed, "order", epoch), self.length))
+            piece = self._order[1].read(offset, min(count, self.length - offset))
             pieces.append(piece)
             first, count = first + len(piece), count - len(piece)
         return torch.cat(pieces)
-
-    def _readable(self, index: int) -> Pixels:
-        """Image ``index``, or the next one that can be read."""
-        for step in range(self.length):
-            pixels = self._read((index + step) % self.length)
-            if pixels is not None:
-                return pixels
-        raise UserError(f"none of the {self.length} images of {self.source.name} can be read.")
-
-    def _read(self, index: int) -> Pixels | None:
-        if index in self.bad:
-            return None
-        channels, size, _ = self.shape
-        try:
-            pixels, small = self.source.pixels(index, size, channels, self.background)
-        except MemoryError:
-            raise
-        except Exception as error:  # what decoders raise for files that are not what they say is without end
-            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            if isinstance(error, UnidentifiedImageError):
-                reason = "not an image, or empty"
-            self.bad[index] = reason
-            self.tell(f"Skipped {self.source.where(index)}: {reason}.")
-            return None
-        if small and not self._told_small:
-            self._told_small = True
-            self.tell(f"Some images are smaller than {size}x{size} and are enlarged, {self.source.where(index)} for one.")
-        return pixels
-
-    def _keep(self) -> None:
-        """Decodes everything once; bad files drop out of the epoch."""
-        if self.length > MANY:
-            self.tell(f"Decoding {self.length:,} images once, to keep them in memory.")
-        kept = torch.empty(self.length, *self.shape, dtype=torch.uint8)
-        into = kept.numpy()
-
-        good = torch.zeros(self.length, dtype=torch.bool)
-
-        def decode(start: int) -> None:
-            for index in range(start, min(start + 64, self.length)):
-                if (pixels := self._read(index)) is not None:
-                    into[index], good[index] = pixels, True
-
-        list(self._pool.map(decode, range(0, self.length, 64)))
-        if not good.any():
-            raise UserError(f"none of the {self.length} images of {self.source.name} can be read.")
-        if not good.all():
-            kept = kept[good]
-            self._labels = None if self._labels is None else self._labels[good]
-            self.tell(f"{int((~good).sum())} of {self.length} images were skipped.")
-            self.length = len(kept)
-        self._kept = kept

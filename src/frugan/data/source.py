@@ -1,143 +1,26 @@
-"""Where images lie: folders, zips, IDX files, named data sets and the built-in digits, behind one small interface.
+"""What ``--data`` may name: folders, zips, tar shards, parquet, data sets on the hub, IDX files, packs and the built-in digits.
 
 Add a source by writing a function that takes the `Data` section and returns a `Source`, or None if what is asked for is not
 its kind, and putting it into `OPENERS`.
 """
 
-import hashlib
 import os
 import shutil
 import zipfile
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from frugan.data import idx
-from frugan.data.decode import Pixels, fit, flatten
+from frugan.data.images import SUFFIXES, ArraySource, Entry, FileSource, PackSource, Source, is_image, outside, stamp_of
+from frugan.data.pack import Pack
+from frugan.data.shards import records, tars
+from frugan.data.stream import stream
 from frugan.errors import UserError, nearest
+from frugan.files import cache_folder
 from frugan.recipe import Data
-
-SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-DEFAULT_SIZE = 64
-
-
-class Source(ABC):
-    """Images by number.
-
-    Attributes:
-        name: short, for folders and titles.
-        classes: names of the classes, or none.
-        labels: class of each image, int64 ``[n]``, or None.
-        size: the side all images share in pixels, if the data set has one, else None.
-        grey: whether images are grey, or None if only the images tell.
-        fingerprint: changes when the images do.
-    """
-
-    name: str
-    classes: Sequence[str] = ()
-    labels: NDArray[np.int64] | None = None
-    size: int | None = None
-    grey: bool | None = None
-    fingerprint: str
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def where(self, index: int) -> str:
-        """What to call image ``index`` when it is bad."""
-
-    @abstractmethod
-    def open(self, index: int, at_least: int) -> Image.Image:
-        """Image ``index`` as Pillow has it; may be decoded smaller, with sides of ``at_least`` pixels.
-
-        Raises:
-            OSError, SyntaxError, ValueError, Image.DecompressionBombError: it cannot be read.
-        """
-
-    def pixels(self, index: int, size: int, channels: int, background: tuple[int, int, int]) -> tuple[Pixels, bool]:
-        """Image ``index`` as uint8 ``[channels, size, size]``, and whether it was smaller than that."""
-        with self.open(index, size) as opened:
-            small = min(opened.size) < size
-            return fit(flatten(opened, background), size, channels), small
-
-
-class ArraySource(Source):
-    """Grey images in one array, uint8 ``[n, h, w]``."""
-
-    def __init__(self, name: str, images: NDArray[np.uint8], labels: NDArray[np.int64] | None, classes: Sequence[str]) -> None:
-        self.name = name
-        self.images = images
-        self.labels = labels
-        self.classes = classes
-        self.size = images.shape[1] if images.shape[1] == images.shape[2] else None
-        self.grey = True
-        self.fingerprint = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def where(self, index: int) -> str:
-        """Its number."""
-        return f"image {index} of {self.name}"
-
-    def open(self, index: int, at_least: int) -> Image.Image:
-        """Image ``index`` in mode L."""
-        return Image.fromarray(self.images[index])
-
-    def pixels(self, index: int, size: int, channels: int, background: tuple[int, int, int]) -> tuple[Pixels, bool]:
-        """As the base class says; nothing to do where size and channels are the data's own."""
-        if size == self.size and channels == 1:
-            return self.images[index][None], False
-        return super().pixels(index, size, channels, background)
-
-
-class FileSource(Source):
-    """Image files by path, in a folder or in a zip.
-
-    The class of a file is the first folder in which the paths differ; files beside such folders mean that there are no classes.
-    """
-
-    def __init__(self, root: Path, paths: list[str], sizes: list[int], archive: zipfile.ZipFile | None) -> None:
-        self.root = root
-        self.name = root.stem if archive else root.absolute().name
-        self.paths = paths
-        self.archive = archive
-        digest = hashlib.sha256()
-        for path, size in zip(paths, sizes, strict=True):
-            digest.update(f"{path}\0{size}\0".encode(errors="surrogateescape"))
-        self.fingerprint = digest.hexdigest()
-
-        folders = [PurePosixPath(path).parts[:-1] for path in paths]
-        depth = len(os.path.commonprefix(folders))  # noqa: RUF071, of lists it compares items
-        names = [parts[depth] if len(parts) > depth else None for parts in folders]
-        if None not in names:
-            self.classes = sorted({name for name in names if name})
-            number = {name: i for i, name in enumerate(self.classes)}
-            self.labels = np.array([number[name] for name in names if name], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def where(self, index: int) -> str:
-        """Its path."""
-        return self.paths[index].encode(errors="backslashreplace").decode()
-
-    def open(self, index: int, at_least: int) -> Image.Image:
-        """Image ``index`` with its pixels read; a JPEG is decoded at the least scale that is large enough."""
-        path = self.paths[index]
-        image = Image.open(self.archive.open(path) if self.archive else self.root / path)
-        try:
-            image.draft(None, (at_least, at_least))
-            image.load()
-        except BaseException:
-            image.close()
-            raise
-        return image
 
 
 def open_source(data: Data) -> Source:
@@ -189,11 +72,6 @@ NAMED = {
 }
 
 
-def cache_folder() -> Path:
-    """Where downloads lie: ``$FRUGAN_CACHE``, or ``~/.cache/frugan``."""
-    return Path(os.environ.get("FRUGAN_CACHE") or Path.home() / ".cache" / "frugan")
-
-
 def named(data: Data) -> Source | None:
     """MNIST and Fashion-MNIST: a copy in the working folder, in ``data/`` or in the cache, else the download."""
     name = data.data.lower().replace("_", "-")
@@ -219,6 +97,21 @@ def named(data: Data) -> Source | None:
             f"cannot download {name} ({error}); put its four IDX files into {Path('data') / name} and run the same command again."
         ) from None
     return idx_folder(whole / "raw", name, data.split, classes)
+
+
+def pack(data: Data) -> Source | None:
+    """A folder that is a pack."""
+    folder = Path(data.data)
+    if not ((folder / "manifest.json").is_file() and (folder / "pixels.bin").is_file()):
+        return None
+    source = PackSource(Pack(folder))
+    asked, there = (data.image_size, data.channels), (source.size, 1 if source.grey else 3)
+    if any(a not in (None, b) for a, b in zip(asked, there, strict=True)):
+        raise UserError(
+            f"{folder} is packed as {there[0]}x{there[0]} with {there[1]} channels: leave --image-size and --channels out, or pack "
+            "the images again."
+        )
+    return source
 
 
 def idx_files(data: Data) -> Source | None:
@@ -254,7 +147,9 @@ def idx_folder(folder: Path, name: str, split: str, classes: Sequence[str] | Non
     numbers = np.concatenate(labels).astype(np.int64) if len(labels) == len(images) else None
     if numbers is not None and classes is None:
         classes = [str(i) for i in range(int(numbers.max(initial=0)) + 1)]
-    return ArraySource(name, together, numbers, classes or () if numbers is not None else ())
+    about = [(key, (s := files[key].stat()).st_size, s.st_mtime_ns) for key in chosen]
+    place = str(folder.absolute())
+    return ArraySource(name, together, numbers, classes or () if numbers is not None else (), place, stamp_of(about))
 
 
 def archive(data: Data) -> Source | None:
@@ -266,8 +161,10 @@ def archive(data: Data) -> Source | None:
         opened = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read the zip {path}: {error}; it may be cut short, fetch it again.") from None
-    entries = [(e.filename, e.file_size) for e in opened.infolist() if not e.is_dir()]
-    return _files(path, entries, opened)
+    entries = [(e.filename, e.file_size, e.CRC) for e in opened.infolist() if not e.is_dir()]
+    out = [name for name, *_ in entries if outside(name)]
+    problems = [f"{name} in {path} points out of it: left out." for name in out]
+    return _files(path, [entry for entry in entries if not outside(entry[0])], opened, problems)
 
 
 def folder(data: Data) -> Source | None:
@@ -276,8 +173,13 @@ def folder(data: Data) -> Source | None:
     if not root.is_dir():
         return None
     os.scandir(root).close()  # says if it may not be read, which walking does not
-    entries, seen = [], set()
-    for parent, folders, names in os.walk(root, followlinks=True):
+    entries: list[Entry] = []
+    seen, problems = set(), []
+
+    def unreadable(error: OSError) -> None:
+        problems.append(f"{error.filename} may not be read ({error.strerror}): left out.")
+
+    for parent, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
         real = os.path.realpath(parent)
         if real in seen or {"recipe.toml", "plan.json"} <= set(names):  # a link in a circle, or a run whose pictures are no data
             folders.clear()
@@ -285,23 +187,20 @@ def folder(data: Data) -> Source | None:
         seen.add(real)
         for name in names:
             path = Path(parent, name)
-            entries.append((path.relative_to(root).as_posix(), path.stat().st_size if path.exists() else -1))
-    return _files(root, entries, None)
+            about = path.stat() if path.exists() else None
+            entries.append((path.relative_to(root).as_posix(), *((about.st_size, about.st_mtime_ns) if about else (-1, 0))))
+    return _files(root, entries, None, problems)
 
 
-def _files(root: Path, entries: list[tuple[str, int]], opened: zipfile.ZipFile | None) -> Source:
-    """The images among ``entries`` (path, bytes), in the order of their names."""
-
-    def is_image(name: str) -> bool:
-        path = PurePosixPath(name)
-        hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-        return path.suffix.lower() in SUFFIXES and not hidden
-
+def _files(root: Path, entries: list[Entry], opened: zipfile.ZipFile | None, problems: Sequence[str] = ()) -> Source:
+    """The images among ``entries``, in the order of their names."""
     images = sorted(entry for entry in entries if is_image(entry[0]))
     if not images:
         kinds = ", ".join(sorted(s[1:] for s in SUFFIXES))
         raise UserError(f"no images found in {root}: none of its {len(entries)} files is {kinds}.")
-    return FileSource(root, [p for p, _ in images], [s for _, s in images], opened)
+    source = FileSource(root, images, opened)
+    source.problems = problems
+    return source
 
 
-OPENERS: list[Callable[[Data], Source | None]] = [digits, named, idx_files, archive, folder]
+OPENERS: list[Callable[[Data], Source | None]] = [digits, named, stream, pack, idx_files, archive, tars, records, folder]

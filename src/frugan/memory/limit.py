@@ -83,6 +83,11 @@ def resident() -> int:
     return _status("VmRSS")
 
 
+def held(device: torch.device) -> int:
+    """Bytes that this process holds now: of ``device``, of the host for the CPU."""
+    return context(device) + torch.cuda.memory_reserved(device) if device.type == "cuda" else resident()
+
+
 def forget_peak() -> None:
     """Lets `peak` begin anew."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

@@ -1,0 +1,109 @@
+"""Packs: images decoded, cropped and resized once, as rows of one file of bytes.
+
+A pack is a folder of ``pixels.bin`` (uint8 ``[n, c, h, w]``), ``labels.bin`` (int64 ``[n]``, if there are classes) and
+``manifest.json``, which is written last and renamed into place with the whole folder: what was killed halfway is no pack. Rows are
+read by `os.preadv`, not by a map, because pages of a map count as the process's memory once they were touched.
+"""
+
+import json
+import os
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from frugan.errors import UserError
+
+VERSION = 1  # of the format, and of how images are made to fit
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a pack holds.
+
+    Args:
+        name: of the source.
+        stamp: of the source when it was packed.
+        images: how many there are.
+        channels: 1 or 3.
+        size: side in pixels.
+        background: what transparent pixels were laid upon.
+        classes: their names, or none.
+        labelled: whether there are labels.
+        fingerprint: SHA-256 of all pixels, hexadecimal.
+        skipped: how many could not be read.
+        reasons: the first of them, and why.
+        small: one that was smaller than ``size``, if there is one.
+    """
+
+    name: str
+    stamp: str
+    images: int
+    channels: int
+    size: int
+    background: str
+    classes: list[str]
+    labelled: bool
+    fingerprint: str
+    skipped: int = 0
+    reasons: dict[str, str] = field(default_factory=dict)
+    small: str | None = None
+    version: int = VERSION
+
+
+class Pack:
+    """A pack that is there, to be read from.
+
+    Raises:
+        UserError: it is none, is of another version, or is cut short.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            known = json.loads((folder / "manifest.json").read_text())
+            if known.get("version") != VERSION:
+                raise UserError(f"{folder} was packed by another version of frugan: pack it again.")
+            self.manifest = Manifest(**known)
+            self.shape = (self.manifest.channels, self.manifest.size, self.manifest.size)
+            self._row = self.manifest.channels * self.manifest.size**2
+            self._pixels = os.open(folder / "pixels.bin", os.O_RDONLY)
+            weakref.finalize(self, os.close, self._pixels)
+            there = os.fstat(self._pixels).st_size
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{folder} is no pack ({error}): pack the images again.") from None
+        if there != len(self) * self._row:
+            raise UserError(f"{folder} is cut short: it has {there:,} of {len(self) * self._row:,} bytes; pack the images again.")
+
+    def __len__(self) -> int:
+        return self.manifest.images
+
+    @property
+    def bytes(self) -> int:
+        """Of all pixels."""
+        return len(self) * self._row
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The images of ``rows``: uint8 ``[n, c, h, w]``."""
+        images = np.empty((len(rows), *self.shape), np.uint8)
+        file, row = self._pixels, self._row
+        if not hasattr(os, "preadv"):  # Windows
+            mapped = np.memmap(self.folder / "pixels.bin", np.uint8, "r").reshape(-1, *self.shape)
+            return np.take(mapped, rows, axis=0, out=images)
+        whole = memoryview(images.reshape(-1)) if len(rows) else memoryview(b"")  # type: ignore[arg-type]
+        for i, number in enumerate(rows.tolist()):
+            if os.preadv(file, [whole[i * row : (i + 1) * row]], number * row) != row:
+                raise UserError(f"{self.folder} has become shorter while it was read: pack the images again.")
+        return images
+
+    def all(self) -> NDArray[np.uint8]:
+        """Every image: uint8 ``[n, c, h, w]``."""
+        return np.fromfile(self.folder / "pixels.bin", np.uint8).reshape(-1, *self.shape)
+
+    def labels(self, rows: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """The classes of ``rows``: int64 ``[n]``, or None if there are none."""
+        if not self.manifest.labelled:
+            return None
+        return np.array(np.memmap(self.folder / "labels.bin", "<i8", "r")[rows], np.int64)

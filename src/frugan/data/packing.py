@@ -1,0 +1,175 @@
+"""Making packs (`frugan.data.pack`) of sources, in the cache or where one wants them."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from filelock import FileLock
+
+from frugan.data.decode import Pixels, background_colour
+from frugan.data.images import ArraySource, Source, Tell, reason
+from frugan.data.pack import VERSION, Manifest, Pack
+from frugan.errors import UserError
+from frugan.files import cache_folder
+from frugan.memory.plan import size as in_words
+from frugan.recipe import Data
+
+NAMED = 1000  # bad files whose names a manifest keeps
+AHEAD = 64  # pieces that are decoded before the first of them is written
+PIECE = 16  # images that one thread decodes at a time
+COPIED = 4096  # images that need no decoding, copied at a time
+
+T = TypeVar("T")
+Progress = Callable[[int, int], None]
+
+
+def packed(source: Source, data: Data, *, workers: int, tell: Tell, progress: Progress | None = None) -> Pack:
+    """The pack of ``source`` as ``data`` (resolved) wants it, from the cache, or made now; runs that want the same share it.
+
+    Raises:
+        UserError: no image can be read, or the disk is full.
+    """
+    for problem in source.problems:
+        tell(problem)
+    if source.pack is not None:
+        return source.pack
+    wanted = json.dumps([VERSION, source.place, source.name, *data.shape, data.background, data.split])
+    folder = cache_folder() / "packs" / f"{source.name}-{hashlib.sha256(wanted.encode(errors='surrogateescape')).hexdigest()[:16]}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if folder.exists():
+                try:
+                    pack = Pack(folder)
+                    if pack.manifest.stamp == source.stamp:
+                        if pack.manifest.skipped:
+                            name, why = next(iter(pack.manifest.reasons.items()))
+                            tell(f"{pack.manifest.skipped} images were skipped when they were packed, {name} for one: {why}.")
+                        return pack
+                    tell(f"{source.name} has changed since it was packed: packing it anew.")
+                except UserError as error:
+                    tell(str(error))
+            return make(source, data, folder, workers=workers, tell=tell, progress=progress)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def make(source: Source, data: Data, folder: Path, *, workers: int, tell: Tell, progress: Progress | None = None) -> Pack:
+    """Packs ``source`` into ``folder``, which is replaced when everything is written; the same bytes however many ``workers``.
+
+    Raises:
+        UserError: no image can be read, or ``folder`` cannot be written.
+    """
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of one that was killed
+    try:
+        part.mkdir(parents=True)
+        needed, left = len(source) * int(np.prod(data.shape)), shutil.disk_usage(part).free
+        if needed > left:
+            raise UserError(
+                f"packing {source.name} takes {in_words(needed)}, and {in_words(left)} are free in {folder.parent}: set "
+                "FRUGAN_CACHE to a folder on a larger disk, or use a smaller --image-size."
+            )
+        manifest = _write(source, data, part, workers, tell, progress)
+        with (part / "manifest.json").open("w") as file:
+            json.dump(asdict(manifest), file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        if folder.exists():
+            shutil.rmtree(folder)
+        part.replace(folder)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return Pack(folder)
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write the pack {folder}: {error.strerror or error}; FRUGAN_CACHE names another place for packs.")
+
+
+def _write(source: Source, data: Data, part: Path, workers: int, tell: Tell, progress: Progress | None) -> Manifest:
+    channels, size, _ = data.shape
+    background = background_colour(data.background)
+    digest = hashlib.sha256()
+    reasons: dict[str, str] = {}
+    written = skipped = 0
+    small: str | None = None
+
+    def decode(index: int) -> tuple[Pixels, bool] | str:
+        try:
+            return source.pixels(index, size, channels, background)
+        except MemoryError:
+            raise
+        except Exception as error:  # what decoders raise for files that are not what they say is without end
+            return reason(error)
+
+    with (part / "pixels.bin").open("wb") as pixels, (part / "labels.bin").open("wb") as classes:
+        if isinstance(source, ArraySource) and source.fits(data):  # nothing to decode
+            for begin in range(0, len(source), COPIED):
+                rows = np.ascontiguousarray(source.images[begin : begin + COPIED]).data
+                digest.update(rows)
+                pixels.write(rows)
+            if source.labels is not None:
+                classes.write(source.labels.astype("<i8").data)
+            written = len(source)
+        for index, decoded in enumerate(in_order(decode, 0 if written else len(source), workers, "pack")):
+            if isinstance(decoded, str):
+                skipped += 1
+                if skipped <= NAMED:
+                    reasons[source.where(index)] = decoded
+                    tell(f"Skipped {source.where(index)}: {decoded}.")
+            else:
+                image, enlarged = decoded
+                small = source.where(index) if enlarged and small is None else small
+                row = np.ascontiguousarray(image).data
+                digest.update(row)
+                pixels.write(row)
+                if source.labels is not None:
+                    classes.write(int(source.labels[index]).to_bytes(8, "little", signed=True))
+                written += 1
+            if progress:
+                progress(index + 1, len(source))
+        if not written:
+            raise UserError(f"none of the {len(source)} images of {source.name} can be read.")
+        for file in (pixels, classes):
+            file.flush()
+            os.fsync(file.fileno())
+    if skipped:
+        tell(f"{skipped} of {len(source)} images were skipped.")
+    return Manifest(
+        source.name, source.stamp, written, channels, size, data.background, list(source.classes), source.labels is not None,
+        digest.hexdigest(), skipped, reasons, small,
+    )  # fmt: skip
+
+
+def in_order(function: Callable[[int], T], count: int, workers: int, name: str) -> Iterator[T]:
+    """``function`` of 0 to ``count``, in order, by threads that run ahead of what is asked for by little.
+
+    Pillow's decoders let go of the interpreter, and threads cost no second copy of the process.
+    """
+
+    def piece(begin: int) -> list[T]:
+        return [function(i) for i in range(begin, min(begin + PIECE, count))]
+
+    begins = iter(range(0, count, PIECE))
+    waiting: deque[Future[list[T]]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix=name) as pool:
+        try:
+            while True:
+                while len(waiting) < AHEAD and (begin := next(begins, None)) is not None:
+                    waiting.append(pool.submit(piece, begin))
+                if not waiting:
+                    return
+                yield from waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)

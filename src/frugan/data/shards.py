@@ -1,0 +1,256 @@
+"""Images in shards: tar files in WebDataset's layout, and tables of images (parquet, Arrow, the hub) by Hugging Face datasets."""
+
+import json
+import re
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from frugan.data.images import Source, by_folder, is_image, loaded, outside, shown, stamp_of
+from frugan.errors import UserError
+from frugan.recipe import Data
+
+TABLES = {".parquet": "parquet", ".arrow": "arrow"}
+
+
+@dataclass(slots=True)
+class Member:
+    """An image file in a tar: of which shard, where its bytes are, and the name of its sample."""
+
+    shard: int
+    begin: int
+    length: int
+    path: str
+
+
+class TarSource(Source):
+    """Images in tar files, by their place in them; nothing is unpacked.
+
+    The class of an image stands in a ``.cls`` or ``.json`` (``{"label": ...}``) member of the same name, else the folders say.
+
+    Raises:
+        UserError: a shard is no tar, or is compressed.
+    """
+
+    def __init__(self, name: str, place: str, shards: Sequence[Path], label: str | None, missing: Sequence[str] = ()) -> None:
+        self.name, self.place = name, place
+        self.shards = shards
+        problems = [f"{shard} is missing." for shard in missing]
+        self.members: list[Member] = []
+        said: dict[tuple[int, str], str] = {}
+        for number, shard in enumerate(shards):
+            self._scan(number, shard, said, label or "label", problems)
+        self.problems = problems
+        self.stamp = stamp_of((str(s), (about := s.stat()).st_size, about.st_mtime_ns) for s in shards)
+        values = [said.get((m.shard, _key(m.path))) for m in self.members]
+        if self.members and None not in values:
+            self.classes = sorted(
+                {v for v in values if v is not None}, key=lambda v: (not v.isdigit(), int(v) if v.isdigit() else 0, v)
+            )
+            number_of = {name: i for i, name in enumerate(self.classes)}
+            self.labels = np.array([number_of[v] for v in values if v is not None], dtype=np.int64)
+        else:
+            self.classes, self.labels = by_folder([m.path for m in self.members])
+
+    def _scan(self, number: int, shard: Path, said: dict[tuple[int, str], str], label: str, problems: list[str]) -> None:
+        length, before = shard.stat().st_size, len(self.members)
+        try:
+            with tarfile.open(shard, "r:") as archive:
+                while (member := archive.next()) is not None:
+                    archive.members = []  # type: ignore[attr-defined]  # which it would keep
+                    path = PurePosixPath(member.name)
+                    if outside(member.name) or member.issym() or member.islnk():
+                        problems.append(f"{member.name} in {shard} points out of it: left out.")
+                    elif not member.isfile():
+                        continue
+                    elif member.offset_data + member.size > length:
+                        raise tarfile.ReadError
+                    elif path.suffix in (".cls", ".json"):
+                        file = archive.extractfile(member)
+                        text = file.read().decode(errors="replace").strip() if file else ""
+                        value = _json_label(text, label) if path.suffix == ".json" else text
+                        if value is not None:
+                            said[number, _key(member.name)] = value
+                    elif is_image(member.name):
+                        self.members.append(Member(number, member.offset_data, member.size, member.name))
+        except tarfile.TarError as error:
+            here = len(self.members) - before
+            if not here and not isinstance(error, tarfile.ReadError):
+                raise
+            if not here and length and not _is_tar(shard):
+                raise UserError(
+                    f"cannot read the tar {shard} ({error or 'cut short'}): unpack it if it is compressed, else fetch it again."
+                ) from None
+            problems.append(f"{shard} is cut short: {here} images before the cut are used; fetch it again for the rest.")
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def where(self, index: int) -> str:
+        """Its shard and its path there."""
+        member = self.members[index]
+        return shown(f"{self.shards[member.shard].name}/{member.path}")
+
+    def open(self, index: int, at_least: int) -> Image.Image:
+        """Image ``index`` with its pixels read."""
+        member = self.members[index]
+        with self.shards[member.shard].open("rb") as file:
+            file.seek(member.begin)
+            return loaded(BytesIO(file.read(member.length)), at_least)
+
+
+def _key(path: str) -> str:
+    """The name of a sample: a path up to the first dot of its last part."""
+    folder, _, name = path.rpartition("/")
+    return f"{folder}/{name.partition('.')[0]}"
+
+
+def _json_label(text: str, label: str) -> str | None:
+    try:
+        value = json.loads(text).get(label)
+    except (ValueError, AttributeError):
+        return None
+    return None if value is None else str(value)
+
+
+def _is_tar(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(512)[257:262] == b"ustar"
+
+
+def braced(text: str) -> list[str] | None:
+    """``a-{00..11}.tar`` as the names it stands for, or None if it is no such thing."""
+    if not (found := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", text)):
+        return None
+    before, first, last, after = found.groups()
+    return [f"{before}{i:0{len(first)}}{after}" for i in range(int(first), int(last) + 1)]
+
+
+def tars(data: Data) -> Source | None:
+    """A tar, a folder of tars, or tars by a pattern: ``train-*.tar``, ``train-{000..099}.tar``."""
+    path = Path(data.data)
+    missing: list[str] = []
+    if path.is_dir():
+        shards = sorted(p for p in path.iterdir() if p.suffix == ".tar")
+        if not shards or any(is_image(p.name) for p in path.iterdir()):
+            return None
+    elif path.suffix == ".tar" and (numbered := braced(data.data)) is not None:
+        named = [Path(name) for name in numbered]
+        shards = [p for p in named if p.is_file()]
+        missing = [str(p) for p in named if not p.is_file()]
+        if not shards:
+            raise UserError(f"none of the {len(named)} shards {data.data} is there: check the path.")
+    elif any(c in data.data for c in "*?[") and path.suffix == ".tar":
+        shards = sorted(path.parent.glob(path.name))
+        if not shards:
+            raise UserError(f"no file fits {data.data}: check the pattern.")
+    elif path.is_file() and path.suffix == ".tar":
+        shards = [path]
+    elif path.is_file() and re.search(r"\.(tgz|tar\.\w+)$", path.name):
+        raise UserError(
+            f"{path} is compressed, which images gain nothing by and which makes them slow to reach: unpack it to a .tar."
+        )
+    else:
+        return None
+    name = path.name if path.is_dir() else re.sub(r"[-_.]?[*?{\[].*$", "", path.name) or path.parent.absolute().name
+    return TarSource(name.removesuffix(".tar"), str(path.absolute()), shards, data.label_column, missing)
+
+
+class RecordSource(Source):
+    """The images of a table that Hugging Face datasets has opened.
+
+    Raises:
+        UserError: there is no such column.
+    """
+
+    def __init__(self, name: str, place: str, stamp: str, table: Any, data: Data) -> None:
+        import datasets
+
+        self.name, self.place, self.stamp = name, place, stamp
+        features = table.features
+        images = [c for c, kind in features.items() if isinstance(kind, datasets.Image)]
+        column = (
+            data.image_column
+            or next(iter(images), None)
+            or next((c for c in ("image", "img", "jpg", "png") if c in features), None)
+        )
+        if column not in features:
+            raise UserError(
+                f"{name} has no column of images {column or ''}: name one of {', '.join(features)} with --image-column."
+            )
+        self.column = column
+        self.table = table.cast_column(column, datasets.Image(decode=False)).select_columns([column])
+        kinds = [c for c, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+        label = data.label_column or next(iter(kinds), None) or ("label" if "label" in features else None)
+        if label is not None:
+            if label not in features:
+                raise UserError(f"{name} has no column {label}: name one of {', '.join(features)} with --label-column.")
+            values = table.select_columns([label]).with_format("numpy")[:][label]
+            if isinstance(features[label], datasets.ClassLabel):
+                self.classes, self.labels = features[label].names, np.asarray(values, np.int64)
+            else:
+                there, numbers = np.unique(values, return_inverse=True)
+                self.classes, self.labels = [str(v) for v in there], numbers.astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def where(self, index: int) -> str:
+        """Its row, with its file name if it has one."""
+        path = self.table[index][self.column]["path"]
+        return f"row {index} of {self.name}" + (f" ({PurePosixPath(path).name})" if path else "")
+
+    def open(self, index: int, at_least: int) -> Image.Image:
+        """Image ``index`` with its pixels read."""
+        cell = self.table[index][self.column]
+        if cell is None:
+            raise ValueError("there is no image in it")
+        return loaded(BytesIO(cell["bytes"]) if cell["bytes"] is not None else Path(cell["path"]), at_least)
+
+
+def records(data: Data) -> Source | None:
+    """Parquet or Arrow files, or a folder of them, or the name of a data set on the hub (``owner/name``)."""
+    path = Path(data.data)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in TABLES)
+        if not files or any(is_image(p.name) for p in path.iterdir()):
+            return None
+        if len(kinds := {p.suffix for p in files}) > 1:
+            raise UserError(f"{path} holds {' and '.join(sorted(kinds))} files: keep one kind.")
+    elif path.is_file() and path.suffix in TABLES:
+        files = [path]
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", data.data) and not path.exists() and not path.parent.exists():
+        files = []
+    else:
+        return None
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{data.data} needs Hugging Face datasets: pip install frugan[datasets].") from None
+    datasets.disable_progress_bars()
+    split = None if data.split == "all" else data.split
+    try:
+        if files:
+            chosen = [p for p in files if split and split in p.stem] or files  # train-00000-of-00002.parquet
+            table = datasets.load_dataset(TABLES[files[0].suffix], data_files=[str(p) for p in chosen], split="train")
+            stamp = stamp_of((str(p), (about := p.stat()).st_size, about.st_mtime_ns) for p in chosen)
+        else:
+            table = datasets.load_dataset(data.data, split=split)
+            table = datasets.concatenate_datasets(list(table.values())) if split is None else table
+            stamp = table._fingerprint
+    except Exception as error:  # of datasets, fsspec, pyarrow and the network
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        if files:
+            raise UserError(f"cannot read {data.data} ({reason}): fetch it again.") from None
+        raise UserError(
+            f"there is no folder {data.data}, and as a data set on the hub it cannot be had ({reason}): "
+            "check the name and --split, or download its parquet files and name their folder."
+        ) from None
+    name = path.name if path.is_dir() else path.stem if files else data.data.split("/")[1]
+    return RecordSource(name, str(path.absolute()) if files else data.data, stamp, table, data)

@@ -1,0 +1,209 @@
+"""Streams of shards: every image once an epoch, whoever reads and whenever it is killed."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import frugan
+from frugan.cli import main
+from frugan.data.source import open_source
+from frugan.data.stream import Shard, ShardSource, StreamLoader
+from frugan.errors import UserError
+from frugan.recipe import Data
+
+from .conftest import SMALL, assert_same_state
+
+DATA = Data(image_size=8, channels=1)
+
+
+def numbered(i: int) -> bytes:
+    """A PNG that has its number in its first two pixels."""
+    pixels = np.zeros((8, 8), np.uint8)
+    pixels[0, :2] = divmod(i, 256)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def numbers(images: torch.Tensor) -> list[int]:
+    return (images[:, 0, 0, 0].int() * 256 + images[:, 0, 0, 1]).tolist()
+
+
+def write_shard(file: Path | io.BytesIO, images: dict[str, bytes]) -> None:
+    with tarfile.open(file if isinstance(file, Path) else None, "w", None if isinstance(file, Path) else file) as archive:
+        for name, content in images.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """300 numbered images in five shards of different sizes."""
+    root, begin = tmp_path_factory.mktemp("shards"), 0
+    for number, count in enumerate((80, 10, 100, 50, 60)):
+        write_shard(root / f"s-{number:03}.tar", {f"{i:05}.png": numbered(i) for i in range(begin, begin + count)})
+        begin += count
+    return f"{root}/s-{{000..004}}.tar"
+
+
+def load(where: str, said: list[str] | None = None, **options: object) -> StreamLoader:
+    source = open_source(Data(data=where, stream=True))
+    assert isinstance(source, ShardSource)
+    tell = (said if said is not None else []).append
+    for problem in source.problems:
+        tell(problem)
+    return StreamLoader(source.shards, DATA, **{"seed": 3, "workers": 2, "tell": tell, "block": 70} | options)
+
+
+READ = """
+import sys
+from tests.test_stream import load, numbers
+where, rank, first, last, batch = sys.argv[1], *map(int, sys.argv[2:])
+loader = load(where, rank=rank, world=2)
+for begin in range(first, last, batch):
+    print(*numbers(loader.batch(begin, batch)), flush=True)
+    if begin == 90 and first == 0:
+        import os
+        os.kill(os.getpid(), 9)
+"""
+
+
+def test_two_processes_one_of_them_killed_read_every_image_once_an_epoch(shards: str) -> None:
+    def read(rank: int, first: int) -> list[int]:
+        command = [sys.executable, "-c", READ, shards, *map(str, (rank, first, 600, 15))]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+        assert done.returncode == (-9 if first == 0 else 0), done.stderr
+        return [int(n) for n in done.stdout.split()]
+
+    killed, resumed = {}, {}
+    for rank in (0, 1):
+        killed[rank], resumed[rank] = read(rank, 0), read(rank, 105)
+    whole = [killed[0] + resumed[0], killed[1] + resumed[1]]
+    for epoch in (0, 1):
+        both = whole[0][epoch * 150 : (epoch + 1) * 150] + whole[1][epoch * 150 : (epoch + 1) * 150]
+        assert sorted(both) == list(range(300))
+    alone = load(shards)
+    together = [n for pair in zip(*whole, strict=True) for n in pair]
+    assert numbers(alone.batch(0, 600)) == together
+    assert together[:300] != together[300:]
+    assert sum(a < b for a, b in pairwise(together[:300])) < 200  # shuffled
+
+
+@settings(max_examples=15, deadline=None)
+@given(first=st.integers(0, 700), count=st.integers(1, 90))
+def test_images_are_the_same_wherever_one_begins(first: int, count: int, shards: str) -> None:
+    loader, other = load(shards), load(shards)
+    whole = numbers(loader.batch(0, 800))
+    assert numbers(other.batch(first, count)) == whole[first : first + count]
+    loader.close()
+    other.close()
+
+
+def test_a_training_on_a_stream_resumes_exactly(shards: str, tmp_path: Path) -> None:
+    options = SMALL | {"stream": True, "channels": 1, "batch_size": 50, "checkpoint_every": 1}
+    whole = frugan.train(shards, out=tmp_path / "whole", **options | {"epochs": 2})
+
+    def stop(images: int) -> None:
+        if images == 450:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        frugan.train(shards, out=tmp_path / "half", on_update=stop, **options | {"epochs": 2})
+    half = frugan.train(shards, out=tmp_path / "half", **options | {"epochs": 2})
+    assert_same_state(whole, half)
+
+
+def test_what_is_amiss_with_shards_is_named_and_training_goes_on(tmp_path: Path) -> None:
+    for number in range(3):
+        files = {f"{i}.png": numbered(i) for i in range(number * 20, number * 20 + 20)}
+        if number == 0:
+            files["5.png"] = b"no image"
+        write_shard(tmp_path / f"s-{number}.tar", files)
+    said: list[str] = []
+    loader = load(f"{tmp_path}/s-{{0..3}}.tar", said)
+    assert said == [f"{tmp_path}/s-3.tar is missing."]
+    content = (tmp_path / "s-1.tar").read_bytes()
+    (tmp_path / "s-1.tar").write_bytes(content[: len(content) // 2])  # cut while it is in use
+    got = numbers(loader.batch(0, 60))
+    assert len(got) == 60
+    assert set(range(40, 60)) <= set(got) and not set(got) >= set(range(20, 40))
+    assert any(line == f"Skipped {tmp_path}/s-0.tar/5.png: not an image, or empty." for line in said)
+    assert any(line.startswith(f"The rest of {tmp_path}/s-1.tar cannot be read") for line in said)
+    (tmp_path / "s-2.tar").write_bytes(b"x" * 2000)
+    said.clear()
+    load(f"{tmp_path}/s-?.tar", said)
+    assert any("cannot read the shard" in line and "s-2.tar" in line for line in said)
+
+
+def test_any_file_system_that_fsspec_knows(tmp_path: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for number in range(2):
+        buffer = io.BytesIO()
+        write_shard(buffer, {f"{i}.png": numbered(i) for i in range(number * 10, number * 10 + 10)})
+        memory.pipe(f"/bucket/s-{number}.tar", buffer.getvalue())
+    for where in ("memory://bucket/s-{0..1}.tar", "memory://bucket/*.tar"):
+        source = open_source(Data(data=where))
+        assert isinstance(source, ShardSource)
+        assert sorted(numbers(StreamLoader(source.shards, DATA, seed=0, workers=1, tell=print).batch(0, 20))) == list(range(20))
+    with pytest.raises(UserError, match=r"cannot read the shard memory://bucket/none\.tar"):
+        open_source(Data(data="memory://bucket/none.tar"))
+    with pytest.raises(UserError, match="cannot be streamed"):
+        open_source(Data(data=str(tmp_path), stream=True))
+
+
+@pytest.mark.filterwarnings("ignore")  # of what datasets imports
+def test_parquet_is_streamed(tmp_path: Path) -> None:
+    import datasets
+
+    for part in range(2):
+        rows = {"image": [{"bytes": numbered(i), "path": None} for i in range(part * 10, part * 10 + 10)]}
+        features = datasets.Features({"image": datasets.Image()})
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"train-{part}.parquet")
+    assert sorted(numbers(load(str(tmp_path), block=7).batch(0, 20))) == list(range(20))
+
+
+def test_memory_stays_while_shards_go_by(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    write_shard(tmp_path / "s.tar", {f"{i}.png": buffer.getvalue() for i in range(2000)})
+    script = """
+import sys
+from frugan.data.stream import StreamLoader, tar_shard
+from frugan.memory import limit
+from frugan.recipe import Data
+loader = StreamLoader([tar_shard(sys.argv[1])] * 4, Data(image_size=32, channels=3), seed=0, workers=2, tell=print, block=500)
+held = []
+for first in range(0, 24000, 100):
+    loader.batch(first, 100)
+    held.append(limit.resident())
+print(held[40], max(held[40:]))
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "s.tar")], capture_output=True, text=True, env=os.environ)
+    early, most = map(int, done.stdout.split())
+    assert most < early + (16 << 20), (early, most)
+
+
+def test_plans_for_streams(shards: str, capsys: pytest.CaptureFixture[str], train: Callable[..., Path]) -> None:
+    main(["plan", shards, "--stream", "--image-size", "8", "--channels", "1", "--batch-size", "10", "--device", "cpu"])
+    assert "data" in capsys.readouterr().out
+
+
+def test_a_shard_without_images() -> None:
+    with pytest.raises(UserError, match="none of the 1 shards has images"):
+        StreamLoader([Shard("empty", 0, lambda skip: iter(()))], DATA, seed=0, workers=1, tell=print)

@@ -1,0 +1,283 @@
+"""Files of every bad kind: each is named with its reason, and training goes on with the rest."""
+
+import io
+import os
+import re
+import socket
+import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from frugan.data.loader import Loader, resolve
+from frugan.data.source import open_source
+from frugan.errors import UserError
+from frugan.recipe import Data
+
+NOISE = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+
+
+def encoded(kind: str, image: Image.Image | None = None, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    (image or Image.fromarray(NOISE)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def cut(kind: str, share: float = 0.5) -> bytes:
+    whole = encoded(kind)
+    return whole[: int(len(whole) * share)]
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(width: int, height: int, depth: int = 8, colour: int = 0, body: bytes = b"") -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
+
+
+def with_text_bomb() -> bytes:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("note", "x" * (70 << 20), zip=True)
+    return encoded("PNG", pnginfo=info)
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :]
+
+
+NOTHING = "not an image, or empty"
+# Name of the file: its bytes, and what is said of it.
+BAD: dict[str, tuple[bytes, str]] = {
+    "empty.png": (b"", NOTHING),
+    "empty.jpg": (b"", NOTHING),
+    "text.png": (b"this is no image", NOTHING),
+    "html.jpg": (b"<!doctype html><title>404</title>", NOTHING),
+    "drawing.svg.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", NOTHING),
+    "zeros.png": (bytes(1000), NOTHING),
+    "video.gif": (b"\x00\x00\x00\x18ftypmp42" + bytes(100), NOTHING),
+    "document.tif": (b"%PDF-1.7" + bytes(100), NOTHING),
+    "archive.webp": (b"PK\x03\x04" + bytes(100), NOTHING),
+    "pickle.bmp": (b"\x80\x04\x95" + bytes(50), NOTHING),
+    "signature_alone.png": (b"\x89PNG\r\n\x1a\n", NOTHING),
+    "marker_alone.jpg": (b"\xff\xd8", NOTHING),
+    "header_alone.jpg": (encoded("JPEG")[:100], "."),
+    "cut.jpg": (cut("JPEG"), "truncated"),
+    "cut.png": (cut("PNG"), "truncated|incomplete"),
+    "cut.gif": (cut("GIF"), "truncated|not processed"),
+    "cut.webp": (cut("WEBP"), "."),
+    "cut.bmp": (cut("BMP"), "truncated"),
+    "cut.tif": (cut("TIFF"), "."),
+    "cut_header.bmp": (cut("BMP", 0.002), NOTHING + "|."),
+    "end_lost.jpg": (encoded("JPEG")[:-100], "truncated"),
+    "wrong_check.png": (flipped(encoded("PNG"), 20), "broken|CRC|checksum|" + NOTHING),
+    "wrong_data.png": (flipped(encoded("PNG"), 200), "broken|data|CRC|checksum"),
+    "no_width.png": (png(0, 10), "."),
+    "no_pixels.png": (png(10, 10), "."),
+    "wrong_depth.png": (png(10, 10, depth=7), NOTHING + "|."),
+    "bomb.png": (png(60_000, 60_000, body=bytes(1000)), "decompression bomb|exceeds limit"),
+    "wide_bomb.png": (png(2_000_000_000, 2, body=bytes(1000)), "decompression bomb|exceeds limit"),
+    "text_bomb.png": (with_text_bomb(), "too large|limit"),
+    "raw.tiff": (b"II*\x00\x08\x00\x00\x00\x00\x00", "."),
+    "loop.tiff": (b"II*\x00\x08\x00\x00\x00" + b"\x01\x00" + bytes(12) + b"\x08\x00\x00\x00", "."),
+    "huge.bmp": (b"BM" + struct.pack("<IHHIIiiHHIIiiII", 100, 0, 0, 54, 40, 2**31 - 1, 2**31 - 1, 1, 24, 0, 0, 0, 0, 0, 0), "."),
+}  # fmt: skip
+
+
+def odd() -> dict[str, bytes]:
+    """Kinds that are unusual, and can be read."""
+    frames = [Image.fromarray(NOISE), Image.fromarray(255 - NOISE)]
+    palette = Image.fromarray(NOISE).quantize(16)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    return {
+        "misnamed.jpg": encoded("PNG"),
+        "animated.gif": encoded("GIF", save_all=True, append_images=frames),
+        "animated.png": encoded("PNG", save_all=True, append_images=frames),
+        "animated.webp": encoded("WEBP", save_all=True, append_images=frames),
+        "cmyk.jpg": encoded("JPEG", Image.fromarray(NOISE).convert("CMYK")),
+        "deep.png": encoded("PNG", Image.fromarray(NOISE[..., 0].astype(np.uint16) * 257)),
+        "float.tiff": encoded("TIFF", Image.fromarray(NOISE[..., 0].astype(np.float32) / 255)),
+        "palette.png": encoded("PNG", palette, transparency=3),
+        "bits.png": encoded("PNG", Image.fromarray(NOISE[..., 0]).convert("1")),
+        "layers.png": encoded("PNG", Image.fromarray(NOISE).convert("RGBA")),
+        "grey_alpha.png": encoded("PNG", Image.fromarray(NOISE[..., 0]).convert("LA")),
+        "one_pixel.png": encoded("PNG", Image.fromarray(NOISE[:1, :1])),
+        "wide.png": encoded("PNG", Image.new("RGB", (30_000, 20), "red")),
+        "tall.jpg": encoded("JPEG", Image.new("RGB", (3, 30_000), "blue")),
+        "rotated.jpg": encoded("JPEG", exif=rotated),
+        "wrong_exif.jpg": encoded("JPEG", exif=b"Exif\x00\x00" + b"II*\x00" + b"\xff" * 40),
+        "日本語 العربية 🦀.png": encoded("PNG"),
+        "white space\tand\nlines.png": encoded("PNG"),
+    }
+
+
+def loaded(data: Path | str, **settings: object) -> tuple[Loader, list[str]]:
+    said: list[str] = []
+    wanted = Data(data=str(data), image_size=16, channels=3, **settings)
+    source = open_source(wanted)
+    return Loader(source, resolve(source, wanted, said.append), seed=0, workers=2, tell=said.append), said
+
+
+def as_folder(root: Path, files: dict[str, bytes]) -> Path:
+    root.mkdir(parents=True)
+    for name, content in files.items():
+        (root / name).write_bytes(content)
+    return root
+
+
+def as_zip(root: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(root.with_suffix(".zip"), "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return root.with_suffix(".zip")
+
+
+def as_tar(root: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(root.with_suffix(".tar"), "w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return root.with_suffix(".tar")
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # what Pillow says of one that can be read
+@pytest.mark.parametrize("pack_up", [as_folder, as_zip, as_tar])
+def test_every_bad_file_is_named_with_its_reason(pack_up: Callable[..., Path], tmp_path: Path) -> None:
+    assert len(BAD) >= 30
+    good = odd()
+    files = good | {name: content for name, (content, _) in BAD.items()}
+    loader, said = loaded(pack_up(tmp_path / "zoo", files))
+    assert len(loader) == len(good), said
+    assert f"{len(BAD)} of {len(files)} images were skipped." in said
+    for name, (_, reason) in BAD.items():
+        lines = [line for line in said if line.startswith("Skipped") and re.search(rf"[ /]{re.escape(name)}:", line)]
+        assert len(lines) == 1, (name, said)
+        assert re.search(reason, lines[0].split(":", 1)[1]), lines
+        assert "\n" not in lines[0]
+        assert lines[0].endswith(".")
+    assert not any(name in line for name in good for line in said if line.startswith("Skipped"))
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow says of its own that a file is cut short
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    root = as_folder(tmp_path / "zoo", {"good.png": encoded("PNG")})
+    (root / "broken_link.png").symlink_to(tmp_path / "nowhere.png")
+    (root / "round_link.png").symlink_to(root / "round_link.png")
+    (root / "folder.png").mkdir()
+    os.mkfifo(root / "pipe.png")
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(root / "socket.png"))
+    with listening:
+        loader, said = loaded(root)
+    assert len(loader) == 1
+    for name, reason in (
+        ("broken_link.png", "not there, or a link to what is not there"),
+        ("round_link.png", "Too many levels"),
+        ("pipe.png", "not a file of bytes"),
+        ("socket.png", "not a file of bytes"),
+    ):
+        assert any(line.startswith(f"Skipped {name}") and reason in line for line in said), (name, said)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions as POSIX has them")
+def test_what_may_not_be_read_is_named(tmp_path: Path) -> None:
+    root = as_folder(tmp_path / "zoo", {"good.png": encoded("PNG"), "secret.png": encoded("PNG")})
+    (root / "closed").mkdir()
+    (root / "secret.png").chmod(0)
+    (root / "closed").chmod(0)
+    script = f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from tests.test_zoo import loaded
+if os.getuid() == 0:
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)  # root may read everything
+loader, said = loaded({str(root)!r})
+print(len(loader), *said, sep="\\n")
+"""
+    for parent in [tmp_path, *tmp_path.parents][:4]:
+        parent.chmod(parent.stat().st_mode | 0o055)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    cache.chmod(0o777)
+    environment = os.environ | {"FRUGAN_CACHE": str(cache), "HOME": str(cache)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    (root / "closed").chmod(0o755)
+    assert done.stdout.startswith("1\n"), done
+    assert "closed may not be read (Permission denied): left out." in done.stdout
+    assert "Skipped secret.png: Permission denied." in done.stdout
+
+
+def test_archives_that_are_not_what_they_should_be(tmp_path: Path) -> None:
+    files = {f"{i}.png": encoded("PNG") for i in range(4)}
+    archive = as_zip(tmp_path / "ways", files | {"../above.png": encoded("PNG"), "/root.png": encoded("PNG")})
+    loader, said = loaded(archive)
+    assert len(loader) == 4
+    assert f"../above.png in {archive} points out of it: left out." in said
+    tar = as_tar(tmp_path / "ways", files | {"../above.png": encoded("PNG")})
+    with tarfile.open(tar, "a") as opened:
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        opened.addfile(link)
+    loader, said = loaded(tar)
+    assert len(loader) == 4
+    assert sum("points out of it: left out." in line for line in said) == 2
+
+    whole = as_zip(tmp_path / "whole", files)
+    content = whole.read_bytes()
+    whole.write_bytes(flipped(content, content.index(b"IDAT") + 100))
+    loader, said = loaded(whole)
+    assert len(loader) == 3
+    assert any("Bad CRC-32" in line for line in said)
+    whole.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="may be cut short, fetch it again"):
+        loaded(whole)
+
+
+def test_a_tar_cut_short_gives_what_is_before_the_cut_and_a_missing_shard_is_named(tmp_path: Path) -> None:
+    files = {f"{i}.png": encoded("PNG") for i in range(6)}
+    for i in range(3):
+        as_tar(tmp_path / f"part-00{i}", files)
+    content = (tmp_path / "part-001.tar").read_bytes()
+    (tmp_path / "part-001.tar").write_bytes(content[: len(content) // 2])
+    (tmp_path / "part-002.tar").rename(tmp_path / "elsewhere")
+    loader, said = loaded(f"{tmp_path}/part-{{000..002}}.tar")
+    assert 6 < len(loader) < 12
+    assert any("part-001.tar is cut short: " in line and "fetch it again" in line for line in said)
+    assert f"{tmp_path}/part-002.tar is missing." in said
+    (tmp_path / "part-001.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(UserError, match="cannot read the tar"):
+        loaded(tmp_path / "part-001.tar")
+    with pytest.raises(UserError, match="none of the 2 shards"):
+        loaded(f"{tmp_path}/other-{{0..1}}.tar")
+    (tmp_path / "a.tar.gz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"is compressed.*unpack it to a \.tar"):
+        loaded(tmp_path / "a.tar.gz")
+
+
+def test_nothing_that_can_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none of the 3 images of zoo can be read"):
+        loaded(as_folder(tmp_path / "zoo", {f"{i}.png": b"" for i in range(3)}))
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = """
+from frugan.cli import main
+main(["train", "nobody/nothing", "--out", "r"])
+"""
+    away = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_ETAG_TIMEOUT": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | away, cwd=tmp_path)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("frugan: there is no folder nobody/nothing, and as a data set on the hub it cannot be had")
+    assert "parquet files" in last
