@@ -160,7 +160,7 @@ def _check(options: Any) -> None:
 
     console = Console(quiet=options.json)
     source, data = _images(options, console.tell)
-    report = check(source, data, workers=options.workers, progress=console.packing)
+    report = check(source, data, workers=options.workers, progress=console.looking)
     sheet = Path(options.sheet or f"{source.name}-check.png")
     if report.shown:
         import numpy as np

@@ -152,9 +152,18 @@ class Console:
 
     def packing(self, done: int, total: int) -> None:
         """Shows how many images are packed."""
+        self._count("Packed", done, total)
+
+    def looking(self, done: int, total: int) -> None:
+        """Shows how many images are looked at."""
+        self._count("Looked at", done, total)
+
+    def _count(self, verb: str, done: int, total: int) -> None:
+        if done == 1:
+            self._last_plain = time.monotonic()
         if self.rich.is_terminal and not self.rich.quiet:
             if self._bar is None:
-                self._bar = Progress(TextColumn("packing"), *Progress.get_default_columns(), console=self.rich)
+                self._bar = Progress(TextColumn(verb), *Progress.get_default_columns(), console=self.rich)
                 self._task = self._bar.add_task("", total=total)
                 self._bar.start()
             self._bar.update(self._task, completed=done)
@@ -162,7 +171,7 @@ class Console:
                 self.stop()
         elif total >= MANY and (done == total or time.monotonic() - self._last_plain >= PLAIN_EVERY):
             self._last_plain = time.monotonic()
-            self.tell(f"Packed {done:,} of {total:,} images.")
+            self.tell(f"{verb} {done:,} of {total:,} images.")
 
     def start(self, done: int, total: int) -> None:
         """Begins showing progress in images."""
