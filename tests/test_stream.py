@@ -202,6 +202,9 @@ print(held[40], max(held[40:]))
 def test_plans_for_streams(shards: str, capsys: pytest.CaptureFixture[str], train: Callable[..., Path]) -> None:
     main(["plan", shards, "--stream", "--image-size", "8", "--channels", "1", "--batch-size", "10", "--device", "cpu"])
     assert "data" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["data", "check", shards, "--stream"])
+    assert "is a stream, which is only trained on" in capsys.readouterr().err
 
 
 def test_a_shard_without_images() -> None:

@@ -125,10 +125,13 @@ def _images(options: Any, tell: Callable[[str], None]) -> tuple[Any, Data]:
     """The source that was named, and the data section with everything filled in."""
     from frugan.data.loader import resolve
     from frugan.data.source import open_source
+    from frugan.data.stream import ShardSource
 
     said = {f.name: getattr(options, f.name) for f in fields(Data) if f.name not in ("data", "flip")}
     asked = Data(data=options.data or Data().data, **said)
     source = open_source(asked)
+    if isinstance(source, ShardSource):
+        source.open(0, 0)
     return source, resolve(source, asked, tell)
 
 

@@ -139,8 +139,12 @@ class ShardSource(Source):
         return f"image {index} of {self.name}"
 
     def open(self, index: int, at_least: int) -> Image.Image:
-        """Never: streams are read in their own order."""
-        raise NotImplementedError
+        """Never.
+
+        Raises:
+            UserError: always; streams are read in their own order.
+        """
+        raise UserError(f"{self.name} is a stream, which is only trained on: copy its shards here, and leave --stream out.")
 
 
 def stream(data: Data) -> Source | None:
