@@ -83,7 +83,7 @@ def check(source: Source, data: Data, *, workers: int, progress: Progress | None
         except Exception as error:  # whatever decoders raise
             return reason(error)
 
-    for index, found in enumerate(in_order(look, len(source), workers, "check")):
+    for index, found in enumerate(in_order(look, len(source), workers, channels * target**2)):
         if isinstance(found, str):
             report.unreadable[source.where(index)] = found
         else:

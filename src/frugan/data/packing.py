@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections import deque
@@ -23,8 +24,9 @@ from frugan.memory.plan import size as in_words
 from frugan.recipe import Data
 
 NAMED = 1000  # bad files whose names a manifest keeps
-AHEAD = 64  # pieces that are decoded before the first of them is written
-PIECE = 16  # images that one thread decodes at a time
+AHEAD_BYTES = 64 << 20  # of images that are decoded before the first of them is written
+PIECE_BYTES = 1 << 20  # of images that one thread decodes at a time, and at most
+PIECE = 16  # so many
 COPIED = 4096  # images that need no decoding, copied at a time
 
 T = TypeVar("T")
@@ -41,7 +43,9 @@ def packed(source: Source, data: Data, *, workers: int, tell: Tell, progress: Pr
         tell(problem)
     if source.pack is not None:
         return source.pack
-    wanted = json.dumps([VERSION, source.place, source.name, *data.shape, data.background, data.split])
+    wanted = json.dumps(
+        [VERSION, source.place, source.name, *data.shape, data.background, data.split, data.image_column, data.label_column]
+    )
     folder = cache_folder() / "packs" / f"{source.name}-{hashlib.sha256(wanted.encode(errors='surrogateescape')).hexdigest()[:16]}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +76,7 @@ def make(source: Source, data: Data, folder: Path, *, workers: int, tell: Tell, 
     shutil.rmtree(part, ignore_errors=True)  # of one that was killed
     try:
         part.mkdir(parents=True)
-        needed, left = len(source) * int(np.prod(data.shape)), shutil.disk_usage(part).free
+        needed, left = len(source) * math.prod(data.shape), shutil.disk_usage(part).free
         if needed > left:
             raise UserError(
                 f"packing {source.name} takes {in_words(needed)}, and {in_words(left)} are free in {folder.parent}: set "
@@ -100,6 +104,7 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
 def _write(source: Source, data: Data, part: Path, workers: int, tell: Tell, progress: Progress | None) -> Manifest:
     channels, size, _ = data.shape
     background = background_colour(data.background)
+    row_bytes = math.prod(data.shape)
     digest = hashlib.sha256()
     reasons: dict[str, str] = {}
     written = skipped = 0
@@ -122,7 +127,7 @@ def _write(source: Source, data: Data, part: Path, workers: int, tell: Tell, pro
             if source.labels is not None:
                 classes.write(source.labels.astype("<i8").data)
             written = len(source)
-        for index, decoded in enumerate(in_order(decode, 0 if written else len(source), workers, "pack")):
+        for index, decoded in enumerate(in_order(decode, 0 if written else len(source), workers, row_bytes)):
             if isinstance(decoded, str):
                 skipped += 1
                 if skipped <= NAMED:
@@ -152,21 +157,23 @@ def _write(source: Source, data: Data, part: Path, workers: int, tell: Tell, pro
     )  # fmt: skip
 
 
-def in_order(function: Callable[[int], T], count: int, workers: int, name: str) -> Iterator[T]:
+def in_order(function: Callable[[int], T], count: int, workers: int, each: int) -> Iterator[T]:
     """``function`` of 0 to ``count``, in order, by threads that run ahead of what is asked for by little.
 
-    Pillow's decoders let go of the interpreter, and threads cost no second copy of the process.
+    Pillow's decoders let go of the interpreter, and threads cost no second copy of the process. A result has ``each`` bytes.
     """
+    size = max(1, min(PIECE, PIECE_BYTES // each))
+    ahead = max(2 * workers, AHEAD_BYTES // (size * each))
 
     def piece(begin: int) -> list[T]:
-        return [function(i) for i in range(begin, min(begin + PIECE, count))]
+        return [function(i) for i in range(begin, min(begin + size, count))]
 
-    begins = iter(range(0, count, PIECE))
+    begins = iter(range(0, count, size))
     waiting: deque[Future[list[T]]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix=name) as pool:
+    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         try:
             while True:
-                while len(waiting) < AHEAD and (begin := next(begins, None)) is not None:
+                while len(waiting) < ahead and (begin := next(begins, None)) is not None:
                     waiting.append(pool.submit(piece, begin))
                 if not waiting:
                     return
