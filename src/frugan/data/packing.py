@@ -105,6 +105,7 @@ def _write(source: Source, data: Data, part: Path, workers: int, tell: Tell, pro
     channels, size, _ = data.shape
     background = background_colour(data.background)
     row_bytes = math.prod(data.shape)
+    threads = 1 if isinstance(source, ArraySource) else workers  # small arrays are mostly work for Python
     digest = hashlib.sha256()
     reasons: dict[str, str] = {}
     written = skipped = 0
@@ -127,7 +128,7 @@ def _write(source: Source, data: Data, part: Path, workers: int, tell: Tell, pro
             if source.labels is not None:
                 classes.write(source.labels.astype("<i8").data)
             written = len(source)
-        for index, decoded in enumerate(in_order(decode, 0 if written else len(source), workers, row_bytes)):
+        for index, decoded in enumerate(in_order(decode, 0 if written else len(source), threads, row_bytes)):
             if isinstance(decoded, str):
                 skipped += 1
                 if skipped <= NAMED:
