@@ -44,11 +44,16 @@ def stop_at(update: int, number: int) -> Callable[[int], None]:
     return hook
 
 
-# Every schedule in fp32; the other precisions have nothing of their own to do with schedules but the plateau's.
-@pytest.mark.parametrize(
-    ("precision", "schedule"), [("fp32", s) for s in SCHEDULES] + [(p, s) for p in ("bf16", "fp16") for s in ("cosine", "plateau")]
-)
-@pytest.mark.parametrize("recipe", recipes.RECIPES)
+# Every schedule, and every recipe in every precision, but not all of them with each other, which would take many minutes.
+COMBINATIONS = [("dcgan", "fp32", schedule) for schedule in SCHEDULES] + [
+    (recipe, precision, schedule)
+    for recipe in recipes.RECIPES
+    for precision, schedule in (("fp32", "cosine"), ("bf16", "plateau"), ("fp16", "exponential"))
+    if (recipe, precision) != ("dcgan", "fp32")
+]
+
+
+@pytest.mark.parametrize(("recipe", "precision", "schedule"), COMBINATIONS)
 def test_killed_and_continued_is_never_stopped(
     recipe: str, precision: str, schedule: str, train: Callable[..., Path], tmp_path: Path
 ) -> None:

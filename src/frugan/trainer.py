@@ -76,7 +76,7 @@ class Trainer:
                 source, data, seed=seed, workers=run.workers, tell=console.tell, keep=keep, device=self.device,
                 progress=console.packing,
             )  # fmt: skip
-        self.source = source
+        self.name, self.classes = source.name, len(source.classes)  # not the source, which may hold a million names
         self.batch = self.recipe.training.batch_size
         if self.batch > len(self.loader):
             raise UserError(
@@ -402,9 +402,9 @@ class Trainer:
     def _introduce(self) -> None:
         recipe, tell = self.recipe, self.console.tell
         data, memory = recipe.data, recipe.memory
-        classes = f" in {len(self.source.classes)} classes" if self.source.classes else ""
+        classes = f" in {self.classes} classes" if self.classes else ""
         kind = "grey" if data.channels == 1 else "colour"
-        tell(f"{len(self.loader):,} images of {self.source.name}{classes}, {kind}, {data.image_size}x{data.image_size}.")
+        tell(f"{len(self.loader):,} images of {self.name}{classes}, {kind}, {data.image_size}x{data.image_size}.")
         self.console.networks(summarise(recipe))
         tell(
             f"Recipe {recipe.recipe}, {recipe.training.epochs} epochs, {memory.precision} on {self.device} with "

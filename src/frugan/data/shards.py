@@ -35,7 +35,7 @@ class TarSource(Source):
     The class of an image stands in a ``.cls`` or ``.json`` (``{"label": ...}``) member of the same name, else the folders say.
 
     Raises:
-        UserError: a shard is no tar, or is compressed.
+        UserError: there are no images in them.
     """
 
     def __init__(self, name: str, place: str, shards: Sequence[Path], label: str | None, missing: Sequence[str] = ()) -> None:
@@ -46,10 +46,12 @@ class TarSource(Source):
         said: dict[tuple[int, str], str] = {}
         for number, shard in enumerate(shards):
             self._scan(number, shard, said, label or "label", problems)
+        if not self.members:
+            raise UserError(" ".join(problems) or f"{place} holds no images.")
         self.problems = problems
         self.stamp = stamp_of((str(s), (about := s.stat()).st_size, about.st_mtime_ns) for s in shards)
         values = [said.get((m.shard, _key(m.path))) for m in self.members]
-        if self.members and None not in values:
+        if None not in values:
             self.classes = sorted(
                 {v for v in values if v is not None}, key=lambda v: (not v.isdigit(), int(v) if v.isdigit() else 0, v)
             )
@@ -81,13 +83,11 @@ class TarSource(Source):
                         self.members.append(Member(number, member.offset_data, member.size, member.name))
         except tarfile.TarError as error:
             here = len(self.members) - before
-            if not here and not isinstance(error, tarfile.ReadError):
-                raise
-            if not here and length and not _is_tar(shard):
-                raise UserError(
-                    f"cannot read the tar {shard} ({error or 'cut short'}): unpack it if it is compressed, else fetch it again."
-                ) from None
-            problems.append(f"{shard} is cut short: {here} images before the cut are used; fetch it again for the rest.")
+            if here or _is_tar(shard):
+                problems.append(f"{shard} is cut short: {here} images before the cut are used; fetch it again for the rest.")
+            else:
+                why = error or "it is empty"
+                problems.append(f"cannot read the tar {shard} ({why}): unpack it if it is compressed, else fetch it again.")
 
     def __len__(self) -> int:
         return len(self.members)
