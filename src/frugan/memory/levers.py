@@ -40,7 +40,7 @@ def recomputing(blocks: Iterable[nn.Module]) -> Iterator[None]:
 def load_forward_mode() -> None:
     """Loads torch's formulas of forward mode, which warn about torch's own use of what it deprecates."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore")
         importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
