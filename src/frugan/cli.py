@@ -357,9 +357,8 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Recipe]:
     if arguments[0] == "data":
         arguments, verbs, prog = arguments[1:] or ["--help"], _data_verbs(), "frugan data"
     if not arguments[0].startswith("-") and arguments[0] not in verbs:
-        raise UserError(
-            f"there is no command {arguments[0]!r}: {nearest(arguments[0], [*verbs, *(['data'] if prog == 'frugan' else [])])}"
-        )
+        known = [*verbs, "data"] if prog == "frugan" else [*verbs]
+        raise UserError(f"there is no command {arguments[0]!r}: {nearest(arguments[0], known)}")
     if arguments[0] in verbs:
         _check_flags(arguments[1:], typing.get_type_hints(verbs[arguments[0]]))
     options = tyro.extras.subcommand_cli_from_dict(

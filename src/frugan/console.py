@@ -1,5 +1,6 @@
 """What a person sees: notices, tables, progress. Plain lines when it is not a terminal."""
 
+import atexit
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -166,6 +167,7 @@ class Console:
                 self._bar = Progress(TextColumn(verb), *Progress.get_default_columns(), console=self.rich)
                 self._task = self._bar.add_task("", total=total)
                 self._bar.start()
+                atexit.register(self.stop)  # an error or Ctrl-C while packing must not leave the terminal without its cursor
             self._bar.update(self._task, completed=done)
             if done == total:
                 self.stop()
