@@ -152,9 +152,12 @@ def main(options: Options) -> None:
         for name, where, side in sources:
             if not where or not Path(where).exists():
                 continue
-            rates = {workers: [packing(where, side, workers, root / "p") for _ in range(2)] for workers in (CORES, 1)}
-            two, one = (max(rates[workers]) for workers in (CORES, 1))
-            table.add_row(name, f"{two:,.0f} images/s", f"{one:,.0f} with one thread", f"{two / one:.2f}")
+            rates = {workers: [packing(where, side, workers, root / "p") for _ in range(3)] for workers in (CORES, 1)}
+            two, one = (statistics.median(rates[workers]) for workers in (CORES, 1))
+            if where.endswith(".zip"):
+                table.add_row(name, f"{two:,.0f} images/s", f"{one:,.0f} with one thread", f"{two / one:.2f}")
+            else:  # the loader takes one thread for small arrays
+                table.add_row(name, f"{one:,.0f} images/s", "with one thread; a second one only waits", "")
 
         fashion = open_source(Data(data=str(shared / "fashion-mnist")))
         (root / "png" / "all").mkdir(parents=True)
@@ -173,7 +176,7 @@ def main(options: Options) -> None:
         )
         grey = Data(data=str(shared / "fashion-mnist"), image_size=28, channels=1)
         loader = Loader(open_source(grey), grey, seed=0, workers=CORES, tell=lambda _: None, keep=0)
-        read, resident = training(loader, 150)
+        read, resident = training(loader, 300)
         table.add_row(
             "an update, images read",
             f"{1e3 * read:.1f} ms",

@@ -1,6 +1,7 @@
 """A budget is predicted, held and reported; what cannot be held is refused with what could."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,14 +18,14 @@ from frugan import recipes
 from frugan.build import average, lay_out, make_step, optimizers
 from frugan.cli import main
 from frugan.errors import UserError
-from frugan.memory import Engine
+from frugan.memory import Engine, limit
 from frugan.memory.plan import Layout
 from frugan.memory.probe import allocations
 from frugan.memory.search import Search
 from frugan.memory.trace import highest
 from frugan.networks import build
 from frugan.phases import Model, jobs
-from frugan.planner import Planner
+from frugan.planner import Memory, Planner, find
 from frugan.runs import RunFolder
 
 from .conftest import final_state, write_idx
@@ -191,6 +192,39 @@ def test_a_resumed_run_keeps_its_plan(few: Path, tmp_path: Path, train: Callable
     (run / "plan.json").write_text(json.dumps(plan))
     train(tmp_path / "r", recipe="r3", epochs=2)
     assert json.loads((run / "plan.json").read_text())["layouts"]["D"] == plan["layouts"]["D"]
+
+
+def test_a_plan_is_remembered_for_the_next_start(few: Path, tmp_path: Path) -> None:
+    script = f"""
+import sys, torch
+import frugan
+run = frugan.train({str(few)!r}, out=sys.argv[1], epochs=1, image_size=16, batch_size=16, width_g=8, width_d=8, quiet=True)
+print("torch._dynamo" in sys.modules, hash(str(frugan.load(run).generate(4).tolist())))
+"""
+    environment = os.environ | {"FRUGAN_CACHE": str(tmp_path / "cache"), "PYTHONHASHSEED": "0"}
+    said = []
+    for name in ("planned", "remembered", "damaged"):
+        command = [sys.executable, "-c", script, str(tmp_path / name)]
+        said.append(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split())
+        plans = list((tmp_path / "cache" / "plans").iterdir())
+        assert len(plans) == 1
+        if name == "remembered":
+            plans[0].write_text(plans[0].read_text()[:-20])
+    assert [imports for imports, _ in said] == ["True", "False", "True"]
+    assert len({images for _, images in said}) == 1
+    saved = [json.loads((tmp_path / name / "plan.json").read_text())["layouts"] for name in ("planned", "remembered")]
+    assert saved[0] == saved[1]
+
+
+def test_a_remembered_plan_that_does_not_fit_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FRUGAN_CACHE", str(tmp_path))
+    recipe, device = recipes.mlp().replace(image_size=16, channels=1, batch_size=8), CPU
+    memory = Memory(recipe, device)
+    assert memory.recall(0) is None
+    memory.keep(find(recipe, device)[1])
+    assert memory.recall(0) and not memory.recall(limit.spare(device))
+    assert Memory(recipe.replace(seed=3, epochs=9), device).recall(0)  # what a plan does not depend on
+    assert not Memory(recipe.replace(batch_size=16), device).recall(0)
 
 
 def test_networks_that_cannot_be_followed_are_run_instead(

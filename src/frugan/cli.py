@@ -245,7 +245,7 @@ def _plan(options: Any, recipe: Recipe) -> None:
     if isinstance(source, ShardSource):
         held = (2 * min(block_of(data), len(source)) + batch) * math.prod(data.shape)
     else:
-        held = bytes_of(len(source), data, batch, keep)
+        held = bytes_of(len(source), data, keep)
     planner, plan = find(recipe, where, data=held, memory=options.memory, approximate=options.allow_approximate, tell=console.tell)
     looked_at, speed = planner.looked_at(plan), planner.images_per_second(plan)
     if options.json:

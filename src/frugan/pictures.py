@@ -4,12 +4,12 @@ import gc
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure  # without pyplot, which would keep every figure alive
 from PIL import Image
 from torch import Tensor
 
@@ -53,10 +53,16 @@ def save_loop(images: Tensor, path: Path, milliseconds: int = 60) -> None:
         frames[0].save(part, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure  # half a second; and without pyplot, which would keep every figure alive
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def plot_memory(phases: Mapping[str, Sequence[Mapping[str, int]]], path: Path, title: str) -> None:
     """Draws what is live during one update, event by event, by what it is for; ``phases`` follow one another."""
     names = list(dict.fromkeys(name for course in phases.values() for now in course for name in now))
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure = _figure(10, 4.5)
     axes = figure.subplots()
     whole_course = [now for course in phases.values() for now in course]
     values = np.array([[now.get(name, 0) for now in whole_course] for name in names]) / 2**20
@@ -77,6 +83,7 @@ def plot_memory(phases: Mapping[str, Sequence[Mapping[str, int]]], path: Path, t
     gc.collect()
 
 
+@cache
 def rehearse() -> None:
     """Draws once for nobody, so that all that drawing loads is there before the memory for it is counted."""
     with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +92,7 @@ def rehearse() -> None:
 
 def plot_losses(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draws Loss_D, Loss_G and D's opinions over the images seen."""
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = _figure(9, 6)
     above, below = figure.subplots(2, 1, sharex=True)
     for axes, names in ((above, ("Loss_D", "Loss_G")), (below, ("D(x)", "D(G(z))"))):
         for name in names:

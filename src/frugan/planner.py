@@ -1,14 +1,19 @@
 """The plan of a training: how its two phases are laid out within a budget, and what the process needs besides."""
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from frugan.errors import UserError
+from frugan.files import cache_folder, write_text
 from frugan.memory import limit
 from frugan.memory.limit import MIB, Handling
 from frugan.memory.plan import SMALLEST_COUPLED, Guarantee, Layout, size
@@ -18,7 +23,7 @@ from frugan.memory.search import MARGIN, SLACK, Candidate, Choice, Search, short
 from frugan.memory.trace import Timeline
 from frugan.networks import Network
 from frugan.phases import PHASES, Model, jobs, levers, penalised
-from frugan.pictures import FINAL, GRID
+from frugan.pictures import FINAL, GRID, rehearse
 from frugan.recipe import Recipe
 from frugan.step import Step
 
@@ -37,7 +42,7 @@ class Plan:
         phases: for each moment of a training the bytes it allocates, by what they are for.
         held: bytes that the process holds for them.
         guarantee: what is left as it is.
-        candidates: what was looked at, for people.
+        loaded: bytes of ``framework`` that are libraries which training loads by and by.
     """
 
     layouts: dict[str, Layout]
@@ -49,7 +54,7 @@ class Plan:
     phases: dict[str, dict[str, int]]
     held: int
     guarantee: Guarantee
-    choice: Choice
+    loaded: int = 0
 
     @property
     def allocated(self) -> int:
@@ -70,6 +75,41 @@ class Plan:
             "framework": self.framework, "data": self.data, "training_allocates": self.allocated, "training_holds": self.held,
             "phases": self.phases,
         }  # fmt: skip
+
+
+class Memory:
+    """Plans of trainings that need no saving, where no budget is named, so that the next start has none to make.
+
+    A plan that saves is made anew each time, since there may be more memory by now; and under a budget planning is needed, to load
+    all that training will use.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        files = sorted(Path(__file__).parent.rglob("*.py"))
+        alike = recipe.replace(data="", seed=0, epochs=1, init_from=None)  # what planning does not look at
+        about = [torch.__version__, torch.get_num_threads(), str(device), alike.to_toml(), [f.stat().st_mtime_ns for f in files]]
+        self.file = cache_folder() / "plans" / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]}.json"
+        self.device = device
+
+    def recall(self, data: int) -> Plan | None:
+        """The plan, if there is one and it still fits without a doubt."""
+        try:
+            known = json.loads(self.file.read_text())
+            layouts = {name: Layout.from_dict(layout) for name, layout in known["layouts"].items()}
+            guarantee, phases, held = Guarantee[known["guarantee"].upper()], known["phases"], int(known["training_holds"])
+            loaded = int(known["loaded"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+        there, spare = limit.baseline(self.device), limit.spare(self.device)
+        if held + data + loaded > spare - MARGIN:
+            return None
+        return Plan(layouts, known["freed_memory"], there + spare, False, there + loaded, data, phases, held, guarantee)
+
+    def keep(self, plan: Plan) -> None:
+        """Remembers ``plan`` if it is of that kind, and if it can be written down."""
+        if not plan.named and all(str(layout) == "whole batch" for layout in plan.layouts.values()):
+            with suppress(UserError):
+                write_text(self.file, json.dumps(plan.as_dict() | {"loaded": plan.loaded}))
 
 
 class TooLittle(UserError):
@@ -126,6 +166,7 @@ class Planner:
         self.tell = tell
         self.model = Model(recipe, device)
         self.search = Search(jobs(self.model, self._trace), device, approximate=approximate)
+        self.choice = Choice("return", {}, {})  # of the newest plan
 
     def _trace(self, phase: str, layout: Layout, accumulated: bool) -> Timeline:
         try:
@@ -147,15 +188,18 @@ class Planner:
             UserError: none does; names the smallest budget that would do, and what binds it.
         """
         if self.named is None:
-            framework = limit.baseline(self.device)
-            budget = framework + limit.spare(self.device)
-            choice = self.search.plain(budget - framework - self.data - MARGIN) or self.search.choose(
-                budget - framework - self.data - MARGIN
-            )
+            before, spare = limit.baseline(self.device), limit.spare(self.device)
+            available = spare - self.data - MARGIN
+            choice = self.search.plain(available) or self.search.choose(available)
             if choice is None:
-                raise self._refusal(budget)
-            return self._describe(choice, framework, budget)
+                raise self._refusal(before + spare)
+            plan = self._describe(choice, before, before + spare)
+            rehearse()
+            self.search.forget()
+            framework = limit.baseline(self.device)
+            return replace(plan, framework=framework, loaded=max(0, framework - before))
 
+        rehearse()
         self.search.prepare()
         framework = limit.baseline(self.device)
         for _ in range(2):
@@ -186,7 +230,7 @@ class Planner:
         rows = []
         for job in self.search.jobs:
             every = list(self.search.candidates(job))
-            plain, taken = every[0], plan.choice.chosen[job.name]
+            plain, taken = every[0], self.choice.chosen[job.name]
             for chosen in job.variants:
                 mine = [c for c in every if c.layout == replace(c.layout, **chosen)]
                 if taken.layout == replace(taken.layout, **chosen):
@@ -208,12 +252,12 @@ class Planner:
         available = plan.budget - plan.framework - plan.data
         return [
             f"{name}: the next faster, {c.layout}, would hold {size(c.needs(plan.handling))} of {size(available)} left."
-            for name, c in plan.choice.refused.items()
+            for name, c in self.choice.refused.items()
         ]
 
     def timelines(self, plan: Plan) -> dict[str, tuple[Timeline, int]]:
         """What each phase allocates over time, with the number of its micro-batches (two of them are traced)."""
-        chosen = plan.choice.chosen
+        chosen = self.choice.chosen
         return {name: (self.search.exact(c.job, c.layout).timeline, len(c.layout.sizes)) for name, c in chosen.items()}
 
     def images_per_second(self, plan: Plan) -> float:
@@ -221,7 +265,7 @@ class Planner:
         total = 0.0
         if self.device.type == "cpu":
             limit.handle(plan.handling)
-        for candidate in plan.choice.chosen.values():
+        for candidate in self.choice.chosen.values():
             timeline, sizes = self.search.exact(candidate.job, candidate.layout).timeline, candidate.layout.sizes
             total += seconds(timeline.calls(), self.device) * sum(sizes) / sum(shortened(sizes))
         if self.device.type == "cpu":
@@ -236,6 +280,7 @@ class Planner:
         return math.ceil((SLACK * framework + self.data + MARGIN + binding.allocated) / MIB) * MIB, framework, binding
 
     def _describe(self, choice: Choice, framework: int, budget: int) -> Plan:
+        self.choice = choice
         phases, timelines = {}, []
         for name, candidate in choice.chosen.items():
             exact = self.search.exact(candidate.job, candidate.layout)
@@ -256,7 +301,7 @@ class Planner:
             held = max(held, self.search.heap(timelines))
         return Plan(
             {name: c.layout for name, c in choice.chosen.items()}, choice.handling, budget, self.named is not None,
-            framework, self.data, phases, held, choice.guarantee, choice,
+            framework, self.data, phases, held, choice.guarantee,
         )  # fmt: skip
 
     def _refusal(self, budget: int) -> UserError:

@@ -28,7 +28,7 @@ from frugan.memory.recover import Change, OutOfMemory
 from frugan.networks import Network, build
 from frugan.optim import rate_factor
 from frugan.pictures import FINAL, GRID
-from frugan.planner import Plan, Planner, find, notices, recovery
+from frugan.planner import Memory, Plan, Planner, find, notices, recovery
 from frugan.recipe import Recipe, Run
 from frugan.runs import RunFolder
 from frugan.signals import Signals, Stopped
@@ -383,11 +383,13 @@ class Trainer:
 
     def _plan(self, resuming: bool) -> Plan:
         """The plan of this run: the one it was started with if that still fits, so that it goes on as it was."""
-        if self.run.memory is not None:
-            pictures.rehearse()
         options: dict[str, Any] = {"data": self.loader.ahead(self.batch), "memory": self.run.memory}
         options |= {"approximate": self.run.allow_approximate, "tell": self.console.tell}
         saved = self.folder.saved_plan() if resuming else {}
+        memory = Memory(self.recipe, self.device)
+        known = memory.recall(options["data"]) if self.run.memory is None else None
+        if known and saved.get("layouts", known.as_dict()["layouts"]) == known.as_dict()["layouts"]:
+            return known
         if "layouts" in saved:
             layouts = {name: Layout.from_dict(layout) for name, layout in saved["layouts"].items()}
             if all(sum(layout.sizes) == self.batch for layout in layouts.values()):
@@ -397,6 +399,7 @@ class Trainer:
                 self.console.tell("The plan this run was started with does not fit any more; planning anew.")
         planner, plan = find(self.recipe, self.device, **options)
         self.recipe = planner.recipe
+        memory.keep(plan)
         return plan
 
     def _introduce(self) -> None:
@@ -405,7 +408,8 @@ class Trainer:
         classes = f" in {self.classes} classes" if self.classes else ""
         kind = "grey" if data.channels == 1 else "colour"
         tell(f"{len(self.loader):,} images of {self.name}{classes}, {kind}, {data.image_size}x{data.image_size}.")
-        self.console.networks(summarise(recipe))
+        there = (self.state.generator, self.state.discriminator)
+        self.console.networks(summarise(recipe, None if self.plan.named else there))  # a limit would hold here
         tell(
             f"Recipe {recipe.recipe}, {recipe.training.epochs} epochs, {memory.precision} on {self.device} with "
             f"{torch.get_num_threads()} threads, into {self.folder.path}."

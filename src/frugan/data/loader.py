@@ -3,18 +3,17 @@
 Epoch after epoch is one endless order, a new permutation each; batch after batch is a slice of it, so that every image comes
 once an epoch whatever the batch size, and resuming needs nothing but the number of images seen.
 
-Images come from a pack (`frugan.data.pack`), which is made on first use. A small one is kept whole, on the device that trains;
-of others a thread reads the rows of the next batch while one trains.
+Images come from a pack (`frugan.data.pack`), which is made on first use. A small one is kept whole, on the device that trains.
+Of others no more than a micro-batch is read at a time, while the system is told which rows come next. A thread that reads ahead
+would cost more than it saves: it and the training take turns at the interpreter, row by row.
 """
 
 import hashlib
 import math
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from frugan.data.decode import background_colour, flatten, is_grey
@@ -55,10 +54,10 @@ def _looks_grey(source: Source, index: int, background: tuple[int, int, int]) ->
         return None
 
 
-def bytes_of(images: int, data: Data, batch: int, keep: int = SMALL) -> int:
-    """Bytes that a `Loader` of so many images holds: all of them, or one batch in use and one read ahead."""
-    each = math.prod(data.shape)
-    return images * each if images * each <= keep else 2 * batch * each
+def bytes_of(images: int, data: Data, keep: int = SMALL) -> int:
+    """Bytes that a `Loader` of so many images holds all the time: all of them, or none."""
+    whole = images * math.prod(data.shape)
+    return whole if whole <= keep else 0
 
 
 def keepable(budget: int | None, device: torch.device) -> int:
@@ -91,8 +90,6 @@ class Loader:
         self.shape = data.shape
         self.seed = seed
         self._order: tuple[int, Order] | None = None
-        self._next: tuple[int, int, Future[NDArray[np.uint8]]] | None = None
-        self._thread: ThreadPoolExecutor | None = None
         self._kept: Tensor | None = None
         self._pack = None
         if isinstance(source, ArraySource) and source.fits(data) and source.images.nbytes <= keep:
@@ -107,8 +104,6 @@ class Loader:
                 size = data.image_size
                 tell(f"Some images are smaller than {size}x{size} and are enlarged, {pack.manifest.small} for one.")
             if pack.bytes > keep:
-                self._thread = ThreadPoolExecutor(1, thread_name_prefix="read")
-                self._thread.submit(int).result()  # it reserves its stack when it starts, which must not happen within a limit
                 return
             whole = pack.all()
         self._kept = torch.tensor(whole, device=device)
@@ -126,16 +121,14 @@ class Loader:
         if self._kept is not None:
             kept = self._kept
             return lambda begin, number: kept[self._indices(begin, number).to(kept.device)]
-        if self._next is None or self._next[:2] != (first, count):
-            self._read_ahead(first, count)
-        assert self._next
-        read = self._next[2].result()
-        self._read_ahead(first + count, count)
-        return lambda begin, number: torch.from_numpy(read[begin - first : begin - first + number])
+        pack = self._pack
+        assert pack
+        pack.expect(self._indices(first + count, count).numpy())
+        return lambda begin, number: torch.from_numpy(pack.read(self._indices(begin, number).numpy()))
 
     def ahead(self, batch: int) -> int:
-        """Bytes that images will take besides those that are kept: one batch in use, one read ahead."""
-        return 0 if self._kept is not None else 2 * batch * math.prod(self.shape)
+        """Bytes that images will take besides those that are kept and the micro-batch in use: none."""
+        return 0
 
     def labels(self, first: int, count: int) -> Tensor | None:
         """The classes of the images that `batch` gives: int64 ``[count]``, or None if there are none."""
@@ -146,13 +139,8 @@ class Loader:
         return None if found is None else torch.from_numpy(found)
 
     def close(self) -> None:
-        """Ends the thread."""
-        if self._thread is not None:
-            self._thread.shutdown(cancel_futures=True)
-
-    def _read_ahead(self, first: int, count: int) -> None:
-        assert self._pack and self._thread
-        self._next = (first, count, self._thread.submit(self._pack.read, self._indices(first, count).numpy()))
+        """Lets go of the images."""
+        self._kept = self._pack = None
 
     def _indices(self, first: int, count: int) -> Tensor:
         pieces = []

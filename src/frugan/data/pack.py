@@ -98,6 +98,12 @@ class Pack:
                 raise UserError(f"{self.folder} has become shorter while it was read: pack the images again.")
         return images
 
+    def expect(self, rows: NDArray[np.int64]) -> None:
+        """Tells the system that ``rows`` will be read next, so that it fetches what it does not hold yet; returns at once."""
+        if hasattr(os, "posix_fadvise"):
+            for number in rows.tolist():
+                os.posix_fadvise(self._pixels, number * self._row, self._row, os.POSIX_FADV_WILLNEED)
+
     def all(self) -> NDArray[np.uint8]:
         """Every image: uint8 ``[n, c, h, w]``."""
         return np.fromfile(self.folder / "pixels.bin", np.uint8).reshape(-1, *self.shape)
