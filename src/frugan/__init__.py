@@ -57,12 +57,12 @@ def train(
     return Trainer(chosen, Run(**run), Console(quiet), on_update).train()
 
 
-def load(run: str | Path, device: str = "cpu") -> "Generator":
-    """The trained generator of a run folder, or of a ``generator.safetensors`` alone.
+def load(run: str | Path, device: str = "cpu", *, best: bool = False) -> "Generator":
+    """The trained generator of a run folder (``best``: the one judged best while training), or of a ``generator.safetensors``.
 
     Raises:
         UserError: there is none, or the file is damaged.
     """
     from frugan import generate
 
-    return generate.load(run, device)
+    return generate.load(run, device, best=best)

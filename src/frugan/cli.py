@@ -1,24 +1,22 @@
 """The command line: verbs and flags, nothing else.
 
 Every field of a recipe is a flag, with the help, type and default that stand in `frugan.recipe`; ``--recipe`` and
-``--objective`` are read first, because they decide which fields there are. torch is imported only once there is work to do.
+``--objective`` are read first, because they decide which fields there are. `frugan.verbs` does the work.
 """
 
-import json
-import math
 import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from frugan import recipes
+from frugan import recipes, verbs
 from frugan.errors import UserError, nearest
+from frugan.metrics import METRICS
 from frugan.recipe import Data, Recipe, Run
 from frugan.section import Section, flag, readable, spoken
 
@@ -90,7 +88,42 @@ class Generate:
         tyro.conf.arg(help="seeds to go between: a strip and a GIF", metavar="SEED SEED ...", help_behavior_hint=""),
     ] = ()
     frames: Annotated[int, tyro.conf.arg(help="steps from one seed to the next")] = 16
+    best: Annotated[bool, tyro.conf.arg(help="the generator that was judged best while training, not the last one")] = False
     device: Annotated[str, tyro.conf.arg(help="cpu, cuda, mps or auto")] = "cpu"
+
+
+@dataclass(kw_only=True)
+class Evaluate:
+    """Judges a trained generator, or images, against real ones: how it is done is printed with every number."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="run folder, generator.safetensors, or images")]
+    data: Annotated[
+        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA", help="real images; unset: the run's", help_behavior_hint="")
+    ] = None
+    metrics: Annotated[str, tyro.conf.arg(help=f"auto (what needs no download), or of {', '.join(METRICS)}, with commas")] = "auto"
+    samples: Annotated[int, tyro.conf.arg(help="how many, and as many real images")] = 10_000
+    seed: Annotated[int, tyro.conf.arg(help="of the samples")] = 0
+    split: Annotated[str, tyro.conf.arg(help="part of DATA, where it has parts: train, test or all")] = "train"
+    run_split: Annotated[str, tyro.conf.arg(help="the same of RUN, where it is images")] = "train"
+    best: Annotated[bool, tyro.conf.arg(help="the generator that was judged best while training, not the last one")] = False
+    weights: Annotated[
+        str | None, tyro.conf.arg(help="file of Inception's weights; unset: downloaded if asked for", help_behavior_hint="")
+    ] = None
+    any_weights: Annotated[bool, tyro.conf.arg(help="also take other weights than the published ones; then nothing is FID")] = False
+    workers: Annotated[int, tyro.conf.arg(help="threads that decode images")] = 2
+    device: Annotated[str, tyro.conf.arg(help="cpu, cuda, mps or auto")] = "cpu"
+    json: Annotated[bool, tyro.conf.arg(help="print the numbers as JSON")] = False
+
+
+@dataclass(kw_only=True)
+class Report:
+    """Writes the page that shows a run, or several beside one another."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help="run folders")]
+    out: Annotated[
+        str | None,
+        tyro.conf.arg(help="page to write; unset: RUN/report.html, or comparison.html of several", help_behavior_hint=""),
+    ] = None
 
 
 class Pack:
@@ -121,64 +154,6 @@ def _data_verbs() -> dict[str, Callable[..., Any]]:
     }
 
 
-def _images(options: Any, tell: Callable[[str], None]) -> tuple[Any, Data]:
-    """The source that was named, and the data section with everything filled in."""
-    from frugan.data.loader import resolve
-    from frugan.data.source import open_source
-    from frugan.data.stream import ShardSource
-
-    said = {f.name: getattr(options, f.name) for f in fields(Data) if f.name not in ("data", "flip")}
-    asked = Data(data=options.data or Data().data, **said)
-    source = open_source(asked)
-    if isinstance(source, ShardSource):
-        source.open(0, 0)
-    return source, resolve(source, asked, tell)
-
-
-def _pack(options: Any) -> None:
-    from frugan.console import Console
-    from frugan.data.packing import make, packed
-
-    console = Console()
-    source, data = _images(options, console.tell)
-    ways: dict[str, Any] = {"workers": options.workers, "tell": console.tell, "progress": console.packing}
-    if options.out is None:
-        pack = packed(source, data, **ways)
-    else:
-        out = Path(options.out)
-        if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"--out {out} holds something else: name a new folder.")
-        for problem in source.problems:
-            console.tell(problem)
-        pack = make(source, data, out, **ways)
-    known = pack.manifest
-    skipped = f", {known.skipped} skipped" if known.skipped else ""
-    print(f"{pack.folder}: {known.images:,} images of {known.size}x{known.size}, {known.channels} channels{skipped}")
-
-
-def _check(options: Any) -> None:
-    from frugan import pictures
-    from frugan.console import Console
-    from frugan.data.check import check
-
-    console = Console(quiet=options.json)
-    source, data = _images(options, console.tell)
-    report = check(source, data, workers=options.workers, progress=console.looking)
-    sheet = Path(options.sheet or f"{source.name}-check.png")
-    if report.shown:
-        import numpy as np
-        import torch
-
-        pictures.save(pictures.grid(torch.from_numpy(np.stack(report.shown))), sheet)
-    if options.json:
-        print(json.dumps(report.as_dict() | {"problems": list(source.problems), "sheet": str(sheet)}))
-    else:
-        console.found(report, source.problems, data)
-        console.tell(f"Images as training sees them are in {sheet}.")
-    if not report.images:
-        raise UserError(f"none of the {len(source)} images of {source.name} can be read.")
-
-
 def _recipe_of(arguments: Sequence[str]) -> Recipe:
     """The recipe that ``--recipe`` and ``--objective`` name, by which the other flags are known."""
     said = {"--recipe": recipes.DEFAULT, "--objective": ""}
@@ -200,142 +175,8 @@ def _asked(options: Any, recipe: Recipe) -> Recipe:
     return recipe.replace(**said, data=named[0])
 
 
-def _train(options: Any, recipe: Recipe) -> None:
-    recipe = _asked(options, recipe)
-    run = Run(**{f.name: getattr(options, f.name) for f in fields(Run)})
-    _spin_briefly()
-    from frugan.console import Console
-    from frugan.signals import Stopped
-    from frugan.trainer import Trainer
-
-    try:
-        Trainer(recipe, run, Console(options.quiet)).train()
-    except Stopped as stopped:
-        print(f"frugan: {stopped}", file=sys.stderr)
-        sys.exit(128 + stopped.number)
-
-
-def _plan(options: Any, recipe: Recipe) -> None:
-    recipe = _asked(options, recipe)
-    if options.plot and Path(options.plot).suffix.lower() not in (".png", ".jpg", ".jpeg", ".svg", ".pdf"):
-        raise UserError(f"--plot {options.plot}: pictures are written as .png, .jpg, .svg or .pdf.")
-    _spin_briefly()
-    from frugan import device, pictures
-    from frugan.console import Console
-    from frugan.data.loader import bytes_of, keepable, resolve
-    from frugan.data.source import open_source
-    from frugan.data.stream import ShardSource, block_of
-    from frugan.memory import limit
-    from frugan.memory.plan import size
-    from frugan.planner import find
-
-    console = Console(quiet=options.json)
-    where = device.choose(options.device)
-    if options.threads:
-        import torch
-
-        torch.set_num_threads(options.threads)
-    source = open_source(recipe.data)
-    data = resolve(source, recipe.data, console.tell)
-    recipe = recipe.replace(image_size=data.image_size, channels=data.channels)
-    if recipe.memory.precision == "auto":
-        recipe = recipe.replace(precision=device.fast_precision(where))
-    keep = keepable(limit.budget(options.memory, where), where)
-    batch = recipe.training.batch_size
-    if isinstance(source, ShardSource):
-        held = (2 * min(block_of(data), len(source)) + batch) * math.prod(data.shape)
-    else:
-        held = bytes_of(len(source), data, keep)
-    planner, plan = find(recipe, where, data=held, memory=options.memory, approximate=options.allow_approximate, tell=console.tell)
-    looked_at, speed = planner.looked_at(plan), planner.images_per_second(plan)
-    if options.json:
-        about = {"precision": planner.recipe.memory.precision, "candidates": looked_at, "images_per_second": speed}
-        print(json.dumps(plan.as_dict() | about))
-    else:
-        console.bytes(plan)
-        console.candidates(looked_at)
-        for reason in planner.why(plan):
-            console.tell(reason)
-        console.plan(plan, recipe.training.batch_size)
-        precision = planner.recipe.memory.precision
-        console.tell(f"Speed: about {speed:,.0f} images/s in {precision}, from its operators run and timed one by one.")
-    if options.plot:
-        courses = {
-            f"{name}: {min(2, parts)} of {parts} micro-batches" if parts > 1 else name: timeline.course(planner.search.workspaces)
-            for name, (timeline, parts) in planner.timelines(plan).items()
-        }
-        title = f"{recipe.recipe}, {data.image_size}x{data.image_size}, batch {recipe.training.batch_size}: {size(plan.allocated)}"
-        pictures.plot_memory(courses, Path(options.plot), title)
-        console.tell(f"Memory over one update is drawn in {options.plot}.")
-
-
-def _summary(options: Any, recipe: Recipe) -> None:
-    recipe = _asked(options, recipe)
-    from frugan.console import Console
-    from frugan.data.loader import resolve
-    from frugan.data.source import open_source
-    from frugan.summary import summarise
-
-    console = Console()
-    data = recipe.data
-    if recipe.memory.precision == "auto":
-        from frugan import device
-
-        recipe = recipe.replace(precision=device.fast_precision(device.choose("auto")))
-    if not (data.image_size and data.channels):
-        data = resolve(open_source(data), data, console.tell)
-    console.networks(summarise(recipe.replace(image_size=data.image_size, channels=data.channels)))
-
-
-def _generate(options: Generate) -> None:
-    from frugan import generate, pictures
-
-    generator = generate.load(options.run, options.device)
-    run = Path(options.run)
-    out = Path(options.out) if options.out else (run if run.is_dir() else run.parent) / "generated"
-    single = out if out.suffix else None
-    if single and single.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".bmp"):
-        raise UserError(f"--out {out}: pictures are written as .png, .jpg, .webp or .bmp.")
-    if single and options.separate:
-        raise UserError(f"--separate writes many files: --out {out} must be a folder.")
-    if options.interpolate and options.separate:
-        raise UserError("--interpolate writes a strip and a GIF: leave --separate out.")
-    if options.interpolate:
-        images = generator.interpolate(options.interpolate, options.frames)
-        name = "-".join(map(str, options.interpolate))
-        strip, loop = (
-            single or out / f"interpolation_{name}.png",
-            (single or out / f"interpolation_{name}.gif").with_suffix(".gif"),
-        )
-        every = max(1, options.frames // 8)  # a strip of every frame would be too wide to look at
-        kept = images[::every] if (len(images) - 1) % every == 0 else images
-        pictures.save(pictures.grid(kept, columns=len(kept)), strip)
-        pictures.save_loop(images, loop)
-        print(f"{strip}\n{loop}")
-        return
-    images = generator.generate(options.n, seed=options.seed)
-    if options.separate:
-        for i, image in enumerate(images):
-            pictures.save(pictures.single(image), out / f"seed_{options.seed}_{i:05d}.png")
-        print(f"{len(images)} images in {out}")
-    else:
-        path = single or out / f"seed_{options.seed}.png"
-        pictures.save(pictures.grid(images), path)
-        print(path)
-
-
-def _spin_briefly() -> None:
-    """Lets idle worker threads of torch spin only briefly before they sleep, unless told otherwise; must run before its import.
-
-    Threads that spin for long on a core that another process wants slow both down; threads that never spin make short
-    operations wait for them (docs/LOG.md has the numbers).
-    """
-    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
-        os.environ["GOMP_SPINCOUNT"] = "5000"
-
-
 def parse(arguments: Sequence[str]) -> tuple[Any, Recipe]:
-    """What was asked for, an instance of `Train`, `Plan`, `Generate` or `Summary`, and the recipe whose settings its defaults are.
+    """What was asked for, an instance of a class above, and the recipe whose settings its defaults are.
 
     Raises:
         UserError: an unknown recipe, objective or flag, or a value of the wrong type.
@@ -351,6 +192,8 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Recipe]:
         "train": _recipe_options("Train", Train, recipe, *_described(Run), quiet),
         "plan": _recipe_options("Plan", Plan, recipe, *shown, as_json, plot),
         "generate": Generate,
+        "evaluate": Evaluate,
+        "report": Report,
         "summary": _recipe_options("Summary", Summary, recipe),
     }
     prog = "frugan"
@@ -393,18 +236,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         options, recipe = parse(arguments or ["--help"])
-        if isinstance(options, Generate):
-            _generate(options)
-        elif isinstance(options, Train):
-            _train(options, recipe)
-        elif isinstance(options, Plan):
-            _plan(options, recipe)
-        elif isinstance(options, Pack):
-            _pack(options)
-        elif isinstance(options, Check):
-            _check(options)
+        verb = getattr(verbs, type(options).__name__.lower())
+        if isinstance(options, (Train, Plan, Summary)):
+            verb(options, _asked(options, recipe))
         else:
-            _summary(options, recipe)
+            verb(options)
     except UserError as error:
         print(f"frugan: {error}", file=sys.stderr)
         sys.exit(2)

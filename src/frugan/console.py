@@ -12,6 +12,7 @@ from rich.table import Table
 
 from frugan.data.check import Report
 from frugan.memory.plan import size
+from frugan.metrics import METRICS, shown
 from frugan.planner import Plan
 from frugan.recipe import Data
 from frugan.summary import Row
@@ -48,6 +49,7 @@ class Console:
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._last_plain = 0.0
+        self._counted = ""
 
     def tell(self, text: str) -> None:
         """One notice."""
@@ -151,6 +153,30 @@ class Console:
         table.add_row("trained as", f"{target}: {cut}; {report.small:,} are smaller and are enlarged")
         self.rich.print(table, soft_wrap=False)
 
+    def metrics(self, values: Mapping[str, float]) -> None:
+        """One line of what was measured while training."""
+        self.tell("  ".join(f"{METRICS[name].label} {shown(name, value)}" for name, value in values.items()))
+
+    def judged(self, values: Mapping[str, float], official: bool) -> None:
+        """What `frugan evaluate` measured; not ``official``: on a network of other weights than the published ones."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for heading, side in (("metric", "left"), ("", "right"), ("better", "left"), ("what it is", "left")):
+            table.add_column(heading, justify=side, no_wrap=heading != "what it is")  # type: ignore[arg-type]
+        for name, value in values.items():
+            metric = METRICS[name]
+            label = metric.label if official or "Inception" not in metric.means else f"{name}, other weights"
+            table.add_row(label, shown(name, value), "higher" if metric.higher else "lower", metric.means)
+        self.rich.print(table, soft_wrap=False)
+        self.rich.print()
+
+    def learning(self, done: int, total: int) -> None:
+        """Shows how far the classifier is that judges samples."""
+        self._count("Updates of the classifier", done, total)
+
+    def judging(self, done: int, total: int) -> None:
+        """Shows how many images are looked at."""
+        self._count("Judged", done, total)
+
     def packing(self, done: int, total: int) -> None:
         """Shows how many images are packed."""
         self._count("Packed", done, total)
@@ -160,8 +186,8 @@ class Console:
         self._count("Looked at", done, total)
 
     def _count(self, verb: str, done: int, total: int) -> None:
-        if done == 1:
-            self._last_plain = time.monotonic()
+        if verb != self._counted or done <= 1:
+            self._counted, self._last_plain = verb, time.monotonic()
         if self.rich.is_terminal and not self.rich.quiet:
             if self._bar is None:
                 self._bar = Progress(TextColumn(verb), *Progress.get_default_columns(), console=self.rich)
@@ -171,9 +197,10 @@ class Console:
             self._bar.update(self._task, completed=done)
             if done == total:
                 self.stop()
+                self._counted = ""
         elif total >= MANY and (done == total or time.monotonic() - self._last_plain >= PLAIN_EVERY):
             self._last_plain = time.monotonic()
-            self.tell(f"{verb} {done:,} of {total:,} images.")
+            self.tell(f"{verb}: {done:,} of {total:,}.")
 
     def start(self, done: int, total: int) -> None:
         """Begins showing progress in images."""
@@ -190,10 +217,12 @@ class Console:
             self._task = self._bar.add_task("", total=total, completed=done, epoch="", rate="", left="", losses="")
             self._bar.start()
 
-    def progress(self, line: Mapping[str, Any], epochs: int) -> None:
-        """Shows how far training is, and the newest measurements."""
+    def progress(self, line: Mapping[str, Any], epochs: int, budget: int | None = None) -> None:
+        """Shows how far training is, the newest measurements, and what is held of a budget that was named."""
         where = f"{line['epoch']:.1f}/{epochs}"
         rate, left = f"{line['images/s']:,.0f} images/s", f"{duration(line['seconds left'])} left"
+        if budget:
+            rate += f"  {size(line['memory'])} of {size(budget)}"
         if self._bar is not None:
             self._bar.update(self._task, completed=line["images"], epoch=where, rate=rate, left=left, losses=losses(line))
         elif time.monotonic() - self._last_plain >= PLAIN_EVERY:

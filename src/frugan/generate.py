@@ -31,11 +31,17 @@ class Generator:
         self.recipe = recipe
         self.images_seen = images_seen
 
-    def generate(self, n: int = 16, *, seed: int = 0) -> Tensor:
-        """Makes ``n`` images: uint8 ``[n, channels, size, size]`` on the CPU. Image i of a seed is the same for every ``n``."""
+    def generate(self, n: int = 16, *, seed: int = 0, first: int = 0) -> Tensor:
+        """Makes ``n`` images: uint8 ``[n, channels, size, size]`` on the CPU. Image i of a seed is the same for every ``n``.
+
+        Args:
+            n: how many.
+            seed: of their noise.
+            first: the number of the first one.
+        """
         if n < 1:
             raise UserError(f"the number of images to generate must be at least 1, not {n}.")
-        return self.decode(Draws(seed).normal("sample", 0, n, self.recipe.network.latent_dim))
+        return self.decode(Draws(seed).normal("sample", first, n, self.recipe.network.latent_dim))
 
     def interpolate(self, seeds: Sequence[int], frames: int = 16) -> Tensor:
         """Goes from the first image of each seed to that of the next in ``frames`` steps, along the sphere on which noise lies.
@@ -81,8 +87,13 @@ def save(path: Path, network: nn.Module, recipe: Recipe, images_seen: int) -> No
     checkpoint.save(path, network.state_dict(), state)
 
 
-def load(run: str | Path, device_name: str = "cpu") -> Generator:
+def load(run: str | Path, device_name: str = "cpu", *, best: bool = False) -> Generator:
     """The generator of a run folder, or of a ``generator.safetensors`` alone.
+
+    Args:
+        run: where it is.
+        device_name: where it shall run.
+        best: of a run folder, the one that was judged best while training.
 
     Raises:
         UserError: there is none, or the file is damaged.
@@ -90,7 +101,9 @@ def load(run: str | Path, device_name: str = "cpu") -> Generator:
     path = Path(run)
     if path.is_dir():
         folder = path
-        path = RunFolder(folder).generator_file
+        path = RunFolder(folder).best_file if best else RunFolder(folder).generator_file
+        if best and not path.exists():
+            raise UserError(f"{folder} has no best checkpoint: --evaluate-every keeps one while training.")
         if not path.exists():
             known = RunFolder(folder).recipe_file.exists()
             raise UserError(

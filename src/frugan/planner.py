@@ -147,6 +147,7 @@ class Planner:
         recipe: what is trained.
         device: on what.
         data: bytes of images that training will hold besides what the process holds already.
+        evaluation: bytes that an evaluation takes, between two epochs.
         memory: the budget, as said.
         approximate: whether batch norm may work on micro-batches below `SMALLEST_COUPLED`.
         tell: is called with what a person should know.
@@ -156,12 +157,13 @@ class Planner:
     """
 
     def __init__(
-        self, recipe: Recipe, device: torch.device, *, data: int = 0, memory: str | None = None, approximate: bool = False,
-        tell: Callable[[str], None] = print,
+        self, recipe: Recipe, device: torch.device, *, data: int = 0, evaluation: int = 0, memory: str | None = None,
+        approximate: bool = False, tell: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
         self.recipe = recipe
         self.device = device
         self.data = data
+        self.evaluation = evaluation
         self.named = limit.budget(memory, device)
         self.tell = tell
         self.model = Model(recipe, device)
@@ -202,6 +204,12 @@ class Planner:
         rehearse()
         self.search.prepare()
         framework = limit.baseline(self.device)
+        if self.evaluation and (needs := framework + self.data + MARGIN + sum(self._evaluating().values())) > self.named:
+            raise TooLittle(
+                f"--memory {size(self.named)} is too little to evaluate while training: that takes --memory "
+                f"{math.ceil(needs / MIB)}MiB; leave --evaluate-every out, and use frugan evaluate afterwards.",
+                needs,
+            )
         for _ in range(2):
             choice = self.search.choose(self.named - framework - self.data - MARGIN)
             if choice is None:
@@ -296,6 +304,8 @@ class Planner:
                 self.search.workspaces.measure(timeline.calls())
             moment = max((t.peak(self.search.workspaces) for t in traced), key=lambda m: m.bytes)
             phases[name] = moment.parts | {"workspaces": moment.workspace}
+        if self.evaluation:
+            phases["evaluating"] = self._evaluating()
         held = max(sum(parts.values()) for parts in phases.values())
         if choice.handling == "reuse":
             held = max(held, self.search.heap(timelines))
@@ -303,6 +313,11 @@ class Planner:
             {name: c.layout for name, c in choice.chosen.items()}, choice.handling, budget, self.named is not None,
             framework, self.data, phases, held, choice.guarantee,
         )  # fmt: skip
+
+    def _evaluating(self) -> dict[str, int]:
+        held = self.model.held().items()
+        there = {name: sum(t.numel() * t.element_size() for t in tensors if t is not None) for name, tensors in held}
+        return there | {"evaluation": self.evaluation}
 
     def _refusal(self, budget: int) -> UserError:
         smallest, framework, binding = self.smallest()

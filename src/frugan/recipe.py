@@ -337,6 +337,11 @@ class Run(Section):
     checkpoint_every: int = option(1, "epochs between two checkpoints", least=1)
     keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept", least=1)
     report_every: int = option(50, "updates between two lines of log.jsonl, which also ends each epoch with one", least=1)
+    evaluate_every: int = option(0, "epochs between two evaluations, which keep the best checkpoint too; 0: none", least=0)
+    evaluate_samples: int = option(2000, "samples of an evaluation while training, and real images as many", least=16)
+    metrics: str = option("auto", "what to evaluate by, as swd,frechet_classifier,fid; auto: what needs no download")
+    weights: str | None = option(None, "file of Inception's weights, for fid, kid, is, precision and recall")
+    tensorboard: bool = option(False, "write curves and samples for TensorBoard into the run folder too")
     accept_changes: bool = option(False, "go on with an existing run although settings differ from those it was started with")
 
 

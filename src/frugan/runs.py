@@ -1,6 +1,8 @@
 """A run folder: what is in it, whose it is, and that only one training writes to it."""
 
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from frugan import checkpoint
 from frugan.errors import UserError
-from frugan.files import write_text
+from frugan.files import whole, write_text
 from frugan.recipe import Recipe, read
 from frugan.section import flag
 
@@ -25,6 +27,7 @@ class RunFolder:
         self.log_file = path / "log.jsonl"
         self.checkpoints = path / "checkpoints"
         self.generator_file = path / "generator.safetensors"
+        self.best_file = path / "best.safetensors"
         self.samples = path / "generated_images"
         self._lock = FileLock(path / ".lock")
 
@@ -91,6 +94,21 @@ class RunFolder:
         """The newest checkpoint, or None."""
         return next(reversed(checkpoint.all_in(self.checkpoints)), None)
 
+    def keep_best(self) -> None:
+        """Keeps the newest checkpoint as the best one.
+
+        Raises:
+            UserError: it cannot be copied.
+        """
+        newest = self.newest_checkpoint()
+        assert newest
+        with whole(self.best_file) as part:
+            part.unlink(missing_ok=True)  # of one that was killed: it may be a name of another checkpoint
+            try:
+                os.link(newest, part)  # the same file under two names, where that can be
+            except OSError:
+                shutil.copyfile(newest, part)
+
     def load_newest(self) -> tuple[checkpoint.Tensors, dict[str, Any]] | None:
         """The state of the newest checkpoint, or None if there is none yet.
 
@@ -123,6 +141,10 @@ class RunFolder:
     def read_log(self) -> list[dict[str, Any]]:
         """The reports in ``log.jsonl``: its whole lines but for events."""
         return [line for line in self._log_lines() if "event" not in line]
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """The events in ``log.jsonl``: what was measured, changed or warned of between its reports."""
+        return [line for line in self._log_lines() if "event" in line]
 
     def _log_lines(self) -> list[dict[str, Any]]:
         if not self.log_file.exists():

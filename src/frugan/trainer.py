@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,9 @@ from torch import Tensor
 from torch.optim import Adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from frugan import checkpoint, device, generate, pictures
+from frugan import checkpoint, device, generate
 from frugan.build import average, freeze, lay_out, make_step, optimizers
-from frugan.console import Console, losses
+from frugan.console import Console
 from frugan.data.images import Source
 from frugan.data.loader import Loader, keepable, resolve
 from frugan.data.source import open_source
@@ -26,8 +27,8 @@ from frugan.memory import limit
 from frugan.memory.plan import Layout, size
 from frugan.memory.recover import Change, OutOfMemory
 from frugan.networks import Network, build
+from frugan.observe import Observer
 from frugan.optim import rate_factor
-from frugan.pictures import FINAL, GRID
 from frugan.planner import Memory, Plan, Planner, find, notices, recovery
 from frugan.recipe import Recipe, Run
 from frugan.runs import RunFolder
@@ -36,7 +37,6 @@ from frugan.state import Mean, State, take_weights
 from frugan.step import Terms
 from frugan.summary import summarise
 
-FINAL_PICTURE = "final_generated_images.png"
 OnUpdate = Callable[[int], None]
 
 
@@ -147,9 +147,11 @@ class Trainer:
     def _train(self) -> Path:
         recipe, folder = self.recipe, self.folder
         folder.check(recipe, self._about(), self.run.accept_changes)
-        self.plan = self._plan(resuming=folder.newest_checkpoint() is not None)
-        with limit.held_to(self.plan.budget if self.plan.named else None, self.plan.handling, self.device):
-            return self._train_within(self._about())
+        observer = Observer(recipe, self.run, folder, self.loader, self.classes, self.console, self.device)
+        with closing(observer) as self.observer:
+            self.plan = self._plan(resuming=folder.newest_checkpoint() is not None)
+            with limit.held_to(self.plan.budget if self.plan.named else None, self.plan.handling, self.device):
+                return self._train_within(self._about())
 
     def _train_within(self, about: dict[str, Any]) -> Path:
         recipe, console, folder = self.recipe, self.console, self.folder
@@ -161,13 +163,14 @@ class Trainer:
         folder.claim(recipe, about | self.plan.as_dict())
         if not resumed:
             folder.log_file.unlink(missing_ok=True)
-            pictures.save(pictures.grid(self.loader.batch(0, min(GRID, len(self.loader)))), folder.path / "real_images.png")
+        self.observer.begin(state.images)
         self._introduce()
         if resumed:
             console.tell(f"Going on from {state.images:,} images.")
         if state.images >= self.total:
             console.tell(f"{folder.path} is already trained for {state.images:,} images; more --epochs go on.")
             self._results()  # the last time could have been killed before they were written
+            self.observer.write()
             return folder.path
 
         mean = Mean()
@@ -186,17 +189,18 @@ class Trainer:
                 if "Loss_G" in terms:
                     judged = {"D(G(z)) before": float(terms["D(G(z))"]), "D(G(z)) after": self._judged(drawn)}
                 self._report(mean, judged)
-            console.progress(self.line | self._position(), recipe.training.epochs)
+            console.progress(self.line | self._position(), recipe.training.epochs, self.plan.budget if self.plan.named else None)
             if ended:
                 self._end_epoch(state.images // len(self.loader))
             if self.on_update:
                 self.on_update(state.images)
             if self.signals.received is not None and state.images < self.total:
                 self._save()
+                self.observer.write()
                 raise Stopped(self.signals.received, state.images)
-        self._save()
         self._results()
         self._measured()
+        self.observer.write()
         return folder.path
 
     def _advance(self) -> Terms:
@@ -247,6 +251,7 @@ class Trainer:
         rates = {"lr_g": state.optimizer_g.param_groups[0]["lr"], "lr_d": state.optimizer_d.param_groups[0]["lr"]}
         self.line = self._position() | measured | rates
         self.folder.log(self.line)
+        self.observer.line(self.line)
 
     def _position(self) -> dict[str, Any]:
         """How far training is, and how fast it goes."""
@@ -254,7 +259,7 @@ class Trainer:
         rate = (images - self._clock_images) / max(time.monotonic() - self._clock, 1e-9)
         return {
             "images": images, "epoch": images / len(self.loader), "updates": self.state.updates,
-            "images/s": rate, "seconds left": (self.total - images) / rate,
+            "images/s": rate, "seconds left": (self.total - images) / rate, "memory": limit.held(self.device),
         }  # fmt: skip
 
     def _end_epoch(self, number: int) -> None:
@@ -265,12 +270,11 @@ class Trainer:
             if "Loss_G" in means:
                 state.plateau_g.step(means["Loss_G"])
         self.console.epoch(self.line | means, number, training.epochs)
-        if state.images >= self.total:
-            return  # what follows the loop saves
-        if number % self.run.sample_every == 0:
-            self._sample(f"epoch_{number}.png")
-        if number % self.run.checkpoint_every == 0:
+        is_best = self.observer.epoch(number, state.images, state.updates, self._sample)
+        if is_best or number % self.run.checkpoint_every == 0 or state.images >= self.total:
             self._save()
+        if is_best:
+            self.folder.keep_best()
         limit.release(self.device)
 
     def _went_to_pieces(self, name: str) -> UserError:
@@ -303,14 +307,10 @@ class Trainer:
         saved = self.folder.newest_checkpoint()
         return f"the last good state is {saved}" if saved else "nothing was saved yet"
 
-    def _samples(self, count: int) -> Tensor:
-        noise = Draws(self.recipe.training.seed).normal("sample", 0, count, self.recipe.network.latent_dim)
-        return generate.to_images(self.state.averaged, noise, self.recovery.layouts["G"].micro_batch)
-
-    def _sample(self, name: str) -> None:
+    def _sample(self, seed: int, first: int, count: int) -> Tensor:
         limit.release(self.device)
-        pictures.save(pictures.grid(self._samples(GRID)), self.folder.samples / name)
-        pictures.plot_losses(self.folder.read_log(), self.folder.path / "training_loss.png")
+        noise = Draws(seed).normal("sample", first, count, self.recipe.network.latent_dim)
+        return generate.to_images(self.state.averaged, noise, self.recovery.layouts["G"].micro_batch)
 
     def _save(self) -> None:
         limit.release(self.device)
@@ -327,16 +327,7 @@ class Trainer:
     def _results(self) -> None:
         """Everything that stands at the end of a run."""
         generate.save(self.folder.generator_file, self.state.averaged, self.recipe, self.state.images)
-        epochs = self.state.images // len(self.loader)
-        if epochs % self.run.sample_every == 0:
-            self._sample(f"epoch_{epochs}.png")
-        log = self.folder.read_log()
-        pictures.plot_losses(log, self.folder.path / "training_loss.png")
-        final = self.folder.path / FINAL_PICTURE
-        pictures.save(pictures.grid(self._samples(FINAL)), final)
-        self.console.stop()
-        self.console.tell(f"Final {losses(log[-1] if log else {})}")
-        self.console.tell(f"Samples are in {final}, everything else beside them.")
+        self.observer.finish(self._sample)
 
     def _measured(self) -> None:
         """Predicted and measured peak, side by side."""
@@ -384,10 +375,10 @@ class Trainer:
     def _plan(self, resuming: bool) -> Plan:
         """The plan of this run: the one it was started with if that still fits, so that it goes on as it was."""
         options: dict[str, Any] = {"data": self.loader.ahead(self.batch), "memory": self.run.memory}
-        options |= {"approximate": self.run.allow_approximate, "tell": self.console.tell}
+        options |= {"evaluation": self.observer.needs(), "approximate": self.run.allow_approximate, "tell": self.console.tell}
         saved = self.folder.saved_plan() if resuming else {}
         memory = Memory(self.recipe, self.device)
-        known = memory.recall(options["data"]) if self.run.memory is None else None
+        known = memory.recall(options["data"]) if self.run.memory is None and not self.run.evaluate_every else None
         if known and saved.get("layouts", known.as_dict()["layouts"]) == known.as_dict()["layouts"]:
             return known
         if "layouts" in saved:
@@ -399,7 +390,8 @@ class Trainer:
                 self.console.tell("The plan this run was started with does not fit any more; planning anew.")
         planner, plan = find(self.recipe, self.device, **options)
         self.recipe = planner.recipe
-        memory.keep(plan)
+        if not self.run.evaluate_every:
+            memory.keep(plan)
         return plan
 
     def _introduce(self) -> None:

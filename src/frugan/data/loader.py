@@ -11,6 +11,7 @@ would cost more than it saves: it and the training take turns at the interpreter
 import hashlib
 import math
 from collections.abc import Callable
+from copy import copy
 
 import numpy as np
 import torch
@@ -107,6 +108,12 @@ class Loader:
                 return
             whole = pack.all()
         self._kept = torch.tensor(whole, device=device)
+
+    def reordered(self, seed: int) -> "Loader":
+        """The same images in another order; they are shared."""
+        other = copy(self)
+        other.seed, other._order = seed, None
+        return other
 
     def __len__(self) -> int:
         """Images in an epoch."""

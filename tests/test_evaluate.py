@@ -1,0 +1,230 @@
+"""Judging: real images before worse ones, numbers that can be repeated, within the budget, and sentences for what cannot be had."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import frugan
+from frugan.cli import main
+from frugan.data.loader import Loader
+from frugan.data.source import open_source
+from frugan.errors import UserError
+from frugan.evaluate import FAMILIES, Judge, Options
+from frugan.metrics import METRICS, better
+from frugan.recipe import Data
+from frugan.runs import RunFolder
+
+from .conftest import final_state
+
+CPU = torch.device("cpu")
+
+
+def loader(data: str = "digits", **settings: object) -> Loader:
+    asked = Data(data=data, image_size=16, channels=1, **settings)
+    return Loader(open_source(asked), asked, seed=0, workers=1, tell=print)
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return Judge(loader(), 10, Options(reals=600), CPU, print)
+
+
+def noise(first: int, count: int) -> Tensor:
+    random = np.random.default_rng(first)
+    return torch.from_numpy(random.integers(0, 256, (count, 1, 16, 16), dtype=np.uint8))
+
+
+def faint(images: Loader) -> Callable[[int, int], Tensor]:
+    """The real ones that were not looked at, under some noise."""
+    return lambda first, count: (0.4 * images.batch(600 + first, count) + 0.6 * noise(first, count)).byte()
+
+
+def test_every_metric_is_in_a_family() -> None:
+    assert {name for names in FAMILIES.values() for name in names} == METRICS.keys()
+
+
+def test_every_offline_metric_puts_real_images_first_and_noise_last(judge: Judge) -> None:
+    images = judge.data
+    ranked = [judge(p, 512) for p in (lambda i, n: images.batch(600 + i, n), faint(images), noise)]
+    assert set(ranked[0]) == {*FAMILIES["classifier"], *FAMILIES["patches"]}
+    for name in ranked[0]:
+        best, middle, worst = (values[name] for values in ranked)
+        if name == "classes":
+            assert best == 10 > worst
+        elif "recall" in name:
+            assert better(name, best, worst)
+        else:
+            assert better(name, best, middle) and (better(name, middle, worst) or middle == worst == 0), name
+
+
+def test_the_number_of_pieces_does_not_matter_and_neither_does_looking_twice(judge: Judge) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def produce(first: int, count: int) -> Tensor:
+        asked.append((first, count))
+        return judge.data.batch(600 + first, count)
+
+    assert judge(produce, 100) == judge(produce, 100)
+    assert asked == [(0, 64), (64, 64)] * 2  # always the same shapes
+
+
+def test_what_was_seen_in_real_images_is_remembered(judge: Judge) -> None:
+    looked: list[int] = []
+    again = Judge(
+        loader(), 10, Options("frechet_classifier,precision_classifier", reals=600), CPU, print, lambda done, of: looked.append(of)
+    )
+    assert not looked
+    first, second = judge(noise, 64), again(noise, 64)
+    assert all(second[name] == first[name] for name in second) and list(second) == ["frechet_classifier", "precision_classifier"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("evaluated") / "run"
+    return frugan.train(
+        "digits",
+        recipe="mlp",
+        epochs=2,
+        batch_size=64,
+        width_g=8,
+        width_d=8,
+        evaluate_every=1,
+        evaluate_samples=64,
+        out=out,
+        quiet=True,
+    )
+
+
+def test_training_keeps_the_best_checkpoint_and_writes_down_why(run: Path) -> None:
+    events = [event for event in RunFolder(run).read_events() if event["event"] == "metrics"]
+    values = [event["values"]["frechet_classifier"] for event in events]
+    assert len(values) == 2 and events[0]["samples"] == 64 and "1,797 real images" in events[0]["protocol"]
+    best = frugan.load(run, best=True)
+    assert best.images_seen == events[values.index(min(values))]["images"]
+    assert torch.equal(best.generate(2), frugan.load(run, best=True).generate(2))
+
+
+def test_a_resumed_training_judges_as_if_it_had_not_been_broken_off(run: Path, tmp_path: Path) -> None:
+    ways = {
+        "recipe": "mlp",
+        "batch_size": 64,
+        "width_g": 8,
+        "width_d": 8,
+        "evaluate_every": 1,
+        "evaluate_samples": 64,
+        "quiet": True,
+    }
+    out = tmp_path / "r"
+
+    def stop(images: int) -> None:
+        if images == 2560:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        frugan.train("digits", epochs=2, out=out, on_update=stop, **ways)
+    frugan.train("digits", epochs=2, out=out, **ways)
+    ours, theirs = ([e["values"] for e in RunFolder(r).read_events() if e["event"] == "metrics"] for r in (out, run))
+    assert ours == theirs
+    (a, _), (b, _) = final_state(out), final_state(run)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_evaluating_stays_within_the_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "r"
+    budget = "1100MiB"
+    command = ["train", "digits", "--recipe", "r3", "--epochs", "1", "--batch-size", "64", "--width-g", "8", "--width-d", "8"]
+    main([*command, "--evaluate-every", "1", "--evaluate-samples", "256", "--memory", budget, "--out", str(out)])
+    said = capsys.readouterr().out
+    assert "left out this time" not in said
+    events = {event["event"]: event for event in RunFolder(out).read_events()}
+    assert events["metrics"]["values"]["swd"] > 0
+    assert events["memory"]["measured"] <= events["memory"]["budget"]
+    assert "evaluation" in json.loads((out / "plan.json").read_text())["phases"]["evaluating"]
+
+
+def test_evaluate_prints_numbers_with_how_they_were_taken(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["evaluate", str(run), "--samples", "200"])
+    said = capsys.readouterr().out
+    assert all(METRICS[name].label in said for name in ("swd", "frechet_classifier", "coverage_kl")) and "FID" not in said
+    assert "200 samples of" in said and "averaged over training" in said and "16x16 grey" in said
+    main(["evaluate", str(run), "--samples", "200", "--best", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["metrics"].keys() >= {"swd", "frechet_classifier"} and found["protocol"].startswith("200 samples")
+
+
+def test_images_are_judged_like_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "noise"
+    folder.mkdir()
+    for i, image in enumerate(noise(0, 40)):
+        Image.fromarray(image[0].numpy()).save(folder / f"{i}.png")
+    main(["evaluate", str(folder), "digits", "--json", "--metrics", "swd,classes"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(found["metrics"]) == ["classes", "swd"] and "40 images of noise" in found["protocol"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "nowhere is no run folder: name a run, or images and DATA"),
+        (["RUN", "--metrics", "fidd"], "there is no metric 'fidd': did you mean 'fid'"),
+        (["RUN", "--metrics", ","], "--metrics names none"),
+        (["RUN", "--metrics", "fid"], "Inception's weights cannot be downloaded"),
+        (["RUN", "--weights", "nowhere.pth"], "cannot read the weights nowhere.pth"),
+        (["RUN", "--samples", "5"], "5 images are too few to be judged"),
+        (["RUN", "PHOTOS", "--metrics", "recall_classifier"], "recall_classifier needs images of at least two classes"),
+        (["RUN", "PACK"], "is packed as 20x20 with 3 channels"),
+        (["BEGUN"], "has no generator yet"),
+        (["BEGUN", "--best"], "has no best checkpoint: --evaluate-every keeps one"),
+        (["RUN", "--sample", "5"], "there is no flag --sample: did you mean"),
+    ],
+)
+def test_what_cannot_be_judged_is_said(
+    arguments: list[str], said: str, run: Path, photos: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "recipe.toml").write_text((run / "recipe.toml").read_text())
+    places = {"RUN": str(run), "BEGUN": str(tmp_path / "begun")}
+    if "PHOTOS" in arguments or "PACK" in arguments:
+        places["PHOTOS"] = str(photos(n=4))
+    if "PACK" in arguments:
+        places["PACK"] = str(tmp_path / "pack")
+        main(["data", "pack", places["PHOTOS"], "--image-size", "20", "--channels", "3", "--out", places["PACK"]])
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", *(places.get(a, a) for a in arguments)])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_one_class_has_no_classifier(photos: Callable[..., Path]) -> None:
+    judge = Judge(loader(str(photos(n=40))), 0, Options(), CPU, print)
+    assert judge.metrics == ["swd"]
+    assert judge(lambda i, n: judge.data.batch(i, n), 40)["swd"] < 1e-6
+    with pytest.raises(UserError, match="two classes"):
+        Judge(loader(str(photos(n=40))), 1, Options("classes"), CPU, print)
+
+
+def test_reports_are_written_by_training_and_on_demand(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Frechet distance (classifier)" in (run / "report.html").read_text()
+    main(["report", str(run)])
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    main(["report", str(run), str(run), "--out", str(tmp_path / "both.html")])
+    assert (tmp_path / "both.html").exists()
+
+
+def test_tensorboard_has_the_curves(tmp_path: Path) -> None:
+    ways = {"recipe": "mlp", "epochs": 1, "batch_size": 64, "width_g": 8, "width_d": 8, "sample_every": 1, "quiet": True}
+    run = frugan.train("digits", tensorboard=True, out=tmp_path / "r", **ways)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert {"Loss_D", "Loss_G", "D(x)", "memory"} <= set(events.Tags()["scalars"]) and events.Tags()["images"] == ["samples"]
