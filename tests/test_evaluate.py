@@ -16,6 +16,7 @@ from frugan.data.loader import Loader
 from frugan.data.source import open_source
 from frugan.errors import UserError
 from frugan.evaluate import FAMILIES, Judge, Options
+from frugan.memory import limit
 from frugan.metrics import METRICS, better
 from frugan.recipe import Data
 from frugan.runs import RunFolder
@@ -137,7 +138,7 @@ def test_a_resumed_training_judges_as_if_it_had_not_been_broken_off(run: Path, t
 
 def test_evaluating_stays_within_the_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "r"
-    budget = "1100MiB"
+    budget = f"{(limit.baseline(CPU) >> 20) + 300}MiB"
     command = ["train", "digits", "--recipe", "r3", "--epochs", "1", "--batch-size", "64", "--width-g", "8", "--width-d", "8"]
     main([*command, "--evaluate-every", "1", "--evaluate-samples", "256", "--memory", budget, "--out", str(out)])
     said = capsys.readouterr().out

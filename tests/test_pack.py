@@ -236,8 +236,8 @@ print(frugan.train(sys.argv[1], out=sys.argv[2], epochs=1, batch_size=500, image
     for n in (3_000, 150_000):
         images = np.random.default_rng(0).integers(0, 256, (n, 28, 28), dtype=np.uint8)
         data = write_idx(tmp_path / str(n), images)
-        for _ in range(2):  # the second time it is packed and planned already
-            command = [sys.executable, "-c", script, str(data), str(tmp_path / f"r{n}")]
+        for i in range(2):  # the second time it is packed and planned already
+            command = [sys.executable, "-c", script, str(data), str(tmp_path / f"r{n}-{i}")]
             done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"FRUGAN_CACHE": str(tmp_path / "c")})
         held.append(int(done.stdout.split()[0]))
     assert abs(held[1] - held[0]) < 64 << 20, held

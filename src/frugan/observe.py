@@ -100,20 +100,23 @@ class Observer:
                 self._board.add_image("samples", np.asarray(picture.convert("RGB")), images, dataformats="HWC")
             if isinstance(self.loader, Loader):
                 self._spare(lambda: self._neighbours(grid[:SHOWN]), "looking for the nearest real images")
-            self.write()
+            pictures.plot_losses(self.folder.read_log(), self.folder.path / "training_loss.png")
+            self._spare(self.write, "writing the report")
         return is_best
 
     def write(self) -> None:
-        """Draws the curves and writes the report as things are now."""
-        pictures.plot_losses(self.folder.read_log(), self.folder.path / "training_loss.png")
-        self._spare(lambda: report.write(self.folder.path), "writing the report")
+        """Writes the report as things are now; where that cannot be, it is said, and training goes on."""
+        try:
+            report.write(self.folder.path)
+        except UserError as error:
+            self.console.tell(f"No report: {error}")
 
     def finish(self, sample: Sample) -> None:
-        """Everything that stands at the end of a run."""
+        """The last pictures, and the last words."""
         final = self.folder.path / FINAL_PICTURE
         pictures.save(pictures.grid(sample(self.recipe.training.seed, 0, FINAL)), final)
-        self.write()
         log = self.folder.read_log()
+        pictures.plot_losses(log, self.folder.path / "training_loss.png")
         self.console.stop()
         self.console.tell(f"Final {losses(log[-1] if log else {})}")
         self.console.tell(f"Samples are in {final}, everything else beside them; {self.folder.path / 'report.html'} shows it all.")

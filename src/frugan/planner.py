@@ -43,6 +43,7 @@ class Plan:
         held: bytes that the process holds for them.
         guarantee: what is left as it is.
         loaded: bytes of ``framework`` that are libraries which training loads by and by.
+        plain: whether nothing is done to save memory but what was asked for, as there is plenty.
     """
 
     layouts: dict[str, Layout]
@@ -55,6 +56,7 @@ class Plan:
     held: int
     guarantee: Guarantee
     loaded: int = 0
+    plain: bool = False
 
     @property
     def allocated(self) -> int:
@@ -78,7 +80,7 @@ class Plan:
 
 
 class Memory:
-    """Plans of trainings that need no saving, where no budget is named, so that the next start has none to make.
+    """Plans of trainings for which there is plenty of memory, so that the next start has none to make.
 
     A plan that saves is made anew each time, since there may be more memory by now; and under a budget planning is needed, to load
     all that training will use.
@@ -106,8 +108,8 @@ class Memory:
         return Plan(layouts, known["freed_memory"], there + spare, False, there + loaded, data, phases, held, guarantee)
 
     def keep(self, plan: Plan) -> None:
-        """Remembers ``plan`` if it is of that kind, and if it can be written down."""
-        if not plan.named and all(str(layout) == "whole batch" for layout in plan.layouts.values()):
+        """Remembers ``plan`` if it is such a one, and if it can be written down."""
+        if plan.plain:
             with suppress(UserError):
                 write_text(self.file, json.dumps(plan.as_dict() | {"loaded": plan.loaded}))
 
@@ -192,14 +194,15 @@ class Planner:
         if self.named is None:
             before, spare = limit.baseline(self.device), limit.spare(self.device)
             available = spare - self.data - MARGIN
-            choice = self.search.plain(available) or self.search.choose(available)
+            plain = self.search.plain(available)
+            choice = plain or self.search.choose(available)
             if choice is None:
                 raise self._refusal(before + spare)
             plan = self._describe(choice, before, before + spare)
             rehearse()
             self.search.forget()
             framework = limit.baseline(self.device)
-            return replace(plan, framework=framework, loaded=max(0, framework - before))
+            return replace(plan, framework=framework, loaded=max(0, framework - before), plain=plain is not None)
 
         rehearse()
         self.search.prepare()

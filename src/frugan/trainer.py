@@ -1,5 +1,6 @@
 """Training: everything is built from a recipe, then one readable loop."""
 
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -88,6 +89,7 @@ class Trainer:
         if run.allow_approximate and self.folder.saved_plan().get("precision") == "bf16":
             self.recipe = self.recipe.replace(precision="bf16")  # as it was planned
         self.signals = Signals()
+        self.begun = False
 
     def _resolve(self, recipe: Recipe, source: Source) -> Recipe:
         data = resolve(source, recipe.data, self.console.tell)
@@ -133,16 +135,20 @@ class Trainer:
             UserError: the folder is another's, a file cannot be written, or the training went to pieces.
             Stopped: by SIGINT or SIGTERM, with everything saved.
         """
-        with self.folder, self.signals:
-            try:
+        gc.freeze()  # what is imported stays: collections need not look at it, which takes them a third of a second
+        try:
+            with self.folder, self.signals:
                 return self._train()
-            except (RuntimeError, MemoryError, OutOfMemory) as error:
-                if not (isinstance(error, OutOfMemory) or limit.is_out_of_memory(error)):
-                    raise
-                raise self._out_of_memory(error) from None
-            finally:
-                self.console.stop()
-                self.loader.close()
+        except (RuntimeError, MemoryError, OutOfMemory) as error:
+            if not (isinstance(error, OutOfMemory) or limit.is_out_of_memory(error)):
+                raise
+            raise self._out_of_memory(error) from None
+        finally:
+            gc.unfreeze()
+            self.console.stop()
+            self.loader.close()
+            if self.begun:
+                self.observer.write()  # once more, when nobody trains there any more
 
     def _train(self) -> Path:
         recipe, folder = self.recipe, self.folder
@@ -150,6 +156,8 @@ class Trainer:
         observer = Observer(recipe, self.run, folder, self.loader, self.classes, self.console, self.device)
         with closing(observer) as self.observer:
             self.plan = self._plan(resuming=folder.newest_checkpoint() is not None)
+            gc.collect()
+            gc.freeze()  # planning imports much
             with limit.held_to(self.plan.budget if self.plan.named else None, self.plan.handling, self.device):
                 return self._train_within(self._about())
 
@@ -164,13 +172,13 @@ class Trainer:
         if not resumed:
             folder.log_file.unlink(missing_ok=True)
         self.observer.begin(state.images)
+        self.begun = True
         self._introduce()
         if resumed:
             console.tell(f"Going on from {state.images:,} images.")
         if state.images >= self.total:
             console.tell(f"{folder.path} is already trained for {state.images:,} images; more --epochs go on.")
             self._results()  # the last time could have been killed before they were written
-            self.observer.write()
             return folder.path
 
         mean = Mean()
@@ -196,11 +204,9 @@ class Trainer:
                 self.on_update(state.images)
             if self.signals.received is not None and state.images < self.total:
                 self._save()
-                self.observer.write()
                 raise Stopped(self.signals.received, state.images)
         self._results()
         self._measured()
-        self.observer.write()
         return folder.path
 
     def _advance(self) -> Terms:
