@@ -36,7 +36,9 @@ FAMILIES = {
     "classifier": ("frechet_classifier", "precision_classifier", "recall_classifier", "coverage_kl", "classes"),
     "patches": ("swd",),
 }
+FRECHET = {"inception": "fid", "dinov2": "frechet_dinov2", "classifier": "frechet_classifier"}
 AUTO = "auto"
+FEWEST = 16  # images that can be judged, or judged by
 
 Produce = Callable[[int, int], Tensor]  # (first, count) to uint8 images [count, c, h, w]
 Progress = Callable[[int, int], None]
@@ -148,6 +150,8 @@ class Judge:
         labelled = classes > 1 and data.labels(0, 1) is not None
         self.metrics = options.chosen(labelled)
         self.reals = min(options.reals, len(data))
+        if self.reals < FEWEST:
+            raise UserError(f"{self.reals} real images are too few to judge by: at least {FEWEST} are needed.")
         self.progress = progress or (lambda done, of: None)
         self._families = [f for f, names in FAMILIES.items() if set(names) & set(self.metrics)]
         self._networks: dict[str, Classifier | Extractor] = {}
@@ -162,10 +166,8 @@ class Judge:
                 self._networks[family] = network
                 if not network.official:
                     tell(f"These are not the published weights of Inception: what is taken with {weights} is no FID, KID or IS.")
-                if "fid" in self.metrics or family == "dinov2":
-                    few = too_few(self.reals, network.width)
-                    if few:
-                        tell(few)
+                if FRECHET[family] in self.metrics and (few := too_few(self.reals, network.width)):
+                    tell(few)
         self.classes = classes
         self._real = self._look_at_reals()
 
@@ -175,8 +177,8 @@ class Judge:
         Raises:
             UserError: too few to be judged.
         """
-        if images < 16:
-            raise UserError(f"{images} images are too few to be judged: make at least 16.")
+        if images < FEWEST:
+            raise UserError(f"{images} images are too few to be judged: at least {FEWEST} are needed.")
         seen = {family: self._new(family, images) for family in self._families}
         for first, piece in _pieces(produce, images):
             for looking in seen.values():
@@ -279,8 +281,7 @@ class Judge:
             return {"swd": sum(levels.values()) / len(levels)}
         values: dict[str, float] = {}
         wanted = set(self.metrics)
-        if wanted & {"fid", "frechet_dinov2", "frechet_classifier"}:
-            name = {"inception": "fid", "dinov2": "frechet_dinov2", "classifier": "frechet_classifier"}[family]
+        if (name := FRECHET[family]) in wanted:
             values[name] = frechet(real.moments, fake.moments)
         ending = "_classifier" if family == "classifier" else ""
         if family != "dinov2" and wanted & {f"precision{ending}", f"recall{ending}"}:
