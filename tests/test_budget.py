@@ -104,8 +104,8 @@ def test_a_training_within_a_budget_is_the_training_without(few: Path, tmp_path:
     assert len(layouts["D"]["sizes"]) > 1
     (a, _), (b, _) = final_state(plain), final_state(planned)
     for name in a:
-        # As vectors, but for a hundredth, and not closely: where D's gradient is rounding alone, Adam's first update of it has a random
-        # sign, which G then feels. test_exactness.py and benchmarks/budget.py compare in float64.
+        # As vectors, but for a hundredth, and not closely: where D's gradient is rounding alone, Adam's first update of it has a
+        # random sign, which G then feels. test_exactness.py and benchmarks/budget.py compare in float64.
         apart = (a[name] - b[name]).float().abs().flatten().sort().values
         assert apart[: len(apart) * 99 // 100].norm() <= 1e-2 * a[name].float().norm() + 1e-6, name
 

@@ -177,7 +177,7 @@ def test_images_are_judged_like_a_run(tmp_path: Path, capsys: pytest.CaptureFixt
         (["RUN", "--metrics", ","], "--metrics names none"),
         (["RUN", "--metrics", "fid"], "Inception's weights cannot be downloaded"),
         (["RUN", "--weights", "nowhere.pth"], "cannot read the weights nowhere.pth"),
-        (["RUN", "--samples", "5"], "5 images are too few to be judged"),
+        (["RUN", "--samples", "5"], "--samples 5 is too few to judge by"),
         (["RUN", "PHOTOS", "--metrics", "recall_classifier"], "recall_classifier needs images of at least two classes"),
         (["RUN", "PACK"], "is packed as 20x20 with 3 channels"),
         (["BEGUN"], "has no generator yet"),

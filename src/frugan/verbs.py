@@ -151,6 +151,8 @@ def evaluate(options: Any) -> None:
     from frugan.data.source import open_source
     from frugan.data.stream import ShardSource
 
+    if options.samples < judging.FEWEST:
+        raise UserError(f"--samples {options.samples} is too few to judge by: at least {judging.FEWEST} are needed.")
     console = Console(quiet=options.json)
     what, run = f"images of {options.run}", Path(options.run)
     asked = Data(data=options.data or Data().data, split=options.split)
