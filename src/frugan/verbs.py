@@ -164,7 +164,7 @@ def evaluate(options: Any) -> None:
         generator = load(options.run, options.device, best=options.best)
         said: dict[str, Any] = {"data": options.data, "split": options.split} if options.data else {}
         asked = replace(generator.recipe.data, **said)  # of the size that it makes
-        averaged = ", averaged over training" if generator.recipe.training.ema_half_life else ""
+        averaged = ", averaged over training" if generator.recipe.training.ema_half_life else ", not averaged"
         what = f"samples of {options.run} (seed {options.seed}, after {generator.images_seen:,} images{averaged})"
         produce = lambda first, n: generator.generate(n, seed=options.seed, first=first)  # noqa: E731
     elif options.data is None:
