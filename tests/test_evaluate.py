@@ -136,7 +136,8 @@ def test_a_resumed_training_judges_as_if_it_had_not_been_broken_off(run: Path, t
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_evaluating_stays_within_the_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("known", [False, True])  # whether the real images were looked at by an earlier training
+def test_evaluating_stays_within_the_budget(known: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "r"
     budget = f"{(limit.baseline(CPU) >> 20) + 300}MiB"
     command = ["train", "digits", "--recipe", "r3", "--epochs", "1", "--batch-size", "64", "--width-g", "8", "--width-d", "8"]

@@ -170,6 +170,7 @@ class Judge:
                     tell(few)
         self.classes = classes
         self._real = self._look_at_reals()
+        self._rehearse()
 
     def __call__(self, produce: Produce, images: int) -> dict[str, float]:
         """The metrics of ``images`` images that ``produce`` makes.
@@ -235,6 +236,14 @@ class Judge:
             return Seen(network, Features(_folder()), classes=self.classes)
         score = InceptionScore(images) if "is" in self.metrics and family == "inception" else None
         return Seen(lambda some: _layers(network(some)), Features(_folder()), score)
+
+    def _rehearse(self) -> None:
+        """Judges a few images for nobody, so that all that judging loads is there before memory is counted and limited."""
+        for family in self._families:
+            if family != "patches":
+                seen = self._new(family, PIECE)
+                seen.add(0, self.data.batch(0, PIECE))
+                self._compared(family, self._real[family], seen)
 
     def _look_at_reals(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
