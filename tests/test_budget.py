@@ -25,7 +25,8 @@ from frugan.memory.search import Search
 from frugan.memory.trace import highest
 from frugan.networks import build
 from frugan.phases import Model, jobs
-from frugan.planner import Memory, Planner, find
+from frugan.planner import Planner, find
+from frugan.plans import Remembered
 from frugan.runs import RunFolder
 
 from .conftest import final_state, write_idx
@@ -221,12 +222,12 @@ print("torch._dynamo" in sys.modules, hash(str(frugan.load(run).generate(4).toli
 def test_a_remembered_plan_that_does_not_fit_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FRUGAN_CACHE", str(tmp_path))
     recipe, device = recipes.mlp().replace(image_size=16, channels=1, batch_size=8), CPU
-    memory = Memory(recipe, device)
-    assert memory.recall(0) is None
-    memory.keep(find(recipe, device)[1])
-    assert memory.recall(0) and not memory.recall(limit.spare(device))
-    assert Memory(recipe.replace(seed=3, epochs=9), device).recall(0)  # what a plan does not depend on
-    assert not Memory(recipe.replace(batch_size=16), device).recall(0)
+    remembered = Remembered(recipe, device)
+    assert remembered.recall(0) is None
+    remembered.keep(find(recipe, device)[1])
+    assert remembered.recall(0) and not remembered.recall(limit.spare(device))
+    assert Remembered(recipe.replace(seed=3, epochs=9), device).recall(0)  # what a plan does not depend on
+    assert not Remembered(recipe.replace(batch_size=16), device).recall(0)
 
 
 def test_networks_that_cannot_be_followed_are_run_instead(

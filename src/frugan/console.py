@@ -13,7 +13,7 @@ from rich.table import Table
 from frugan.data.check import Report
 from frugan.memory.plan import size
 from frugan.metrics import METRICS, shown
-from frugan.planner import Plan
+from frugan.plans import Plan
 from frugan.recipe import Data
 from frugan.summary import Row
 

@@ -30,7 +30,8 @@ from frugan.memory.recover import Change, OutOfMemory
 from frugan.networks import Network, build
 from frugan.observe import Observer
 from frugan.optim import rate_factor
-from frugan.planner import Memory, Plan, Planner, find, notices, recovery
+from frugan.planner import Planner, find, notices, recovery
+from frugan.plans import Plan, Remembered
 from frugan.recipe import Recipe, Run
 from frugan.runs import RunFolder
 from frugan.signals import Signals, Stopped
@@ -383,8 +384,8 @@ class Trainer:
         options: dict[str, Any] = {"data": self.loader.ahead(self.batch), "memory": self.run.memory}
         options |= {"evaluation": self.observer.needs(), "approximate": self.run.allow_approximate, "tell": self.console.tell}
         saved = self.folder.saved_plan() if resuming else {}
-        memory = Memory(self.recipe, self.device)
-        known = memory.recall(options["data"]) if self.run.memory is None and not self.run.evaluate_every else None
+        remembered = Remembered(self.recipe, self.device)
+        known = remembered.recall(options["data"]) if self.run.memory is None and not self.run.evaluate_every else None
         if known and saved.get("layouts", known.as_dict()["layouts"]) == known.as_dict()["layouts"]:
             return known
         if "layouts" in saved:
@@ -397,7 +398,7 @@ class Trainer:
         planner, plan = find(self.recipe, self.device, **options)
         self.recipe = planner.recipe
         if not self.run.evaluate_every:
-            memory.keep(plan)
+            remembered.keep(plan)
         return plan
 
     def _introduce(self) -> None:
