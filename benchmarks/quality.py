@@ -49,7 +49,7 @@ def main(arguments: Arguments) -> None:
         return Loader(source, asked, seed=0, workers=2, tell=print), len(source.classes)
 
     real, classes = loader("train")
-    judge = Judge(real, classes, Options(reals=arguments.samples), torch.device("cpu"), print)
+    judge = Judge(real, "fashion-mnist", classes, Options(reals=arguments.samples), torch.device("cpu"), print)
     columns = {
         name: judge(lambda first, n, g=g: g.generate(n, first=first), arguments.samples) for name, g in generators.items()
     }  # fmt: skip

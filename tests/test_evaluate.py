@@ -1,6 +1,7 @@
 """Judging: real images before worse ones, numbers that can be repeated, within the budget, and sentences for what cannot be had."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from frugan.metrics import METRICS, better
 from frugan.recipe import Data
 from frugan.runs import RunFolder
 
-from .conftest import final_state
+from .conftest import final_state, write_idx
 
 CPU = torch.device("cpu")
 
@@ -33,7 +34,7 @@ def loader(data: str = "digits", **settings: object) -> Loader:
 
 @pytest.fixture(scope="module")
 def judge() -> Judge:
-    return Judge(loader(), 10, Options(reals=600), CPU, print)
+    return Judge(loader(), "digits", 10, Options(reals=600), CPU, print)
 
 
 def noise(first: int, count: int) -> Tensor:
@@ -78,7 +79,13 @@ def test_the_number_of_pieces_does_not_matter_and_neither_does_looking_twice(jud
 def test_what_was_seen_in_real_images_is_remembered(judge: Judge) -> None:
     looked: list[int] = []
     again = Judge(
-        loader(), 10, Options("frechet_classifier,precision_classifier", reals=600), CPU, print, lambda done, of: looked.append(of)
+        loader(),
+        "digits",
+        10,
+        Options("frechet_classifier,precision_classifier", reals=600),
+        CPU,
+        print,
+        lambda done, of: looked.append(of),
     )
     assert not looked
     first, second = judge(noise, 64), again(noise, 64)
@@ -105,7 +112,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_keeps_the_best_checkpoint_and_writes_down_why(run: Path) -> None:
     events = [event for event in RunFolder(run).read_events() if event["event"] == "metrics"]
     values = [event["values"]["frechet_classifier"] for event in events]
-    assert len(values) == 2 and events[0]["samples"] == 64 and "1,797 real images" in events[0]["protocol"]
+    assert len(values) == 2 and events[0]["samples"] == 64 and "1,797 real images of digits" in events[0]["protocol"]
     best = frugan.load(run, best=True)
     assert best.images_seen == events[values.index(min(values))]["images"]
     assert torch.equal(best.generate(2), frugan.load(run, best=True).generate(2))
@@ -160,6 +167,76 @@ def test_evaluate_prints_numbers_with_how_they_were_taken(run: Path, capsys: pyt
     assert found["metrics"].keys() >= {"swd", "frechet_classifier"} and found["protocol"].startswith("200 samples")
 
 
+def test_the_split_that_is_named_is_taken(tmp_path: Path, few: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    test = write_idx(tmp_path / "both", *(np.zeros((70, 8, 8), np.uint8), np.zeros(70, np.uint8)))
+    write_idx(tmp_path / "both", np.full((40, 8, 8), 9, np.uint8), np.ones(40, np.uint8), part="t10k")
+    run = frugan.train(test, recipe="mlp", epochs=1, batch_size=32, width_g=4, width_d=4, out=tmp_path / "r", quiet=True)
+    for arguments, real in (([], "32 of 70 real"), (["--split", "test"], "32 of 40 real"), (["--split", "all"], "32 of 110 real")):
+        main(["evaluate", str(run), "--samples", "32", "--metrics", "swd", "--json", *arguments])
+        assert real in json.loads(capsys.readouterr().out.splitlines()[-1])["protocol"]
+
+
+def test_the_best_checkpoint_is_kept_although_it_was_killed_before_it_could_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = {
+        "recipe": "mlp",
+        "batch_size": 64,
+        "width_g": 8,
+        "width_d": 8,
+        "evaluate_every": 1,
+        "evaluate_samples": 64,
+        "quiet": True,
+    }
+
+    def killed(folder: RunFolder) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "keep_best", killed)
+        with pytest.raises(KeyboardInterrupt):
+            frugan.train("digits", epochs=1, out=tmp_path / "r", metrics="swd", **ways)
+    assert not (tmp_path / "r" / "best.safetensors").exists()
+    frugan.train("digits", epochs=1, out=tmp_path / "r", metrics="swd", **ways)
+    assert frugan.load(tmp_path / "r", best=True).images_seen == frugan.load(tmp_path / "r").images_seen
+
+
+ODD = [
+    '{"images": "x"}',
+    '{"images": 9, "event": "metrics"}',
+    '{"images": 9, "event": "metrics", "values": {"swd": null}}',
+    '{"images": 9, "event": "warning"}',
+    '{"images": 9, "event": "warning", "kind": ["a"]}',
+    "[" * 100_000,
+    '{"images": ' + "9" * 5000,
+]
+
+
+@pytest.mark.parametrize("line", ODD)
+def test_a_log_with_odd_lines_is_gone_on_with(line: str, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "r")
+    log = tmp_path / "r" / "log.jsonl"
+    log.write_text(line + "\n" + log.read_text())
+    folder = RunFolder(tmp_path / "r")
+    folder.rewind_log(10**9)
+    assert folder.read_log()
+    ways = {
+        "recipe": "mlp",
+        "batch_size": 64,
+        "width_g": 8,
+        "width_d": 8,
+        "evaluate_every": 1,
+        "evaluate_samples": 64,
+        "quiet": True,
+    }
+    frugan.train("digits", epochs=2, out=tmp_path / "r", **ways)
+
+
+def test_metrics_without_evaluating_are_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--evaluate-every 5"):
+        frugan.train("digits", metrics="swd", out=tmp_path / "r", quiet=True)
+
+
 def test_images_are_judged_like_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "noise"
     folder.mkdir()
@@ -207,11 +284,11 @@ def test_what_cannot_be_judged_is_said(
 
 
 def test_one_class_has_no_classifier(photos: Callable[..., Path]) -> None:
-    judge = Judge(loader(str(photos(n=40))), 0, Options(), CPU, print)
+    judge = Judge(loader(str(photos(n=40))), "photos", 0, Options(), CPU, print)
     assert judge.metrics == ["swd"]
     assert judge(lambda i, n: judge.data.batch(i, n), 40)["swd"] < 1e-6
     with pytest.raises(UserError, match="two classes"):
-        Judge(loader(str(photos(n=40))), 1, Options("classes"), CPU, print)
+        Judge(loader(str(photos(n=40))), "photos", 1, Options("classes"), CPU, print)
 
 
 def test_reports_are_written_by_training_and_on_demand(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,9 +103,16 @@ class Evaluate:
     metrics: Annotated[str, tyro.conf.arg(help=f"auto (what needs no download), or of {', '.join(METRICS)}, with commas")] = "auto"
     samples: Annotated[int, tyro.conf.arg(help="how many, and as many real images")] = 10_000
     seed: Annotated[int, tyro.conf.arg(help="of the samples")] = 0
-    split: Annotated[str, tyro.conf.arg(help="part of DATA, where it has parts: train, test or all")] = "train"
+    split: Annotated[
+        str | None, tyro.conf.arg(help="part of the real images: train, test or all; unset: the run's", help_behavior_hint="")
+    ] = None
     run_split: Annotated[str, tyro.conf.arg(help="the same of RUN, where it is images")] = "train"
     best: Annotated[bool, tyro.conf.arg(help="the generator that was judged best while training, not the last one")] = False
+    image_size: Annotated[
+        int | None,
+        tyro.conf.arg(help="side that images are brought to; unset: the run's or the data's own, or 64", help_behavior_hint=""),
+    ] = None
+    channels: Annotated[int | None, tyro.conf.arg(help="1 or 3, where RUN is images; unset: DATA's", help_behavior_hint="")] = None
     weights: Annotated[
         str | None, tyro.conf.arg(help="file of Inception's weights; unset: downloaded if asked for", help_behavior_hint="")
     ] = None

@@ -17,7 +17,7 @@ from frugan import checkpoint
 from frugan.data.loader import Loader
 from frugan.errors import UserError, nearest
 from frugan.files import cache_folder
-from frugan.metrics.classifier import VERSION, Classifier, classifier
+from frugan.metrics.classifier import FEATURES, VERSION, Classifier, classifier
 from frugan.metrics.distances import InceptionScore, Moments, class_coverage, frechet, kid, precision_recall
 from frugan.metrics.features import Features
 from frugan.metrics.inception import DINOV2, INCEPTION, Extractor, too_few
@@ -128,6 +128,7 @@ class Judge:
 
     Args:
         data: the real images, prepared as training has them.
+        name: what they are called.
         classes: how many classes they have.
         options: what is asked for.
         device: where networks run.
@@ -143,10 +144,11 @@ class Judge:
     """
 
     def __init__(
-        self, data: Loader, classes: int, options: Options, device: torch.device, tell: Callable[[str], None],
+        self, data: Loader, name: str, classes: int, options: Options, device: torch.device, tell: Callable[[str], None],
         progress: Progress | None = None, learning: Progress | None = None,
     ) -> None:  # fmt: skip
         self.data = data.reordered(SEED)
+        self.name = name
         labelled = classes > 1 and data.labels(0, 1) is not None
         self.metrics = options.chosen(labelled)
         self.reals = min(options.reals, len(data))
@@ -159,10 +161,14 @@ class Judge:
             if family == "classifier":
                 found = self._networks[family] = classifier(self.data, classes, progress=learning)
                 tell(f"A classifier of these images is right about {found.accuracy:.1%} of those it was not trained on.")
+                if found.accuracy < 0.5:
+                    tell("It can hardly tell the classes apart: what is taken with it says little.")
+                if few := too_few(self.reals, FEATURES):
+                    tell(few)
             elif family != "patches":
                 weights = Path(options.weights) if options.weights and family == "inception" else None
-                name = INCEPTION if family == "inception" else DINOV2
-                network = Extractor(name, weights=weights, any_weights=options.any_weights, device=device)
+                kind = INCEPTION if family == "inception" else DINOV2
+                network = Extractor(kind, weights=weights, any_weights=options.any_weights, device=device)
                 self._networks[family] = network
                 if not network.official:
                     tell(f"These are not the published weights of Inception: what is taken with {weights} is no FID, KID or IS.")
@@ -191,6 +197,11 @@ class Judge:
         return {name: values[name] for name in self.metrics}
 
     @property
+    def told_apart(self) -> int:
+        """How many classes the classifier finds in the real images."""
+        return int((self._real["classifier"].counts > 0).sum()) if "classifier" in self._real else 0
+
+    @property
     def official(self) -> bool:
         """Whether what is called FID is FID: by the published weights."""
         return all(network.official for network in self._networks.values() if isinstance(network, Extractor))
@@ -213,7 +224,8 @@ class Judge:
         """How the numbers were taken, in a sentence; ``what`` was judged."""
         channels, size, _ = self.data.shape
         how = f"{size}x{size} {'grey' if channels == 1 else 'colour'}, middle squares resized by bicubic interpolation"
-        said = [f"{images:,} {what} against {self.reals:,} of {len(self.data):,} real images, {how}"]
+        real = f"{self.reals:,} of {len(self.data):,} real images of {self.name} ({self.data.fingerprint[:8]})"
+        said = [f"{images:,} {what} against {real}, {how}"]
         if "inception" in self._networks:
             network = self._networks["inception"]
             assert isinstance(network, Extractor)
@@ -262,7 +274,7 @@ class Judge:
             if family in files:
                 seen.rows.save(files[family])
                 tensors = seen.moments.as_dict() | {"classes": seen.counts}
-                checkpoint.save(files[family].with_suffix(".safetensors"), tensors, {"rows": len(seen.rows)})  # all is there
+                checkpoint.save(files[family].with_suffix(".safetensors"), tensors, {"sha256": seen.rows.sha256()})  # all is there
         return found | missing
 
     def _remembered(self, family: str, file: Path) -> Seen | None:
@@ -270,10 +282,10 @@ class Judge:
             tensors, state = checkpoint.load(file.with_suffix(".safetensors"))
             seen: Seen = self._new(family, self.reals)
             seen.rows = Features.open(file, len(tensors["mean"]))
-        except (UserError, KeyError):
+        except (UserError, LookupError, ValueError):
             return None
         seen.moments, seen.counts = Moments.from_dict(tensors), tensors["classes"]
-        return seen if len(seen.rows) == state["rows"] else None
+        return seen if seen.rows.sha256() == state["sha256"] else None
 
     def _file(self, family: str) -> Path:
         network = self._networks[family]

@@ -22,6 +22,7 @@ from frugan.watch import Watch
 
 FINAL_PICTURE = "final_generated_images.png"
 SHOWN = 16  # samples beside their nearest real images
+ENOUGH = 20  # samples for each class, before one that is missing tells something
 
 Sample = Callable[[int, int, int], Tensor]  # (seed, first, count) to uint8 images [count, c, h, w]
 
@@ -34,6 +35,7 @@ class Observer:
         run: how often it is looked at, and by what.
         folder: where everything is written.
         loader: the real images.
+        name: what they are called.
         classes: how many classes they have.
         console: what speaks to the person.
         device: where training runs.
@@ -43,19 +45,21 @@ class Observer:
     """
 
     def __init__(
-        self, recipe: Recipe, run: Run, folder: RunFolder, loader: Loader | StreamLoader, classes: int, console: Console,
-        device: torch.device,
+        self, recipe: Recipe, run: Run, folder: RunFolder, loader: Loader | StreamLoader, name: str, classes: int,
+        console: Console, device: torch.device,
     ) -> None:  # fmt: skip
         self.recipe, self.run, self.folder, self.loader, self.console, self.device = recipe, run, folder, loader, console, device
-        self.classes = classes
         self.judge: Judge | None = None
+        if not run.evaluate_every and (run.metrics != Run.metrics or run.weights):
+            raise UserError("--metrics and --weights are for evaluating while training: say how often, as --evaluate-every 5.")
         if run.evaluate_every:
             if isinstance(loader, StreamLoader):
                 raise UserError("--evaluate-every needs images in any order: leave --stream out, or evaluate afterwards.")
             options = Options(run.metrics, run.weights, reals=run.evaluate_samples)
-            self.judge = Judge(loader, classes, options, device, console.tell, learning=console.learning)
+            self.judge = Judge(loader, name, classes, options, device, console.tell, learning=console.learning)
         self.watch = Watch(loader, recipe.objective, self._warn)
         self.best: float | None = None
+        self.best_images = 0
         self.images = 0
         self._board: Any = None
 
@@ -70,9 +74,14 @@ class Observer:
             pictures.save(pictures.grid(self.loader.batch(0, min(GRID, len(self.loader)))), self.folder.path / "real_images.png")
         for event in self.folder.read_events():
             if event["event"] == "warning":
-                self.watch.told.add(event["kind"])
-            elif event["event"] == "metrics" and self.judge and self.judge.metrics[0] in event["values"]:
-                self._improves(event["values"][self.judge.metrics[0]])
+                self.watch.told.add(str(event.get("kind")))
+            elif event["event"] == "metrics" and self.judge and event.get("protocol") == self._protocol():  # else no comparison
+                values = event.get("values")
+                value = values.get(self.judge.metrics[0]) if isinstance(values, dict) else None
+                if isinstance(value, float) and self._improves(value):
+                    self.best_images = event["images"]
+        if images and self.best_images == images:
+            self.folder.keep_best()  # it could have been killed before it was kept
         if self.run.tensorboard:
             self._board = _board(self.folder, images)
 
@@ -130,15 +139,19 @@ class Observer:
         assert self.judge
         count = self.run.evaluate_samples
         values = self.judge(lambda first, n: sample(SEED, first, n), count)
-        protocol = self.judge.protocol(count, "samples")
-        self.folder.log({"event": "metrics", "images": self.images, "values": values, "samples": count, "protocol": protocol})
+        event = {"event": "metrics", "images": self.images, "values": values, "samples": count}
+        self.folder.log(event | {"protocol": self._protocol()})
         self.console.metrics(values)
-        if "classes" in values:
-            self.watch.classes(values["classes"], self.classes, self.images // self.recipe.training.batch_size)
+        if "classes" in values and count >= ENOUGH * self.judge.told_apart:
+            self.watch.classes(values["classes"], self.judge.told_apart, self.images // self.recipe.training.batch_size)
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(f"metrics/{name}", value, self.images)
         return self._improves(values[self.judge.metrics[0]])
+
+    def _protocol(self) -> str:
+        assert self.judge
+        return self.judge.protocol(self.run.evaluate_samples, "samples")
 
     def _improves(self, value: float) -> bool:
         assert self.judge
@@ -156,10 +169,13 @@ class Observer:
         self.folder.log({"event": "warning", "images": self.images, "kind": kind, "text": text})
 
     def _spare(self, look: Callable[[], Any], doing: str) -> Any:
-        """What ``look`` gives, or None where memory does not suffice: training goes on."""
+        """What ``look`` gives, or None where memory or disk do not suffice: training goes on."""
         limit.release(self.device)
         try:
             return look()
+        except UserError as error:
+            self.console.tell(f"While {doing}: {error} Left out this time, training goes on.")
+            return None
         except (RuntimeError, MemoryError) as error:
             if not limit.is_out_of_memory(error):
                 raise

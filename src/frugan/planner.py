@@ -117,7 +117,9 @@ class Planner:
         rehearse()
         self.search.prepare()
         framework = limit.baseline(self.device)
-        if self.evaluation and (needs := framework + self.data + MARGIN + sum(self._evaluating().values())) > self.named:
+        held = self.data + MARGIN + sum(self._evaluating().values())
+        if self.evaluation and framework + held > self.named:
+            needs = math.ceil(SLACK * framework + held)
             raise TooLittle(
                 f"--memory {size(self.named)} is too little to evaluate while training: that takes --memory "
                 f"{math.ceil(needs / MIB)}MiB; leave --evaluate-every out, and use frugan evaluate afterwards.",

@@ -46,14 +46,14 @@ GUARANTEES = {
 }
 
 
-def write(run: Path) -> Path:
-    """Writes ``report.html`` into the run folder ``run``, at any time of its training.
+def write(run: Path, out: Path | None = None) -> Path:
+    """Writes ``report.html`` into the run folder ``run``, or the same page to ``out``, at any time of its training.
 
     Raises:
         UserError: it is no run folder, its recipe or log cannot be read, or the page cannot be written.
     """
     story = Story.read(run)
-    return page.save(run / "report.html", story.name, _report(story))
+    return page.save(out or run / "report.html", story.name, _report(story))
 
 
 def compare(runs: Sequence[Path], out: Path) -> Path:

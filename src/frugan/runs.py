@@ -153,9 +153,9 @@ class RunFolder:
         for text in self.log_file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 line = json.loads(text)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue  # cut short by a kill
-            if isinstance(line, dict) and "images" in line:
+            if isinstance(line, dict) and type(line.get("images")) in (int, float):
                 lines.append(line)
         return lines
 

@@ -154,7 +154,7 @@ class Trainer:
     def _train(self) -> Path:
         recipe, folder = self.recipe, self.folder
         folder.check(recipe, self._about(), self.run.accept_changes)
-        observer = Observer(recipe, self.run, folder, self.loader, self.classes, self.console, self.device)
+        observer = Observer(recipe, self.run, folder, self.loader, self.name, self.classes, self.console, self.device)
         with closing(observer) as self.observer:
             self.plan = self._plan(resuming=folder.newest_checkpoint() is not None)
             gc.collect()

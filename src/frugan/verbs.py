@@ -155,23 +155,30 @@ def evaluate(options: Any) -> None:
         raise UserError(f"--samples {options.samples} is too few to judge by: at least {judging.FEWEST} are needed.")
     console = Console(quiet=options.json)
     what, run = f"images of {options.run}", Path(options.run)
-    asked = Data(data=options.data or Data().data, split=options.split)
+    asked = Data(data=options.data or Data().data, image_size=options.image_size, channels=options.channels)
+    split = {"split": options.split} if options.split else {}
     produce: Callable[[int, int], Any] | None = None
     count = options.samples
     if run.suffix == ".safetensors" or (run / "recipe.toml").exists():
         from frugan.generate import load
 
         generator = load(options.run, options.device, best=options.best)
-        said: dict[str, Any] = {"data": options.data, "split": options.split} if options.data else {}
-        asked = replace(generator.recipe.data, **said)  # of the size that it makes
+        if options.image_size or options.channels:
+            raise UserError(f"--image-size and --channels are for images: {run} has its own.")
+        said: dict[str, Any] = {"data": options.data} if options.data else {}
+        asked = replace(generator.recipe.data, stream=False, **said)  # of the size that it makes
         averaged = ", averaged over training" if generator.recipe.training.ema_half_life else ", not averaged"
-        what = f"samples of {options.run} (seed {options.seed}, after {generator.images_seen:,} images{averaged})"
+        which = "the best checkpoint of " if options.best else ""
+        what = f"samples of {which}{options.run} (seed {options.seed}, after {generator.images_seen:,} images{averaged})"
         produce = lambda first, n: generator.generate(n, seed=options.seed, first=first)  # noqa: E731
     elif options.data is None:
         raise UserError(f"{run} is no run folder: name a run, or images and DATA to judge them against.")
+    asked = replace(asked, **split)
     source = open_source(asked)
     if isinstance(source, ShardSource):
-        raise UserError(f"{asked.data} is a stream, and real images are needed in any order: name them without --stream.")
+        raise UserError(
+            f"{asked.data} is a stream, and real images are needed in any order: copy them to this disk, and name the copy as DATA."
+        )
     ways: dict[str, Any] = {"workers": options.workers, "tell": console.tell, "progress": console.packing}
     asked = resolve(source, asked, console.tell)
     real = Loader(source, asked, seed=judging.SEED, **ways)
@@ -183,11 +190,21 @@ def evaluate(options: Any) -> None:
         what = f"{'images' if options.run_split == 'train' else options.run_split + ' images'} of {judged.name}"
     asking = judging.Options(options.metrics, options.weights, options.any_weights, min(options.samples, len(real)))
     judge = judging.Judge(
-        real, len(source.classes), asking, device.choose(options.device), console.tell, console.judging, console.learning
+        real,
+        source.name,
+        len(source.classes),
+        asking,
+        device.choose(options.device),
+        console.tell,
+        console.judging,
+        console.learning,
     )
     values = judge(produce, count)
     protocol = judge.protocol(count, what)
     if options.json:
+        if not judge.official:
+            other = judging.FAMILIES["inception"]
+            values = {f"{name}_by_other_weights" if name in other else name: value for name, value in values.items()}
         print(json.dumps({"metrics": values, "protocol": protocol, "official": judge.official}))
     else:
         console.judged(values, judge.official)
@@ -199,8 +216,8 @@ def report(options: Any) -> None:
     from frugan import report as page
 
     runs = [Path(run) for run in options.runs]
-    if len(runs) == 1 and options.out is None:
-        print(page.write(runs[0]))
+    if len(runs) == 1:
+        print(page.write(runs[0], Path(options.out) if options.out else None))
     else:
         print(page.compare(runs, Path(options.out or "comparison.html")))
 

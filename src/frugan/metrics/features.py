@@ -1,5 +1,6 @@
 """Rows of features: a tensor, or a file for as many as there are."""
 
+import hashlib
 import shutil
 import tempfile
 import weakref
@@ -73,6 +74,14 @@ class Features:
         with whole(path) as part, part.open("wb") as file:
             self._file.seek(0)
             shutil.copyfileobj(self._file, file)
+
+    def sha256(self) -> str:
+        """Of all rows, hexadecimal."""
+        digest = hashlib.sha256()
+        self._file.seek(0)
+        while block := self._file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return self._length
