@@ -285,7 +285,7 @@ class Judge:
         except (UserError, LookupError, ValueError):
             return None
         seen.moments, seen.counts = Moments.from_dict(tensors), tensors["classes"]
-        return seen if seen.rows.sha256() == state["sha256"] else None
+        return seen if seen.rows.sha256() == state.get("sha256") else None
 
     def _file(self, family: str) -> Path:
         network = self._networks[family]
