@@ -31,7 +31,7 @@ from frugan.build import lay_out, make_step, optimizers
 from frugan.data.loader import Loader, resolve
 from frugan.data.packing import make
 from frugan.data.source import open_source
-from frugan.memory import limit
+from frugan.memory import host
 from frugan.memory.plan import Layout
 from frugan.networks import build
 from frugan.recipe import Data
@@ -84,7 +84,7 @@ def training(loader: Loader, updates: int) -> tuple[float, float]:
     device = torch.device("cpu")
     optimizer_g, optimizer_d = optimizers(recipe, generator, discriminator, device)
     step, layout = make_step(recipe, generator, discriminator), Layout.of(128, 1)
-    limit.handle("reuse")
+    host.handle("reuse")
     there = loader.batch(0, 128)
 
     def update(first: int, read: bool) -> float:
@@ -116,7 +116,7 @@ def cell(where: str) -> None:
     def update(images: int) -> None:
         found.setdefault("start", time.perf_counter() - begin)
         if images >= 6400:
-            found["resident"] = limit.resident()
+            found["resident"] = host.resident()
             raise KeyboardInterrupt
 
     try:

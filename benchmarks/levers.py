@@ -22,7 +22,7 @@ from torch import Tensor
 
 from frugan import recipes
 from frugan.build import lay_out, make_step
-from frugan.memory import levers, limit
+from frugan.memory import host, levers
 from frugan.memory.plan import Layout
 from frugan.memory.probe import allocations
 from frugan.memory.trace import highest
@@ -102,7 +102,7 @@ def main(options: Options) -> None:
 
     peaks, seconds = {}, {name: [] for name in rows}
     if device.type == "cpu":
-        limit.handle("reuse")  # as training does
+        host.handle("reuse")  # as training does
     for name, compute in rows.items():
         compute()  # what libraries load, and compiling
         clear()

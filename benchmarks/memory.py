@@ -40,7 +40,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
 
     from frugan import recipes
     from frugan.build import average, lay_out, make_step, optimizers
-    from frugan.memory import limit
+    from frugan.memory import host
     from frugan.memory.plan import Layout
     from frugan.memory.probe import record, recorded
     from frugan.networks import build
@@ -76,7 +76,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
                 loop.update(batch_.to(dtype).div_(127.5).sub_(1), first)
 
         else:
-            limit.handle("reuse")  # as training does
+            host.handle("reuse")  # as training does
             lay_out(recipe, generator.to(dtype), discriminator.to(dtype))
             optimizer_g, optimizer_d = optimizers(recipe, generator, discriminator, device)
             step, ema = make_step(recipe, generator, discriminator), average(recipe, generator, device)

@@ -66,7 +66,7 @@ def measure(cell: dict[str, Any]) -> dict[str, int]:
 
     from frugan import recipes
     from frugan.build import average, lay_out, make_step, optimizers
-    from frugan.memory import limit
+    from frugan.memory import host, limit
     from frugan.memory.plan import Layout
     from frugan.memory.probe import allocations
     from frugan.memory.search import Search
@@ -99,8 +99,8 @@ def measure(cell: dict[str, Any]) -> dict[str, int]:
                 ema.update(generator, batch, seen + batch)
 
     framework = limit.baseline(device)
-    limit.handle(cell["handling"])
-    limit.forget_peak()
+    host.handle(cell["handling"])
+    limit.forget_peak(device)
     training(3)
     process = limit.peak(device)
     allocated = highest(allocations(lambda: training(1)))

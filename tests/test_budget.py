@@ -171,7 +171,7 @@ def test_moments_in_8_bits_resume_exactly_and_are_planned(few: Path, tmp_path: P
     half = train(tmp_path / "half", epochs=1, **low)
     train(half, epochs=2, **low)
     (a, _), (b, _) = final_state(whole), final_state(half)
-    assert any(name.endswith("exp_avg_sq/codes") for name in a)
+    assert any("exp_avg_sq/codes" in name for name in a)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     plain = train(tmp_path / "plain", epochs=1, **low | {"moments": "fp32"})
     moments = [json.loads((run / "plan.json").read_text())["phases"]["D's phase"]["moments"] for run in (whole, plain)]

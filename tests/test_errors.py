@@ -287,13 +287,13 @@ def test_memory_that_runs_out_is_said_and_training_goes_on(few: Path, tmp_path: 
     script = f"""
 from frugan import trainer
 from frugan.cli import main
-from frugan.memory import limit
+from frugan.memory import host, limit
 
 build = trainer.Trainer._build
 
 def taken_meanwhile(self, resuming):
     state = build(self, resuming)
-    trainer.room = limit.limited(limit.resident() + (130 << 20), self.device)  # the plan had counted on all that is free
+    trainer.room = limit.limited(host.resident() + (130 << 20), self.device)  # the plan had counted on all that is free
     trainer.room.__enter__()
     return state
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from frugan import recipe, recipes
 from frugan.draws import Draws
 from frugan.errors import UserError
-from frugan.memory import levers
+from frugan.memory import levers, private
 from frugan.memory.plan import Guarantee, Layout
 from frugan.networks import build
 from frugan.networks.blocks import Block
@@ -19,7 +19,7 @@ from frugan.step import Step
 
 from .test_exactness import NETWORKS, OBJECTIVES
 
-levers.load_forward_mode()
+private.load_forward_mode()
 
 COUPLED = {
     "dcgan-batch": recipe.Dcgan(latent_dim=5, width_g=4, width_d=4),

@@ -185,13 +185,13 @@ def test_memory_stays_while_shards_go_by(tmp_path: Path) -> None:
     script = """
 import sys
 from frugan.data.stream import StreamLoader, tar_shard
-from frugan.memory import limit
+from frugan.memory import host
 from frugan.recipe import Data
 loader = StreamLoader([tar_shard(sys.argv[1])] * 4, Data(image_size=32, channels=3), seed=0, workers=2, tell=print, block=500)
 held = []
 for first in range(0, 24000, 100):
     loader.batch(first, 100)
-    held.append(limit.resident())
+    held.append(host.resident())
 print(held[40], max(held[40:]))
 """
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "s.tar")], capture_output=True, text=True, env=os.environ)

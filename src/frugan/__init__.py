@@ -30,6 +30,8 @@ def train(
 ) -> Path:
     """Trains a GAN, or goes on with a training that was interrupted.
 
+    The C library's handling of memory, torch's number of threads and its use of TF32 are set meanwhile, and at the end as before.
+
     Args:
         data: folder or zip of images, folder of IDX files, or ``digits``, ``mnist``, ``fashion-mnist``; unset: the recipe's.
         recipe: a name (``dcgan``, ``upsample``, ``mlp``, ``r3``), a TOML file, or a `Recipe`.
@@ -46,7 +48,7 @@ def train(
     """
     from frugan import recipes
     from frugan.console import Console
-    from frugan.trainer import Trainer
+    from frugan.trainer import train as run_trainer
 
     own = {f.name for f in fields(Run)}
     chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
@@ -54,7 +56,7 @@ def train(
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in said.items()}
     run: dict[str, Any] = {k: v for k, v in plain.items() if k in own}
     chosen = chosen.replace(**{k: v for k, v in plain.items() if k not in own})
-    return Trainer(chosen, Run(**run), Console(quiet), on_update).train()
+    return run_trainer(chosen, Run(**run), Console(quiet), on_update)
 
 
 def load(run: str | Path, device: str = "cpu", *, best: bool = False) -> "Generator":

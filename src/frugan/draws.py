@@ -86,6 +86,12 @@ class Draws:
 
     def keep(self, purpose: str, first: int, count: int, shape: tuple[int, ...], p: float) -> Tensor:
         """Rows of a dropout mask on the device, true with chance ``1 - p`` rounded to 1/65536: bool ``[count, *shape]``."""
+        device = self._device.device
+        if device.type not in ("cpu", "cuda"):  # not every accelerator (MPS) draws all of 64 bits
+            return self._rows(
+                purpose, first, count, lambda: torch.empty(MASK_BLOCK, *shape, device=device), self._device,
+                lambda numbers, generator: numbers.uniform_(generator=generator) >= p, MASK_BLOCK,
+            )  # fmt: skip
 
         def mask(bits: Tensor, generator: torch.Generator) -> Tensor:
             # Four masks from one draw of 64 bits: nine times as fast as bernoulli_ on a CPU.
@@ -94,7 +100,7 @@ class Draws:
 
         words = MASK_BLOCK * math.prod(shape) // 4
         return self._rows(
-            purpose, first, count, lambda: torch.empty(words, dtype=torch.int64, device=self._device.device),
+            purpose, first, count, lambda: torch.empty(words, dtype=torch.int64, device=device),
             self._device, mask, MASK_BLOCK,
         )  # fmt: skip
 

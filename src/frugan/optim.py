@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.optim import Adam
 from torch.optim.adam import adam
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from frugan import recipe
 from frugan.errors import UserError
+from frugan.memory import private
 
 BLOCK = 256  # numbers that share a scale in moments of 8 bits
-PIECE = BLOCK << 10  # numbers whose moments are made whole at a time
+PIECE = BLOCK << 10  # numbers whose moments are made whole, or are on the device, at a time
 EMA_RAMP = 0.05  # the half-life is at most this share of the images seen, so that the start is forgotten soon
 
 
@@ -32,7 +32,8 @@ class FrugalAdam(Adam):
         rate: learning rate.
         betas: decay of the first and of the second moment.
         lean: keep no first moment if it can be done without.
-        offload: keep the moments on the host, and on the device only during an update.
+        offload: keep the moments on the host; an update takes them to the device a piece at a time, into memory that is there from
+            the start, so that it allocates nothing.
     """
 
     def __init__(
@@ -47,31 +48,61 @@ class FrugalAdam(Adam):
         super().__init__(parameters, lr=rate, betas=betas, fused=True)
         self.moments = ("exp_avg_sq",) if lean and betas[0] == 0 else ("exp_avg", "exp_avg_sq")
         self.offload = offload
+        self._stage: dict[str, Tensor] = {}  # on the device, for a piece of moments that lie on the host
         for parameter in self._parameters():
             step = torch.zeros((), dtype=torch.float32, device=parameter.device)
             self.state[parameter] = {"step": step} | self._new_moments(parameter)
-        self._stow()
+        if offload:
+            device = next(self._parameters()).device
+            longest = min(PIECE, max(p.numel() for p in self._parameters()))
+            self._stage = {name: torch.empty(longest, device=device) for name in self.moments}
+            self._stage["step"] = torch.zeros((), device=device)
 
     def _new_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        return {name: torch.zeros_like(parameter) for name in self.moments}
+        if not self.offload:
+            return {name: torch.zeros_like(parameter) for name in self.moments}
+        pinned = parameter.device.type == "cuda" and not private.is_imitated(parameter)
+        made = {}
+        for name in self.moments:
+            empty = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="cpu", pin_memory=pinned)
+            made[name] = empty.zero_()
+        return made
+
+    def staged(self) -> list[Tensor]:
+        """What is on the device besides weights and state."""
+        return list(self._stage.values())
 
     # torch has the compiler leave these alone, for which it imports it: 1.2 s and 150 MiB that nothing here needs.
-    add_param_group = Adam.add_param_group.__wrapped__  # type: ignore[attr-defined]
-    zero_grad = Adam.zero_grad.__wrapped__  # type: ignore[attr-defined]
+    add_param_group = private.unwrapped(Adam.add_param_group)
+    zero_grad = private.unwrapped(Adam.zero_grad)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update by the gradients there are."""
         for group in self.param_groups:
             learning = [p for p in group["params"] if p.grad is not None]
-            self._adam(group, learning, [p.grad for p in learning], [self._fetch(p) for p in learning])
-        self._stow()
+            if self.offload:
+                for parameter in learning:
+                    self._by_pieces(group, parameter)
+            else:
+                self._adam(group, learning, [p.grad for p in learning], [self.state[p] for p in learning])
 
-    def _fetch(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[parameter]
-        if self.offload:
-            state |= {k: v.to(parameter.device, non_blocking=True) for k, v in state.items() if k != "step"}
-        return state
+    def _by_pieces(self, group: dict[str, Any], parameter: nn.Parameter) -> None:
+        """An update of one parameter whose moments are on the host."""
+        assert parameter.grad is not None
+        state, stage = self.state[parameter], self._stage
+        weights, gradient = _in_memory_order(parameter), _in_memory_order(_laid_out_as(parameter, parameter.grad))
+        moments = {name: _in_memory_order(state[name]) for name in self.moments}
+        for begin in range(0, len(weights), PIECE):
+            piece = slice(begin, min(begin + PIECE, len(weights)))
+            here = {name: stage[name][: piece.stop - begin] for name in self.moments}
+            for name, moment in moments.items():
+                here[name].copy_(moment[piece], non_blocking=True)
+            here["step"] = stage["step"].copy_(state["step"])  # each piece is of the same update
+            self._adam(group, [weights[piece]], [gradient[piece]], [here])
+            for name, moment in moments.items():
+                moment[piece].copy_(here[name], non_blocking=True)
+        state["step"].copy_(stage["step"])
 
     def _adam(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]]) -> None:
         """torch's kernel; without a first moment it writes beta1 * gradient + (1 - beta1) * gradient into the gradient: itself."""
@@ -83,11 +114,6 @@ class FrugalAdam(Adam):
             eps=group["eps"], maximize=False,
         )  # fmt: skip
 
-    def _stow(self) -> None:
-        if self.offload:
-            for state in self.state.values():
-                state |= {k: v.to("cpu") for k, v in state.items() if k != "step"}
-
     def _parameters(self) -> Iterator[nn.Parameter]:
         for group in self.param_groups:
             yield from group["params"]
@@ -97,7 +123,8 @@ class LowBitAdam(FrugalAdam):
     """`FrugalAdam` with moments of 8 bits in blocks of 256 (Dettmers et al. 2022), by torchao's numerics. Approximate.
 
     As there, parameters of fewer than 4096 numbers, or of a number that 256 does not divide, keep moments in fp32. Moments are
-    made whole a piece at a time, so that little is held besides.
+    made whole a piece at a time, so that little is held besides. Blocks follow the memory of the weights, and the names of codes
+    and scales say its order: moments of a run in another memory format do not fit, and begin anew.
 
     Raises:
         UserError: torchao is not installed.
@@ -123,18 +150,20 @@ class LowBitAdam(FrugalAdam):
             return super()._new_moments(parameter)
         made = {}
         for name in self.moments:
-            with unset_fake_temporarily():  # plans are made of tensors without numbers
+            with private.really():  # plans are made of tensors without numbers
                 levels = self.numerics.create_dynamic_map(signed=name == "exp_avg")
             if name not in self.maps:
                 self.maps[name] = torch.tensor(levels, device=parameter.device)
-            made[f"{name}/codes"] = torch.full((count,), levels.index(0), dtype=torch.uint8, device=parameter.device)
-            made[f"{name}/scale"] = torch.zeros(count // BLOCK, device=parameter.device)
+            codes, scale = _names(name, parameter)
+            place = "cpu" if self.offload else parameter.device
+            made[codes] = torch.full((count,), levels.index(0), dtype=torch.uint8, device=place)
+            made[scale] = torch.zeros(count // BLOCK, device=place)
         return made
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update by the gradients there are."""
-        low = [p for p in self._parameters() if p.grad is not None and "exp_avg_sq/codes" in self.state[p]]
+        low = [p for p in self._parameters() if p.grad is not None and "exp_avg_sq" not in self.state[p]]
         gradients = [p.grad for p in low]
         for parameter in low:
             self._step_of(parameter)
@@ -145,25 +174,36 @@ class LowBitAdam(FrugalAdam):
 
     def _step_of(self, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
-        group, state = self.param_groups[0], self.state[parameter]
-        here = {k: v.to(parameter.device) for k, v in state.items()}
-        same = parameter.grad.stride() == parameter.stride()
-        weights = _in_memory_order(parameter)
-        gradient = _in_memory_order(parameter.grad if same else torch.empty_like(parameter).copy_(parameter.grad))
+        group, state, device = self.param_groups[0], self.state[parameter], parameter.device
+        weights, gradient = _in_memory_order(parameter), _in_memory_order(_laid_out_as(parameter, parameter.grad))
+        named = {name: _names(name, parameter) for name in self.moments}
         for begin in range(0, len(weights), PIECE):
             piece = slice(begin, begin + PIECE)
             blocks = slice(begin // BLOCK, (begin + PIECE) // BLOCK)
             whole = {
-                name: self.numerics.dequant_with_qmap(here[f"{name}/codes"][piece], self.maps[name], here[f"{name}/scale"][blocks])
-                for name in self.moments
+                name: self.numerics.dequant_with_qmap(
+                    state[codes][piece].to(device), self.maps[name], state[scale][blocks].to(device)
+                )
+                for name, (codes, scale) in named.items()
             }
-            step = here["step"].clone()
+            step = state["step"].clone()
             self._adam(group, [weights[piece]], [gradient[piece]], [whole | {"step": step}])
-            for name, moment in whole.items():
-                scaled, scale = self.numerics.scale_tensor(moment, BLOCK)
-                state[f"{name}/codes"][piece] = self.numerics.quantize_8bit_with_qmap(scaled, self.maps[name])
-                state[f"{name}/scale"][blocks] = scale
+            for name, (codes, scale) in named.items():
+                scaled, new = self.numerics.scale_tensor(whole[name], BLOCK)
+                state[codes][piece] = self.numerics.quantize_8bit_with_qmap(scaled, self.maps[name]).to(state[codes].device)
+                state[scale][blocks] = new.to(state[scale].device)
         state["step"].copy_(step)
+
+
+def _names(moment: str, parameter: Tensor) -> tuple[str, str]:
+    """Of the codes and the scales of a moment in 8 bits."""
+    order = "" if parameter.is_contiguous() else "/channels_last"
+    return f"{moment}/codes{order}", f"{moment}/scale{order}"
+
+
+def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """``gradient`` with the strides of its parameter, which it nearly always has."""
+    return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:

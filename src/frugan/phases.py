@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from frugan import generate, networks
 from frugan.build import average, freeze, lay_out, make_step, optimizers
 from frugan.errors import UserError
+from frugan.memory import private
 from frugan.memory.plan import Layout, split
 from frugan.memory.search import Job
 from frugan.memory.trace import Timeline, trace, without_memory
@@ -27,13 +27,16 @@ LEVERS = {"D": ("separate_terms", "checkpoint_blocks", "offload_activations"),
 class Model:
     """Everything that a training of ``recipe`` (resolved) holds on ``device``, and traces of its phases.
 
-    It is without memory; ``real`` gives it memory, for networks that cannot be followed without running them.
+    It is without memory; ``real`` gives it memory, for networks that cannot be followed without running them, and where this torch
+    has no tensors without memory.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device, real: bool = False) -> None:
         self.recipe = recipe
         self.device = device
-        self.mode: AbstractContextManager[object] = nullcontext() if real else FakeTensorMode()
+        mode = None if real else private.imitating()
+        real = mode is None
+        self.mode: AbstractContextManager[object] = mode or nullcontext()
         self._offloaded = recipe.memory.offload_state == "yes" and device.type != "cpu"
         channels, size, _ = recipe.data.shape
         with torch.device(device if real else "meta"):
@@ -55,6 +58,7 @@ class Model:
     def held(self) -> dict[str, list[Tensor | None]]:
         """What is there all the time, by what it is for."""
         moments = [t for o in self.optimizers for state in o.state.values() for t in state.values()]
+        moments += [t for o in self.optimizers for t in o.staged()]
         on_device = [t for t in moments if t.device.type == self.device.type]
         averaged = _tensors(self.average) if self.average else []
         return {
@@ -79,9 +83,8 @@ class Model:
             held |= self.held()
             run = getattr(self.step, PHASES[phase])
             try:
-                return trace(
-                    lambda: run(self._images, self._first, layout), held, {"gradients": lambda: [p.grad for p in learning]}
-                )
+                gradients = {"gradients": lambda: [p.grad for p in learning]}
+                return trace(lambda: run(self._images, self._first, layout), held, gradients, device=self.device)
             finally:
                 for parameter in [*self.generator.parameters(), *self.discriminator.parameters()]:
                     parameter.grad = None
@@ -91,7 +94,7 @@ class Model:
         network = self.average.module if self.average else self.generator
         with self.mode:
             noise = torch.empty(images, self.recipe.network.latent_dim)
-            return trace(lambda: generate.to_images(network, noise, chunk), self.held())
+            return trace(lambda: generate.to_images(network, noise, chunk), self.held(), device=self.device)
 
     def updating(self, phase: str) -> Timeline:
         """What Adam allocates in its update of the network that ``phase`` trains."""
@@ -101,7 +104,7 @@ class Model:
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
             try:
-                return trace(optimizer.step, self.held() | {"gradients": [*gradients.values()]})
+                return trace(optimizer.step, self.held() | {"gradients": [*gradients.values()]}, device=self.device)
             finally:
                 network.zero_grad(set_to_none=True)
 
@@ -109,7 +112,7 @@ class Model:
         """What D(G(z)) after an update allocates."""
         self._first += 1 << 20
         with self.mode:
-            return trace(lambda: self.step.judge_generated(self._first, layout.sizes), self.held())
+            return trace(lambda: self.step.judge_generated(self._first, layout.sizes), self.held(), device=self.device)
 
     def _images(self, first: int, count: int) -> Tensor:
         return torch.empty(count, *self.recipe.data.shape, dtype=torch.uint8)

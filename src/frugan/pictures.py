@@ -23,6 +23,7 @@ FINAL = 16  # images in the last picture
 
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     """uint8 images ``[n, c, h, w]`` side by side, ``columns`` to a row (default: as square as it gets), small ones enlarged."""
+    images = images.cpu()  # at once, wherever they are
     factor = max(1, LEAST_SIDE // images.shape[-1])
     columns = columns or math.isqrt(len(images) - 1) + 1
     side = images.shape[-1] * factor
@@ -37,7 +38,8 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
 
 def single(image: Tensor) -> Image.Image:
     """One uint8 image ``[c, h, w]``, as large as it is."""
-    return Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy())
+    pixels = image.cpu().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[:, :, 0] if len(image) == 1 else pixels)
 
 
 def save(picture: Image.Image, path: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 
 from frugan.errors import UserError
 from frugan.memory import limit
-from frugan.memory.limit import MIB, Handling
+from frugan.memory.host import Handling
+from frugan.memory.limit import MIB
 from frugan.memory.plan import SMALLEST_COUPLED, Guarantee, Layout, size
 from frugan.memory.probe import seconds
 from frugan.memory.recover import Change, Recovery
@@ -33,23 +34,28 @@ class TooLittle(UserError):
 
 
 def find(recipe: Recipe, device: torch.device, *, approximate: bool = False, **options: Any) -> "tuple[Planner, Plan]":
-    """The planner of ``recipe`` (resolved), and its plan; where nothing fits and ``approximate`` allows it, in bf16.
+    """The planner of ``recipe`` (resolved), and its plan.
 
-    The arguments are the `Planner`'s, and so are the errors.
+    Where nothing fits, moments and average wait on the host if they may, and then bf16 is taken if ``approximate`` allows it. The
+    arguments are the `Planner`'s, and so are the errors.
     """
-    planner = Planner(recipe, device, approximate=approximate, **options)
-    try:
-        return planner, planner.plan()
-    except TooLittle as error:
-        if not approximate or recipe.memory.precision != "fp32":
-            raise
-        refused = error
-        del planner
-    planner = Planner(recipe.replace(precision="bf16"), device, approximate=approximate, **options)
-    try:
-        return planner, replace(planner.plan(), guarantee=Guarantee.APPROXIMATE)
-    except TooLittle as error:
-        raise min(refused, error, key=lambda e: e.smallest) from None
+    ways = [recipe]
+    if recipe.memory.offload_state == "auto" and device.type != "cpu":
+        ways.append(recipe.replace(offload_state="yes"))
+    if approximate and recipe.memory.precision == "fp32":
+        ways += [way.replace(precision="bf16") for way in ways]
+    refused: TooLittle | None = None
+    for way in ways:
+        planner = Planner(way, device, approximate=approximate, **options)
+        try:
+            plan = planner.plan()
+            rounded = way.memory.precision != recipe.memory.precision
+            return planner, replace(plan, guarantee=Guarantee.APPROXIMATE) if rounded else plan
+        except TooLittle as error:
+            refused = error if refused is None or error.smallest < refused.smallest else refused
+        del planner  # with what it measured
+    assert refused
+    raise refused
 
 
 class Planner:
@@ -186,21 +192,19 @@ class Planner:
     def images_per_second(self, plan: Plan) -> float:
         """About how fast ``plan`` trains here: each distinct operator of it is run and timed, alone."""
         total = 0.0
-        if self.device.type == "cpu":
-            limit.handle(plan.handling)
+        limit.handle(plan.handling, self.device)
         for candidate in self.choice.chosen.values():
             timeline, sizes = self.search.exact(candidate.job, candidate.layout).timeline, candidate.layout.sizes
             total += seconds(timeline.calls(), self.device) * sum(sizes) / sum(shortened(sizes))
-        if self.device.type == "cpu":
-            limit.handle("return")
+        limit.handle("return", self.device)
         return self.recipe.training.batch_size / total
 
     def smallest(self) -> tuple[int, int, Candidate]:
         """The smallest budget that would do, the framework's part of it, and what binds it."""
-        binding = max(self.search.smallest().values(), key=lambda c: c.allocated)
+        binding = max(self.search.smallest().values(), key=lambda c: c.least)
         self.search.forget()
         framework = limit.baseline(self.device)
-        return math.ceil((SLACK * framework + self.data + MARGIN + binding.allocated) / MIB) * MIB, framework, binding
+        return math.ceil((SLACK * framework + self.data + MARGIN + binding.least) / MIB) * MIB, framework, binding
 
     def _describe(self, choice: Choice, framework: int, budget: int) -> Plan:
         self.choice = choice
@@ -211,10 +215,11 @@ class Planner:
             timelines.append(exact.timeline)
         layout = choice.chosen["G"].layout
         besides = {"judging": [self.model.judging(replace(layout, sizes=shortened(layout.sizes)))]}
-        if self.recipe.memory.moments != "fp32":  # else Adam allocates nothing
+        if self.recipe.memory.moments != "fp32":  # else Adam allocates nothing, offloaded moments have memory of their own
             besides["update"] = [self.model.updating(phase) for phase in PHASES]
         besides["samples"] = [self.model.sampling(count, layout.micro_batch) for count in (GRID, FINAL)]
         for name, traced in besides.items():
+            timelines += traced
             for timeline in traced:
                 self.search.workspaces.measure(timeline.calls())
             moment = max((t.peak(self.search.workspaces) for t in traced), key=lambda m: m.bytes)
@@ -222,8 +227,9 @@ class Planner:
         if self.evaluation:
             phases["evaluating"] = self._evaluating()
         held = max(sum(parts.values()) for parts in phases.values())
-        if choice.handling == "reuse":
-            held = max(held, self.search.heap(timelines))
+        # Before samples are made, what is free goes back: only phases follow one another in the same memory.
+        held = max(held, self.search.holds(timelines[: len(PHASES)], choice.handling))
+        held = max(held, *(self.search.holds([t], "return") for t in timelines[len(PHASES) :]))
         return Plan(
             {name: c.layout for name, c in choice.chosen.items()}, choice.handling, budget, self.named is not None,
             framework, self.data, phases, held, choice.guarantee,
@@ -244,7 +250,7 @@ class Planner:
             state = sum(parts.get(k, 0) for k in ("weights", "moments", "average", "gradients"))
             why = (
                 f"the framework holds {size(framework)}, images {size(self.data)}, weights with gradients, moments and average "
-                f"{size(state)}, and {binding.job.name}'s phase, with {binding.layout}, {size(binding.allocated - state)}"
+                f"{size(state)}, and {binding.job.name}'s phase, with {binding.layout}, {size(binding.least - state)}"
             )
         lifted = [f"micro-batches below {SMALLEST_COUPLED} under batch norm"] if self.model.coupled else []
         lifted += ["bf16"] if self.recipe.memory.precision == "fp32" else []
@@ -256,13 +262,15 @@ class Planner:
         )
 
 
-def notices(recipe: Recipe, plan: Plan, generator: Network, discriminator: Network) -> list[str]:
+def notices(recipe: Recipe, plan: Plan, generator: Network, discriminator: Network, device: torch.device) -> list[str]:
     """What a person should know of what ``plan`` and ``recipe`` do to the training."""
     told = []
+    if recipe.memory.offload_state == "yes" and device.type != "cpu":
+        told.append("Moments and the averaged generator wait on the host: the same bits, and copies in every update.")
     if recipe.memory.moments == "8bit":
         told.append("Approximate: Adam keeps its moments in 8 bits; --moments fp32 does not.")
     precision = recipe.memory.precision
-    if precision in ("bf16", "fp16"):
+    if precision in ("tf32", "bf16", "fp16"):
         told.append(f"Approximate: {precision} rounds inside the networks; --precision fp32 does not.")
     for name, network in (("discriminator", discriminator), ("generator", generator)):
         cut = {p: layout.micro_batch for p, layout in plan.layouts.items() if len(layout.sizes) > 1}
@@ -284,17 +292,21 @@ def recovery(recipe: Recipe, plan: Plan, step: Step, approximate: bool, changed:
     coupled_d = step.discriminator.couples_samples
 
     @cache
-    def prepare(phase: str, layout: Layout) -> None:
+    def prepare(phase: str, layout: Layout) -> int | None:
         model = Model(recipe, device)
+        if model.real:
+            return None
         job = next(job for job in jobs(model) if job.name == phase)
         try:
-            Search([job], device).exact(job, layout)
+            return Search([job], device).exact(job, layout).least
         except Exception as error:  # networks that cannot be followed have nothing prepared
             if limit.is_out_of_memory(error):
                 raise
+            return None
 
     usable = {p: {k for k, v in levers(recipe, p, device, coupled_d).items() if len(v) > 1} for p in PHASES}
     return Recovery(
         [step.generator, step.discriminator], device, plan.layouts, plan.handling, levers=usable,
         smallest=dict.fromkeys(PHASES, 2) if coupled and approximate else least, coupled=coupled, changed=changed, prepare=prepare,
+        planned=plan.planned,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from frugan.errors import UserError
 from frugan.files import cache_folder, write_text
 from frugan.memory import limit
-from frugan.memory.limit import Handling
+from frugan.memory.host import Handling
 from frugan.memory.plan import Guarantee, Layout
 from frugan.memory.search import MARGIN
 from frugan.recipe import Recipe
@@ -34,6 +34,7 @@ class Plan:
         guarantee: what is left as it is.
         loaded: bytes of ``framework`` that are libraries which training loads by and by.
         plain: whether nothing is done to save memory but what was asked for, as there is plenty.
+        planned: the layouts that were planned, where memory ran out since and ``layouts`` are others.
     """
 
     layouts: dict[str, Layout]
@@ -47,6 +48,7 @@ class Plan:
     guarantee: Guarantee
     loaded: int = 0
     plain: bool = False
+    planned: dict[str, Layout] | None = None
 
     @property
     def allocated(self) -> int:
@@ -62,6 +64,7 @@ class Plan:
         """As JSON has it."""
         return {
             "layouts": {name: layout.as_dict() for name, layout in self.layouts.items()},
+            "planned": {name: layout.as_dict() for name, layout in (self.planned or self.layouts).items()},
             "guarantee": str(self.guarantee), "freed_memory": self.handling,
             "budget": self.budget, "budget_named": self.named, "predicted": self.predicted,
             "framework": self.framework, "data": self.data, "training_allocates": self.allocated, "training_holds": self.held,

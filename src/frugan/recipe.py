@@ -208,12 +208,14 @@ class Memory(Section):
     checkpoint_blocks: Choice = option("auto", "keep the inputs of each block alone and compute it again in backward (bitwise)")
     recompute_generator: Choice = option("auto", "run G again for its backward, so that it is not held beside D (bitwise)")
     offload_activations: Choice = option("auto", "what backward needs waits on the host (bitwise; accelerators)")
-    offload_state: Choice = option("auto", "moments and the averaged generator wait on the host (bitwise; accelerators)")
+    offload_state: Choice = option(
+        "auto", "moments and the averaged generator wait on the host (bitwise; accelerators); auto: where nothing fits otherwise"
+    )
     in_place: bool = option(True, "activations overwrite what they are applied to (bitwise)")
     lean_adam: bool = option(True, "Adam keeps no first moment where beta1 is 0 (reassociation)")
     moments: Literal["fp32", "8bit"] = option("fp32", "how Adam keeps its moments; 8bit needs torchao (approximate)")
-    precision: Literal["fp32", "bf16", "fp16", "auto"] = option(
-        "fp32", "arithmetic inside the networks; auto: bf16 or fp16 where the device is fast at it (approximate)"
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "auto"] = option(
+        "fp32", "arithmetic inside the networks; auto: bf16 or fp16 where the device is fast at it (all but fp32 approximate)"
     )
     channels_last: bool = option(True, "lay images out with the channels innermost: faster convolutions")
 

@@ -86,7 +86,7 @@ class RunFolder:
     def claim(self, recipe: Recipe, plan: Mapping[str, Any]) -> None:
         """Writes down what is asked of this run and how it is laid out, and clears away what a kill left half written."""
         for part in self.path.rglob(".*.part.*"):
-            part.unlink()
+            part.unlink(missing_ok=True)
         write_text(self.plan_file, json.dumps(plan, indent=2) + "\n")
         write_text(self.recipe_file, recipe.to_toml())
 
@@ -103,7 +103,6 @@ class RunFolder:
         newest = self.newest_checkpoint()
         assert newest
         with whole(self.best_file) as part:
-            part.unlink(missing_ok=True)  # of one that was killed: it may be a name of another checkpoint
             try:
                 os.link(newest, part)  # the same file under two names, where that can be
             except OSError:

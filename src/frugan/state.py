@@ -77,8 +77,9 @@ class State:
             "epoch_mean": {name: [float(value), mean.counts[name]] for name, value in mean.sums.items()},
         }
 
-    def restore(self, tensors: Tensors, state: Mapping[str, Any]) -> None:
-        """Becomes what `capture` wrote."""
+    def restore(self, tensors: Tensors, state: Mapping[str, Any]) -> int:
+        """Becomes what `capture` wrote; of how many parameters the moments begin anew, because they were kept in another way."""
+        anew = 0
         for part, network in self._networks():
             own = {k.removeprefix(f"{part}/"): v for k, v in tensors.items() if k.startswith(f"{part}/")}
             if own or part != "ema":
@@ -89,9 +90,11 @@ class State:
             for name, parameter in network.named_parameters():
                 moments = optimizer.state.get(parameter, {})
                 there = {key: tensors.get(f"{part}/{name}/{key}") for key in moments}
-                if all(value is not None for value in there.values()):  # moments that were kept in another way begin anew
+                if all(value is not None for value in there.values()):
                     for key, value in there.items():
                         moments[key].copy_(value)
+                else:
+                    anew += 1
         self.images, self.updates = state["images"], state["updates"]
         if state["scaler"]:  # empty where there was no fp16
             self.scaler.load_state_dict(state["scaler"])
@@ -101,6 +104,7 @@ class State:
         for name, (value, count) in state["epoch_mean"].items():
             self.epoch_mean.sums[name] = torch.tensor(value, device=like.device, dtype=like.dtype)
             self.epoch_mean.counts[name] = count
+        return anew
 
     def _networks(self) -> Iterator[tuple[str, nn.Module]]:
         yield "generator", self.generator

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from frugan import recipe
 from frugan.draws import Draws, Rows
-from frugan.memory import levers
+from frugan.memory import levers, private
 from frugan.memory.plan import Layout, slices
 from frugan.networks import Network
 from frugan.objective import LOSSES, squared_norm, unit_norm
@@ -69,6 +69,7 @@ class Step:
         self.loss = LOSSES[type(self.objective)]
         self.like = next(self.generator.parameters())  # its device and dtype are the networks'
         self._learning = [p for p in self.discriminator.parameters() if p.requires_grad]  # the others are frozen for good
+        self._generating = [*self.generator.parameters()]
         # Gradients of fp16 arithmetic underflow without a scale; with the other precisions the scaler does nothing.
         self.scaler = torch.amp.GradScaler(self.like.device.type, enabled=self.precision == "fp16")
         objective = self.objective
@@ -103,7 +104,7 @@ class Step:
             _add(total, compute(real, fake, row, batch, layout), batch)
             if self.between and between is not None:
                 _, slope, values = self._penalised(between, row, "between", self.between, layout)
-                self._backward(self.between.weight * slope, batch)
+                self._backward(self.between.weight * slope, batch, self._learning)
                 _add(total, {"GP": values}, batch)
         return total
 
@@ -129,13 +130,13 @@ class Step:
                     real_logits = self._judge(self._real(images, row, count), row, "g/real")
             terms = self.loss.generator(self.objective, fake_logits, real_logits)
             _add(total, {"Loss_G": terms, "D(G(z))": self._score(fake_logits)}, batch)
-            self._backward(terms, batch)
+            self._backward(terms, batch, [fake] if layout.recompute_generator else self._generating)
             if layout.recompute_generator:
                 gradient = fake.grad
                 del fake, fake_logits, terms
                 with levers.still_statistics(self.generator):
                     fake = self._generate("latent/g", row, count, learns=True, layout=layout)
-                torch.autograd.backward(fake, gradient)
+                torch.autograd.backward(fake, gradient, inputs=self._generating)
         return total
 
     @torch.no_grad()
@@ -161,7 +162,7 @@ class Step:
         for penalty, slope in ((self.r1, real_slope), (self.r2, fake_slope)):
             if penalty and slope is not None:
                 terms = terms + penalty.weight * slope
-        self._backward(terms, batch)
+        self._backward(terms, batch, self._learning)
         return loss | measured | more
 
     def _one_by_one(self, real: Tensor, fake: Tensor, row: int, batch: int, layout: Layout) -> Terms:
@@ -175,13 +176,13 @@ class Step:
                 other = self._judge(fake, row, "fake")
         logits, slope, measured = self._judged(real, row, "real", self.r1, layout)
         terms = self.loss.discriminator(self.objective, logits, other)
-        self._backward(terms if slope is None or not self.r1 else terms + self.r1.weight * slope, batch)
+        self._backward(terms if slope is None or not self.r1 else terms + self.r1.weight * slope, batch, self._learning)
         real_logits = logits.detach()
         del logits, slope, terms
         logits, slope, more = self._judged(fake, row, "fake", self.r2, layout)
         terms = self.loss.discriminator(self.objective, real_logits, logits)
         loss = {"Loss_D": terms.detach(), "D(x)": self._score(real_logits)}
-        self._backward(terms if slope is None or not self.r2 else terms + self.r2.weight * slope, batch)
+        self._backward(terms if slope is None or not self.r2 else terms + self.r2.weight * slope, batch, self._learning)
         return loss | measured | more
 
     def _judged(
@@ -198,11 +199,11 @@ class Step:
         """Logits, terms ``[n]`` whose gradient in D's weights is the penalty's, and the penalty's values ``[n]``."""
         images.requires_grad_(True)
         if layout.penalty == "double-backward":
-            with levers.offloading(images.device, layout.offload_activations):
+            with self._offloading(self.discriminator, layout):
                 logits = self._judge(images, row, scope)
                 values = penalty.function(_input_gradient(logits, images, create_graph=True))
             return logits, values, values.detach()
-        levers.load_forward_mode()
+        private.load_forward_mode()
         self._judging(False)
         with self._saving(self.discriminator, layout):
             gradient = _input_gradient(self._judge(images, row, scope), images)
@@ -212,8 +213,11 @@ class Step:
         (direction,) = torch.autograd.grad(values.sum(), gradient)
         rows = Rows(self.draws, scope, row, len(images))
         blocks = list(self.discriminator.blocks)
-        offloading = levers.offloading(images.device, layout.offload_activations)
-        with self._autocast(), offloading, levers.still_statistics(self.discriminator):  # they have moved in the pass before
+        with (
+            self._autocast(),
+            self._offloading(self.discriminator, layout),
+            levers.still_statistics(self.discriminator),
+        ):  # they have moved in the pass before
             logits, slope = levers.directional(blocks, images.detach(), direction, rows, recompute=layout.checkpoint_blocks)
         return logits.to(self.like.dtype), slope.to(self.like.dtype), values.detach()
 
@@ -243,8 +247,11 @@ class Step:
     def _saving(self, network: Network, layout: Layout | None) -> Iterator[None]:
         """While open, what ``network`` keeps for backward is kept as ``layout`` says."""
         blocks = network.blocks if layout and layout.checkpoint_blocks else ()
-        with levers.offloading(self.like.device, bool(layout and layout.offload_activations)), levers.recomputing(blocks):
+        with self._offloading(network, layout), levers.recomputing(blocks):
             yield
+
+    def _offloading(self, network: Network, layout: Layout | None) -> AbstractContextManager[object]:
+        return levers.offloading(self.like.device, bool(layout and layout.offload_activations), network.parameters())
 
     def _judge(self, images: Tensor, row: int, scope: str) -> Tensor:
         """Logits ``[n]`` in at least single precision."""
@@ -256,8 +263,9 @@ class Step:
         """What is reported as D(.): the probability of being real where the loss defines one, else the logit."""
         return logits.detach().sigmoid() if self.loss.probability else logits.detach()
 
-    def _backward(self, terms: Tensor, batch: int) -> None:
-        torch.autograd.backward(self.scaler.scale(terms.sum() / batch))
+    def _backward(self, terms: Tensor, batch: int, leaves: Sequence[Tensor]) -> None:
+        """Adds gradients to ``leaves`` alone: those of images, which penalties make leaves too, nobody reads."""
+        torch.autograd.backward(self.scaler.scale(terms.sum() / batch), inputs=leaves)
 
 
 def _input_gradient(logits: Tensor, images: Tensor, *, create_graph: bool = False) -> Tensor:

@@ -31,7 +31,8 @@ def summarise(recipe: Recipe, there: tuple[Network, Network] | None = None) -> d
     where = next(there[0].parameters()).device if there else torch.device("meta")
     with where, torch.no_grad():
         generator, discriminator = there or BUILDERS[type(recipe.network)](recipe.network, size, channels)
-        noise, images = torch.zeros(1, recipe.network.latent_dim), torch.zeros(1, *recipe.data.shape)
+        noise = torch.zeros(1, recipe.network.latent_dim)
+        images = torch.zeros(1, *recipe.data.shape)
         width = 2 if recipe.memory.precision in ("bf16", "fp16") else 4
         return {"generator": _rows(generator, noise, width), "discriminator": _rows(discriminator, images, width)}
 

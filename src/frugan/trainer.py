@@ -2,9 +2,10 @@
 
 import gc
 import math
+import os
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,13 @@ from frugan.step import Terms
 from frugan.summary import summarise
 
 OnUpdate = Callable[[int], None]
+PACKING = 160 << 20  # bytes that decoding and packing images may take: below that a budget is not held while it goes on
+
+
+def train(recipe: Recipe, run: Run, console: Console, on_update: OnUpdate | None = None) -> Path:
+    """What `Trainer.train` does, in a program that finds its memory, threads and arithmetic as they were; the run folder."""
+    with limit.as_before():
+        return Trainer(recipe, run, console, on_update).train()
 
 
 class Trainer:
@@ -60,9 +68,7 @@ class Trainer:
         self.console = console
         self.on_update = on_update
         self.device = device.choose(run.device)
-        limit.handle("return")  # until there is a plan
-        if run.threads:
-            torch.set_num_threads(run.threads)
+        limit.handle("return", self.device)  # until there is a plan
         source = open_source(recipe.data)
         self.recipe = self._resolve(recipe, source)
         data = self.recipe.data
@@ -73,11 +79,7 @@ class Trainer:
                 console.tell(problem)
             self.loader = StreamLoader(source.shards, data, seed=seed, workers=run.workers, tell=console.tell)
         else:
-            keep = keepable(limit.budget(run.memory, self.device), self.device)
-            self.loader = Loader(
-                source, data, seed=seed, workers=run.workers, tell=console.tell, keep=keep, device=self.device,
-                progress=console.packing,
-            )  # fmt: skip
+            self.loader = self._load(source, seed)
         self.name, self.classes = source.name, len(source.classes)  # not the source, which may hold a million names
         self.batch = self.recipe.training.batch_size
         if self.batch > len(self.loader):
@@ -87,8 +89,12 @@ class Trainer:
             )
         self.total = math.ceil(self.recipe.training.epochs * len(self.loader) / self.batch) * self.batch
         self.folder = RunFolder(Path(run.out) if run.out else Path("runs") / f"{source.name}-{self.recipe.recipe}")
-        if run.allow_approximate and self.folder.saved_plan().get("precision") == "bf16":
+        saved = self.folder.saved_plan()
+        if run.allow_approximate and saved.get("precision") == "bf16":
             self.recipe = self.recipe.replace(precision="bf16")  # as it was planned
+        if self.recipe.memory.offload_state == "auto" and saved.get("offload_state") == "yes":
+            self.recipe = self.recipe.replace(offload_state="yes")
+        self._set_threads(saved.get("threads"))
         self.signals = Signals()
         self.begun = False
 
@@ -98,6 +104,41 @@ class Trainer:
         if memory.precision == "auto":
             memory = replace(memory, precision=device.fast_precision(self.device))  # type: ignore[arg-type]
         return replace(recipe, data=data, memory=memory)
+
+    def _load(self, source: Source, seed: int) -> Loader:
+        """The images of ``source``; packing them is held to a budget on the CPU, if that leaves room for it."""
+        run, tell = self.run, self.console.tell
+        budget = limit.budget(run.memory, self.device)
+        keep = keepable(budget, self.device)
+        room = self.device.type == "cpu" and budget is not None and budget - limit.held(self.device) > PACKING
+        try:
+            with limit.limited(budget, self.device) if budget is not None and room else nullcontext():
+                return Loader(
+                    source, self.recipe.data, seed=seed, workers=run.workers, tell=tell, keep=keep, device=self.device,
+                    progress=self.console.packing,
+                )  # fmt: skip
+        except limit.SHORTAGE as error:
+            if isinstance(error, UserError) or not limit.is_out_of_memory(error):
+                raise
+        within = f" within --memory {run.memory}" if room else ""
+        raise UserError(
+            f"memory ran out while packing {source.name}{within}: use fewer --workers, or pack it first with frugan data pack."
+        )
+
+    def _set_threads(self, before: object) -> None:
+        """As asked for, else as many as the run was started with (``before``), since sums are split by threads.
+
+        Before memory is limited: each thread reserves its stack when it starts.
+        """
+        if self.run.threads:
+            torch.set_num_threads(self.run.threads)
+        elif isinstance(before, int) and before != torch.get_num_threads():
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(before)
+            slow = f", more than this machine's {cores} cores: slow" if before > cores else ""
+            self.console.tell(
+                f"With {before} threads, as it was started{slow}; --threads {cores} uses all cores, and differs by rounding."
+            )
 
     def _build(self, resuming: bool) -> State:
         """Networks, optimizers and average, as new or, unless ``resuming``, from the run to start from."""
@@ -136,20 +177,27 @@ class Trainer:
             UserError: the folder is another's, a file cannot be written, or the training went to pieces.
             Stopped: by SIGINT or SIGTERM, with everything saved.
         """
-        gc.freeze()  # what is imported stays: collections need not look at it, which takes them a third of a second
+        self._freezes = not gc.get_freeze_count()  # what a program has frozen itself is its own affair
+        self._freeze()
         try:
-            with self.folder, self.signals:
+            with self.folder, self.signals, device.arithmetic(self.recipe.memory.precision, self.device):
                 return self._train()
-        except (RuntimeError, MemoryError, OutOfMemory) as error:
+        except (*limit.SHORTAGE, OutOfMemory) as error:
             if not (isinstance(error, OutOfMemory) or limit.is_out_of_memory(error)):
                 raise
             raise self._out_of_memory(error) from None
         finally:
-            gc.unfreeze()
+            if self._freezes:
+                gc.unfreeze()
             self.console.stop()
             self.loader.close()
             if self.begun:
                 self.observer.write()  # once more, when nobody trains there any more
+
+    def _freeze(self) -> None:
+        """Collections need not look at what is there now, which takes them a third of a second."""
+        if self._freezes:
+            gc.freeze()
 
     def _train(self) -> Path:
         recipe, folder = self.recipe, self.folder
@@ -158,7 +206,7 @@ class Trainer:
         with closing(observer) as self.observer:
             self.plan = self._plan(resuming=folder.newest_checkpoint() is not None)
             gc.collect()
-            gc.freeze()  # planning imports much
+            self._freeze()  # planning imports much
             with limit.held_to(self.plan.budget if self.plan.named else None, self.plan.handling, self.device):
                 return self._train_within(self._about())
 
@@ -215,7 +263,11 @@ class Trainer:
         state, run, step = self.state, self.recovery.run, self.step
         first, steps_g = state.images, self.recipe.training.discriminator_steps
         self._set_rates()
-        images = self.recovery.again(partial(self.loader.images, first, self.batch))
+        try:
+            images = self.recovery.again(partial(self.loader.images, first, self.batch))
+        except UserError:  # images that cannot be reached any more; nothing of this update has happened yet
+            self._save()
+            raise
         terms = run("D", partial(step.discriminator_phase, images, first))
         self._update(state.optimizer_d)
         if (state.updates + 1) % steps_g == 0:
@@ -300,12 +352,13 @@ class Trainer:
         )
 
     def _changed(self, change: Change) -> None:
-        """Says and writes down what was changed because memory ran out."""
-        images, recovery = self.state.images, self.recovery
+        """Says and writes down what was changed because memory ran out, or suffices again."""
+        images, recovery, cause = self.state.images, self.recovery, change.cause
         self.console.tell(
-            f"Memory ran out in {change.phase}'s phase after {images:,} images; going on with {change.change} ({change.guarantee})."
+            f"{cause[0].upper()}{cause[1:]} in {change.phase}'s phase after {images:,} images; going on with {change.change} "
+            f"({change.guarantee})."
         )
-        event = {"event": "memory ran out", "images": images, "phase": change.phase, "change": change.change}
+        event = {"event": cause, "images": images, "phase": change.phase, "change": change.change}
         self.folder.log(event | {"guarantee": str(change.guarantee)})
         layouts = {name: layout.as_dict() for name, layout in recovery.layouts.items()}
         self.folder.rewrite_plan({"layouts": layouts, "freed_memory": recovery.handling})
@@ -350,12 +403,14 @@ class Trainer:
     def _resume(self) -> None:
         tensors, numbers = self.folder.load_newest() or ({}, {})
         try:
-            self.state.restore(tensors, numbers)
+            anew = self.state.restore(tensors, numbers)
         except (RuntimeError, KeyError) as error:
             reason = str(error).splitlines()[-1].strip().rstrip(".")
             raise UserError(
                 f"the checkpoint in {self.folder.path} does not fit these networks ({reason}): give another --out."
             ) from None
+        if anew:
+            self.console.tell(f"{anew} parameters' moments were kept in another way (precision or memory format) and begin anew.")
         options = self.recipe.optimizer
         if options.schedule == "plateau":  # the reductions so far, of the learning rates as they are asked for now
             before = Recipe.from_toml(numbers["recipe"], "the checkpoint").optimizer
@@ -363,8 +418,6 @@ class Trainer:
             for optimizer, (rate, old, new) in zip((self.state.optimizer_g, self.state.optimizer_d), rates, strict=True):
                 optimizer.param_groups[0]["lr"] = rate * (new / old)
         self.folder.rewind_log(self.state.images)
-        if not self.run.threads and numbers["threads"] != torch.get_num_threads():
-            torch.set_num_threads(numbers["threads"])  # sums are split by threads
         changed = [f"{k} {numbers[k]} then, {v} now" for k, v in self._machine().items() if numbers[k] != v]
         if changed:
             self.console.tell(f"Not the machine it was started on ({'; '.join(changed)}): results can differ by rounding.")
@@ -377,6 +430,7 @@ class Trainer:
         return {
             "images": len(self.loader), "fingerprint": self.loader.fingerprint, "device": str(self.device),
             "precision": self.recipe.memory.precision, "updates": self.total // self.batch,
+            "offload_state": self.recipe.memory.offload_state, "threads": torch.get_num_threads(),
         }  # fmt: skip
 
     def _plan(self, resuming: bool) -> Plan:
@@ -393,7 +447,8 @@ class Trainer:
             if all(sum(layout.sizes) == self.batch for layout in layouts.values()):
                 plan = Planner(self.recipe, self.device, **options).with_layouts(layouts, saved["freed_memory"])
                 if plan is not None:
-                    return plan
+                    planned = {name: Layout.from_dict(layout) for name, layout in saved.get("planned", {}).items()}
+                    return replace(plan, planned=planned or None)
                 self.console.tell("The plan this run was started with does not fit any more; planning anew.")
         planner, plan = find(self.recipe, self.device, **options)
         self.recipe = planner.recipe
@@ -416,5 +471,5 @@ class Trainer:
         self.console.plan(self.plan, self.batch)
         if memory.precision == "fp32" and (fast := device.fast_precision(self.device)) != "fp32":
             tell(f"This device is faster in {fast}, which rounds more: --precision {fast}.")
-        for notice in notices(recipe, self.plan, self.state.generator, self.state.discriminator):
+        for notice in notices(recipe, self.plan, self.state.generator, self.state.discriminator, self.device):
             tell(notice)

@@ -21,10 +21,10 @@ def train(options: Any, recipe: Recipe) -> None:
     _spin_briefly()
     from frugan.console import Console
     from frugan.signals import Stopped
-    from frugan.trainer import Trainer
+    from frugan.trainer import train
 
     try:
-        Trainer(recipe, run, Console(options.quiet)).train()
+        train(recipe, run, Console(options.quiet))
     except Stopped as stopped:
         print(f"frugan: {stopped}", file=sys.stderr)
         sys.exit(128 + stopped.number)

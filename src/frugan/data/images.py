@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import stat
 import zipfile
 from abc import ABC, abstractmethod
@@ -18,6 +19,8 @@ from frugan.data.pack import Pack
 from frugan.recipe import Data
 
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+NAME_BYTES = 120  # of a source, in names of files: systems allow 255, and more than a source's name is in them
 
 Tell = Callable[[str], None]  # is called with what a person should know
 Entry = tuple[str, int, int]  # a file: its path, its bytes, and what changes when they do
@@ -194,6 +197,13 @@ def reason(error: Exception) -> str:
 def shown(path: str) -> str:
     """A path on one line, whatever is in it."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in path)
+
+
+def plain(name: str) -> str:
+    """``name`` as part of the name of a file or folder, whatever is in it: on one line, of one level, not hidden, not too long."""
+    kept = "".join(c if c.isprintable() and c not in "/\\:" else "-" for c in name)
+    kept = re.sub(r"\.{2,}", ".", kept).lstrip(".- ")
+    return kept.encode()[:NAME_BYTES].decode(errors="ignore") or "images"
 
 
 def is_image(name: str) -> bool:

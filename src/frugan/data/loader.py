@@ -64,7 +64,7 @@ def bytes_of(images: int, data: Data, keep: int = SMALL) -> int:
 def keepable(budget: int | None, device: torch.device) -> int:
     """Bytes of images worth keeping on ``device``: at most a quarter of what a budget leaves there, or of what is free."""
     there = limit.spare(device) if budget is None else budget - limit.held(device)
-    return max(0, there // 4 if device.type == "cuda" else min(SMALL, there // 4))
+    return max(0, min(SMALL, there // 4) if device.type in ("cpu", "mps") else there // 4)
 
 
 class Loader:

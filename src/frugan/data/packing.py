@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from frugan.data.decode import Pixels, background_colour
 from frugan.data.images import ArraySource, Source, Tell, reason
 from frugan.data.pack import VERSION, Manifest, Pack
 from frugan.errors import UserError
-from frugan.files import cache_folder
+from frugan.files import cache_folder, sweep
 from frugan.memory.plan import size as in_words
 from frugan.recipe import Data
 
@@ -49,7 +49,8 @@ def packed(source: Source, data: Data, *, workers: int, tell: Tell, progress: Pr
     folder = cache_folder() / "packs" / f"{source.name}-{hashlib.sha256(wanted.encode(errors='surrogateescape')).hexdigest()[:16]}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
+        sweep(folder.parent, ".*.part")
+        with _lock(folder):
             if folder.exists():
                 try:
                     pack = Pack(folder)
@@ -61,7 +62,7 @@ def packed(source: Source, data: Data, *, workers: int, tell: Tell, progress: Pr
                     tell(f"{source.name} has changed since it was packed: packing it anew.")
                 except UserError as error:
                     tell(str(error))
-            return make(source, data, folder, workers=workers, tell=tell, progress=progress)
+            return _make(source, data, folder, workers, tell, progress)
     except OSError as error:
         raise _unwritable(folder, error) from None
 
@@ -70,8 +71,24 @@ def make(source: Source, data: Data, folder: Path, *, workers: int, tell: Tell, 
     """Packs ``source`` into ``folder``, which is replaced when everything is written; the same bytes however many ``workers``.
 
     Raises:
-        UserError: no image can be read, or ``folder`` cannot be written.
+        UserError: no image can be read, or ``folder`` cannot be written, or another process is writing it.
     """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(folder).acquire(blocking=False):
+            return _make(source, data, folder, workers, tell, progress)
+    except Timeout:
+        raise UserError(f"another process is packing into {folder}: wait for it, or give another --out.") from None
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _lock(folder: Path) -> FileLock:
+    return FileLock(folder.with_name(f".{folder.name}.lock"))
+
+
+def _make(source: Source, data: Data, folder: Path, workers: int, tell: Tell, progress: Progress | None) -> Pack:
+    """Packs ``source``; ``folder`` is locked."""
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of one that was killed
     try:
@@ -90,8 +107,6 @@ def make(source: Source, data: Data, folder: Path, *, workers: int, tell: Tell, 
         if folder.exists():
             shutil.rmtree(folder)
         part.replace(folder)
-    except OSError as error:
-        raise _unwritable(folder, error) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return Pack(folder)

@@ -162,16 +162,40 @@ def tars(data: Data) -> Source | None:
     return TarSource(name.removesuffix(".tar"), str(path.absolute()), shards, data.label_column, missing)
 
 
+def file_in(cell: dict[str, Any] | None, folders: Sequence[Path]) -> bytes:
+    """The image file in a cell of a table, or the one that it names within ``folders``; relative names begin at the first.
+
+    A table that somebody else made must not reach for other files, nor for the network.
+
+    Raises:
+        OSError, ValueError: there is none, or it lies elsewhere.
+    """
+    content, name = (cell or {}).get("bytes"), (cell or {}).get("path")
+    if content is not None:
+        return bytes(content)
+    if not name:
+        raise ValueError("there is no image in it")
+    if "://" in name or not folders:
+        raise ValueError(f"it names {shown(name)} instead of holding an image")
+    file: Path = (folders[0] / name).resolve()
+    if not any(file.is_relative_to(folder.resolve()) for folder in folders):
+        raise ValueError(f"it names {shown(name)}, which lies outside the folder of the table")
+    if not file.is_file():  # reading a pipe would wait for ever
+        raise ValueError(f"it names {shown(name)}, where there is no file")
+    return file.read_bytes()
+
+
 class RecordSource(Source):
-    """The images of a table that Hugging Face datasets has opened.
+    """The images of a table that Hugging Face datasets has opened; files that it names are read if they lie in ``folders``.
 
     Raises:
         UserError: there is no such column.
     """
 
-    def __init__(self, name: str, place: str, stamp: str, table: Any, data: Data) -> None:
+    def __init__(self, name: str, place: str, stamp: str, table: Any, data: Data, folders: Sequence[Path]) -> None:
         import datasets
 
+        self.folders = folders
         self.name, self.place, self.stamp = name, place, stamp
         features = table.features
         images = [c for c, kind in features.items() if isinstance(kind, datasets.Image)]
@@ -203,15 +227,12 @@ class RecordSource(Source):
 
     def where(self, index: int) -> str:
         """Its row, with its file name if it has one."""
-        path = self.table[index][self.column]["path"]
-        return f"row {index} of {self.name}" + (f" ({PurePosixPath(path).name})" if path else "")
+        path = (self.table[index][self.column] or {}).get("path")
+        return f"row {index} of {self.name}" + (f" ({shown(PurePosixPath(path).name)})" if path else "")
 
     def open(self, index: int, at_least: int) -> Image.Image:
         """Image ``index`` with its pixels read."""
-        cell = self.table[index][self.column]
-        if cell is None:
-            raise ValueError("there is no image in it")
-        return loaded(BytesIO(cell["bytes"]) if cell["bytes"] is not None else Path(cell["path"]), at_least)
+        return loaded(BytesIO(file_in(self.table[index][self.column], self.folders)), at_least)
 
 
 def records(data: Data) -> Source | None:
@@ -231,6 +252,7 @@ def records(data: Data) -> Source | None:
         return None
     try:
         import datasets
+        from huggingface_hub import constants
     except ImportError:
         raise UserError(f"{data.data} needs Hugging Face datasets: pip install frugan[datasets].") from None
     datasets.disable_progress_bars()
@@ -240,10 +262,15 @@ def records(data: Data) -> Source | None:
             chosen = [p for p in files if split and split in p.stem] or files  # train-00000-of-00002.parquet
             table = datasets.load_dataset(TABLES[files[0].suffix], data_files=[str(p) for p in chosen], split="train")
             stamp = stamp_of((str(p), (about := p.stat()).st_size, about.st_mtime_ns) for p in chosen)
+            folders = [path if path.is_dir() else path.parent]
         else:
             table = datasets.load_dataset(data.data, split=split)
             table = datasets.concatenate_datasets(list(table.values())) if split is None else table
             stamp = table._fingerprint
+            config = datasets.config  # where what the hub has as files lies once it is here
+            folders = [Path(p) for p in (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)]
+    except MemoryError:
+        raise
     except Exception as error:  # of datasets, fsspec, pyarrow and the network
         reason = " ".join(str(error).split())[:200].rstrip(".")
         if files:
@@ -253,4 +280,4 @@ def records(data: Data) -> Source | None:
             "check the name and --split, or download its parquet files and name their folder."
         ) from None
     name = path.name if path.is_dir() else path.stem if files else data.data.split("/")[1]
-    return RecordSource(name, str(path.absolute()) if files else data.data, stamp, table, data)
+    return RecordSource(name, str(path.absolute()) if files else data.data, stamp, table, data, folders)

@@ -11,10 +11,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 
 from frugan.data import idx
-from frugan.data.images import SUFFIXES, ArraySource, Entry, FileSource, PackSource, Source, is_image, outside, stamp_of
+from frugan.data.images import (
+    SUFFIXES,
+    ArraySource,
+    Entry,
+    FileSource,
+    PackSource,
+    Source,
+    is_image,
+    outside,
+    plain,
+    stamp_of,
+)  # fmt: skip
 from frugan.data.pack import Pack
 from frugan.data.shards import records, tars
 from frugan.data.stream import stream
@@ -38,6 +50,7 @@ def open_source(data: Data) -> Source:
             if source is not None:
                 if len(source) == 0:
                     raise UserError(f"{data.data} holds no images.")
+                source.name = plain(source.name)  # which may come from a manifest or a URL, and becomes part of paths
                 return source
         if path.exists():
             raise UserError(f"{path} is neither a folder nor a zip of images.")
@@ -87,11 +100,15 @@ def named(data: Data) -> Source | None:
     import torchvision.datasets
 
     part, whole = cache_folder() / f".{kind}.part", cache_folder() / kind
-    shutil.rmtree(part, ignore_errors=True)
     try:
-        getattr(torchvision.datasets, kind)(part, download=True)
-        shutil.rmtree(whole, ignore_errors=True)
-        (part / kind).replace(whole)  # so that what is there is complete
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(part.with_suffix(".lock")):
+            if (source := idx_folder(whole / "raw", name, data.split, classes)) is not None:
+                return source  # another process has fetched it meanwhile
+            shutil.rmtree(part, ignore_errors=True)
+            getattr(torchvision.datasets, kind)(part, download=True)
+            shutil.rmtree(whole, ignore_errors=True)
+            (part / kind).replace(whole)  # so that what is there is complete
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"cannot download {name} ({error}); put its four IDX files into {Path('data') / name} and run the same command again."

@@ -3,7 +3,8 @@
 An epoch reads all shards in a new order, one after the other, in blocks of images; within a block they are shuffled. Where an
 image comes in an epoch follows from the seed and the number of images alone, so that a training resumes at the image where it
 stopped, and processes that share an epoch take every ``world``-th image each, without knowing of one another. An image that cannot
-be read is named, and the one before it in its block stands in its place.
+be read is named, and the one before it in its block stands in its place. Where the network or the system fails for a while, a shard
+is opened again at the image where it stopped: no image is replaced for that.
 """
 
 import io
@@ -11,11 +12,14 @@ import math
 import re
 import tarfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,13 +29,28 @@ from torch import Tensor
 
 from frugan.data.decode import Pixels, background_colour, fit, flatten
 from frugan.data.images import Source, Tell, is_image, loaded, reason, stamp_of
-from frugan.data.shards import TABLES, braced
+from frugan.data.shards import TABLES, braced, file_in
 from frugan.draws import Order, derive
 from frugan.errors import UserError
 from frugan.recipe import Data
 
 BLOCK_BYTES = 32 << 20  # of decoded images that are shuffled among each other; two such blocks are held
-Item = tuple[str, bytes]  # what to call an image, and the file it is
+WAITS = (1, 2, 4, 8, 16, 32)  # seconds between attempts to read a shard that the network or the system fails
+AT_START = 3  # of them before a training begins: then somebody sits there
+Item = tuple[str, bytes | str]  # what to call an image, and the file it is, or why there is none
+T = TypeVar("T")
+
+
+class Damaged(Exception):
+    """A shard is not what it should be, however often it is read."""
+
+
+class Unreachable(UserError):
+    """A shard cannot be had now, and may be there later."""
+
+
+# What trying again does not help against.
+LASTING = (tarfile.TarError, Damaged, FileNotFoundError, PermissionError, ImportError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -55,11 +74,10 @@ def tar_shard(url: str) -> Shard:
     Raises:
         UserError: it cannot be read.
     """
-    try:
+
+    def count() -> int:
         with _opened(url) as archive:
-            count = sum(1 for member in archive if member.isfile() and is_image(member.name))
-    except (OSError, tarfile.TarError, ValueError, ImportError) as error:
-        raise UserError(f"cannot read the shard {url}: {reason(error)}.") from None
+            return sum(1 for member in archive if member.isfile() and is_image(member.name))
 
     def read(skip: int) -> Iterator[Item]:
         with _opened(url) as archive:
@@ -72,7 +90,7 @@ def tar_shard(url: str) -> Shard:
                 file = archive.extractfile(member)
                 yield f"{url}/{member.name}", file.read() if file else b""
 
-    return Shard(url, count, read)
+    return Shard(url, _patiently(count, f"read the shard {url}"), read)
 
 
 class _Forgetful(tarfile.TarFile):
@@ -85,11 +103,12 @@ class _Forgetful(tarfile.TarFile):
         return member
 
 
-def _opened(url: str) -> Any:
+@contextmanager
+def _opened(url: str) -> Iterator[tarfile.TarFile]:
     import fsspec
 
-    file = fsspec.open(url, "rb").open()
-    return _Forgetful.open(fileobj=file, mode="r|*")
+    with fsspec.open(url, "rb") as file, _Forgetful.open(fileobj=file, mode="r|*") as archive:
+        yield archive
 
 
 def table_shard(url: str, data: Data) -> Shard:
@@ -98,7 +117,8 @@ def table_shard(url: str, data: Data) -> Shard:
     Raises:
         UserError: it cannot be read, or has no column of images.
     """
-    try:
+
+    def opened() -> tuple[int, Any, str]:
         import datasets
         import fsspec
         from pyarrow import parquet
@@ -110,17 +130,50 @@ def table_shard(url: str, data: Data) -> Shard:
         column = data.image_column or next((c for c, k in table.features.items() if isinstance(k, datasets.Image)), "image")
         if column not in table.features:
             raise UserError(f"{url} has no column of images: name one of {', '.join(table.features)} with --image-column.")
-        table = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    except UserError:
-        raise
-    except Exception as error:  # of datasets, fsspec, pyarrow and the network
-        raise UserError(f"cannot read the shard {url}: {' '.join(str(error).split())[:200].rstrip('.')}.") from None
+        return count, table.select_columns([column]).cast_column(column, datasets.Image(decode=False)), column
+
+    count, table, column = _patiently(opened, f"read the shard {url}")
+    folders = [] if "://" in url else [Path(url).parent]
 
     def read(skip: int) -> Iterator[Item]:
-        for number, row in enumerate(table.skip(skip), skip):
-            yield f"row {number} of {url}", (row[column] or {}).get("bytes") or b""
+        from pyarrow import ArrowInvalid
+
+        try:
+            for number, row in enumerate(table.skip(skip), skip):
+                try:
+                    content: bytes | str = file_in(row[column], folders)
+                except (OSError, ValueError) as error:
+                    content = reason(error)
+                yield f"row {number} of {url}", content
+        except ArrowInvalid as error:
+            raise Damaged(reason(error)) from None
 
     return Shard(url, count, read)
+
+
+def _patiently(attempt: Callable[[], T], what: str) -> T:
+    """What ``attempt`` gives, tried again for some seconds where the network or the system fails.
+
+    Raises:
+        UserError: it fails for good; says that one cannot do ``what``.
+    """
+    for wait in (*WAITS[:AT_START], None):
+        try:
+            return attempt()
+        except (UserError, MemoryError):
+            raise
+        except LASTING as error:
+            raise UserError(f"cannot {what}: {_short(error)}.") from None
+        except Exception as error:  # what networks, file systems and their drivers raise is without end
+            why = _short(error)
+        if wait is None:
+            break
+        time.sleep(wait)
+    raise Unreachable(f"cannot {what} ({why}): check the connection, then run the same command again.")
+
+
+def _short(error: Exception) -> str:
+    return reason(error)[:200].rstrip(".")
 
 
 class ShardSource(Source):
@@ -163,6 +216,8 @@ def stream(data: Data) -> Source | None:
     for name in names:
         try:
             shards.append(table_shard(name, data) if Path(name).suffix in TABLES else tar_shard(name))
+        except Unreachable:
+            raise  # without it this would be another training
         except UserError as error:
             if len(names) == 1:
                 raise
@@ -183,11 +238,12 @@ def _expanded(text: str) -> tuple[list[str], list[str]]:
     if Path(text).is_dir():
         return sorted(str(p) for p in Path(text).iterdir() if p.suffix in (".tar", *TABLES)), []
     if any(c in text for c in "*?["):
-        try:
+
+        def listed() -> tuple[Any, list[str]]:
             system, path = fsspec.core.url_to_fs(text)
-            found = sorted(system.glob(path))
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"cannot list {text}: {reason(error)}.") from None
+            return system, sorted(system.glob(path))
+
+        system, found = _patiently(listed, f"list {text}")
         return [system.unstrip_protocol(p) if "://" in text else p for p in found], []
     return [text], []
 
@@ -228,7 +284,8 @@ class StreamLoader:
         self._decoders = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")
         self._blocks: dict[tuple[int, int], Future[dict[int, Pixels]]] = {}
-        self._stream: tuple[int, int, Iterator[Item]] | None = None  # of which epoch, from which image on
+        self._closing = threading.Event()
+        self._stream: tuple[int, int, Generator[Item]] | None = None  # of which epoch, from which image on
         # All threads at once: each reserves its stack when it starts, which must not happen within a limit on memory.
         together = threading.Barrier(workers)
         list(self._decoders.map(lambda _: together.wait(), range(workers)))
@@ -262,6 +319,7 @@ class StreamLoader:
 
     def close(self) -> None:
         """Ends the threads."""
+        self._closing.set()
         for pool in (self._reader, self._decoders):
             pool.shutdown(cancel_futures=True)
 
@@ -270,7 +328,11 @@ class StreamLoader:
         key = (epoch, offset // self.block)
         if key not in self._blocks:
             self._blocks[key] = self._reader.submit(self._read, *key)
-        found = self._blocks[key].result()[offset % self.block]
+        try:
+            found = self._blocks[key].result()[offset % self.block]
+        except Exception:
+            del self._blocks[key]  # to be read anew if it is asked for again
+            raise
         if (after := self._after(key)) not in self._blocks:
             self._blocks = {key: self._blocks[key], after: self._reader.submit(self._read, *after)}
         return found
@@ -285,18 +347,21 @@ class StreamLoader:
         count = min(self.block, self.length - begin)
         places = np.empty(count, np.int64)  # of the image that is read n-th
         places[Order(derive(self.seed, "block", epoch, block), count).read(0, count).numpy()] = np.arange(count)
-        if self._stream is None or self._stream[:2] != (epoch, begin):
-            self._stream = (epoch, begin, self._from(epoch, begin))
-        stream = self._stream[2]
-        waiting: dict[int, Future[Pixels | None]] = {}
-        for place in places.tolist():
-            name, content = next(stream)
-            if (epoch * self.length + begin + place) % self.world == self.rank:
-                waiting[place] = self._decoders.submit(self._decode, name, content)
-            if len(waiting) % 64 == 0 and waiting:
-                next(reversed(waiting.values())).result()  # what is encoded does not gather
+        before, self._stream = self._stream, None  # what fails is not gone on with
+        stream = before[2] if before and before[:2] == (epoch, begin) else self._from(epoch, begin)
+        try:
+            waiting: dict[int, Future[Pixels | None]] = {}
+            for place in places.tolist():
+                name, content = next(stream)
+                if (epoch * self.length + begin + place) % self.world == self.rank:
+                    waiting[place] = self._decoders.submit(self._decode, name, content)
+                if len(waiting) % 64 == 0 and waiting:
+                    next(reversed(waiting.values())).result()  # what is encoded does not gather
+            decoded = {place: future.result() for place, future in waiting.items()}
+        except BaseException:
+            stream.close()
+            raise
         self._stream = (epoch, begin + count, stream)
-        decoded = {place: future.result() for place, future in waiting.items()}
         good = next((pixels for pixels in decoded.values() if pixels is not None), None)
         if decoded and good is None:
             raise UserError(f"none of {len(decoded)} images in a row can be read, from {self.shards[0].name} on.")
@@ -304,37 +369,68 @@ class StreamLoader:
             decoded[place] = good = pixels if pixels is not None else good
         return {place: pixels for place, pixels in decoded.items() if pixels is not None}
 
-    def _from(self, epoch: int, skip: int) -> Iterator[Item]:
+    def _from(self, epoch: int, skip: int) -> Generator[Item]:
         """Every image of an epoch but the first ``skip``, from shard to shard."""
         order = Order(derive(self.seed, "shards", epoch), len(self.shards)).read(0, len(self.shards)).tolist()
         for number in order:
             shard = self.shards[number]
-            if skip >= shard.images:
-                skip -= shard.images
-                continue
-            given, why = skip, "it is cut short"
-            try:
-                for item in shard.read(skip):
-                    yield item
-                    given += 1
-            except (OSError, tarfile.TarError) as error:
-                why = reason(error)
-            if given < shard.images and shard.name not in self._told:
-                self._told.add(shard.name)
-                self.tell(f"The rest of {shard.name} cannot be read: {why}.")
-            for _ in range(given, shard.images):
-                yield f"the rest of {shard.name}", b""
-            skip = 0
+            if skip < shard.images:
+                yield from self._whole(shard, skip)
+            skip = max(0, skip - shard.images)
 
-    def _decode(self, name: str, content: bytes) -> NDArray[np.uint8] | None:
+    def _whole(self, shard: Shard, given: int) -> Iterator[Item]:
+        """Every image of ``shard`` but the first ``given``; where the network or the system fails, it is read on after a while.
+
+        A shard that ends too early twice at the same image is cut short or damaged: its rest is named once, and images that cannot
+        be read stand for it.
+        """
+        failed = 0  # attempts in a row that gave no image
+        ended = None  # at which image it ended too early
+        while given < shard.images:
+            why = "it is cut short"
+            try:
+                for item in islice(shard.read(given), shard.images - given):
+                    yield item
+                    given, failed = given + 1, 0
+            except (UserError, MemoryError):
+                raise
+            except (tarfile.TarError, Damaged) as error:
+                why = reason(error)
+            except Exception as error:  # what networks, file systems and their drivers raise is without end
+                self._wait(shard, error, failed)
+                failed += 1
+                continue
+            if given == ended:
+                rest = f"the rest of {shard.name}"
+                if rest not in self._told:
+                    self._told.add(rest)
+                    self.tell(f"The rest of {shard.name} cannot be read: {why}.")
+                for _ in range(given, shard.images):
+                    yield rest, why
+                return
+            ended = given
+
+    def _wait(self, shard: Shard, error: Exception, failed: int) -> None:
+        if failed == len(WAITS) or self._closing.is_set():
+            raise UserError(
+                f"cannot read on in {shard.name} ({_short(error)}), tried {failed + 1} times: check the connection, and that the "
+                "shard is whole, then run the same command again, which goes on from the last checkpoint."
+            ) from None
+        if not failed:
+            self.tell(f"{shard.name}: {_short(error)}; trying again.")
+        self._closing.wait(WAITS[failed])
+
+    def _decode(self, name: str, content: bytes | str) -> NDArray[np.uint8] | None:
         channels, size, _ = self.shape
         try:
+            if isinstance(content, str):
+                raise ValueError(content)
             with loaded(io.BytesIO(content), size) as image:
                 return fit(flatten(image, self.background), size, channels)
         except MemoryError:
             raise
         except Exception as error:  # what decoders raise for files that are not what they say is without end
-            if content and name not in self._told:
+            if name not in self._told:
                 self._told.add(name)
                 self.tell(f"Skipped {name}: {reason(error)}.")
             return None

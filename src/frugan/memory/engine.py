@@ -8,19 +8,20 @@ with engine:
 """
 
 import math
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from frugan.errors import UserError
-from frugan.memory import levers, limit
+from frugan.memory import levers, limit, private
 from frugan.memory.limit import MIB
-from frugan.memory.plan import Layout, size, slices
+from frugan.memory.plan import Layout, size, slices, split
 from frugan.memory.recover import Change, Recovery
 from frugan.memory.search import MARGIN, SLACK, Choice, Job, Search
 from frugan.memory.trace import Timeline, trace
@@ -33,18 +34,27 @@ def accumulate(loss: Loss, module: nn.Module, tensors: Sequence[Tensor], sizes: 
     """Adds the gradients of the mean of ``loss(module, *tensors)`` over all samples, in micro-batches of ``sizes``.
 
     Args:
-        loss: gives one term a sample, ``[n]``; what it draws at random must come with ``tensors``.
+        loss: gives one term a sample, ``[n]``; what it draws at random should come with ``tensors``.
         module: what is trained.
         tensors: each ``[n, ...]``; are cut along their first dimension, and moved to the module's device a piece at a time.
         sizes: sum to n.
 
     Returns:
         The mean loss, without graph.
+
+    Raises:
+        UserError: the loss gives something else than one term a sample.
     """
     device = next(module.parameters()).device
     total = torch.zeros((), device=device)
     for begin, count in slices(sizes):
-        mean = loss(module, *(t[begin : begin + count].to(device) for t in tensors)).sum() / sum(sizes)
+        terms = loss(module, *(t[begin : begin + count].to(device) for t in tensors))
+        if tuple(terms.shape) != (count,):
+            raise UserError(
+                f"the loss gave a tensor of shape {list(terms.shape)} for {count} samples: it must give one term a sample, "
+                f"[{count}] (reduction='none'), of which the engine takes the mean."
+            )
+        mean = terms.sum() / sum(sizes)
         torch.autograd.backward(mean)
         total += mean.detach()
     return total
@@ -56,11 +66,13 @@ class Engine(AbstractContextManager["Engine"]):
     Args:
         module: on its device.
         loss: see `accumulate`.
-        optimizer: over the module's parameters. Moments it has not made yet are made by `plan`.
-        batch: samples in an update.
-        memory: the most that the process (on CUDA: its part of the device) may hold, as ``2GiB``; None: most of what is free.
-        blocks: parts of the module, each called with one tensor, that may be recomputed in backward.
-        changed: is told what was changed when memory ran out.
+        optimizer: over the module's parameters. Memory for the state that it has not made yet is kept free for it.
+        batch: samples in an update, at most.
+        memory: the most that the process (on an accelerator: its part of the device) may hold, as ``2GiB``; None: most of what is
+            free.
+        blocks: parts of the module, each called with one tensor, that may be recomputed in backward. What they draw from torch's
+            global generators (dropout) they draw again.
+        changed: is told of every change to go on when memory ran out.
 
     Raises:
         UserError: the budget says nothing, or cannot be held on this device.
@@ -77,91 +89,127 @@ class Engine(AbstractContextManager["Engine"]):
         self.blocks = blocks
         self.device = next(module.parameters()).device
         self.budget = limit.budget(memory, self.device)
-        self.coupled = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+        self.coupled = any(isinstance(m, private.batch_norm()) for m in module.modules())
+        self.draws = False  # whether it draws from torch's global generators
         self.changed = changed
         self.followed = True  # whether the module could be traced without running it
         self.choice: Choice | None = None
         self.predicted = 0
+        self._reserved: list[Tensor] = []  # for the optimizer's state, until its first update
+        self._open = ExitStack()
 
     def plan(self, *tensors: Tensor) -> Choice:
         """Chooses how a batch is computed; ``tensors`` are what `step` gets, of at least one sample, and are not trained on.
 
         Raises:
-            UserError: nothing fits; names the smallest budget that would do.
+            UserError: nothing fits; names the smallest budget that would do. Or the loss does not give one term a sample.
         """
-        self._make_moments()
+        with limit.as_before():
+            return self._plan(tensors)
+
+    def _plan(self, tensors: Sequence[Tensor]) -> Choice:
+        update = self._reserve()
+        least = min(2, self.batch)
+        self.draws = any(call.random for call in self._trace(tensors, Layout(sizes=(least,)), False).calls())
         variants = [{"checkpoint_blocks": False}] + ([{"checkpoint_blocks": True}] if self.blocks else [])
-        job = Job(STEP, self.batch, variants, partial(self._trace, tensors), self.coupled, 2 if self.coupled else 1)
+        smallest = least if self.coupled else 1
+        job = Job(STEP, self.batch, variants, partial(self._trace, tensors), self.coupled, smallest, draws=self.draws)
         search = Search([job], self.device)
         search.prepare()
-        state = sum(t.untyped_storage().nbytes() for t in self._held())
+        state = sum(t.untyped_storage().nbytes() for t in self._held() if t.device.type == self.device.type)
         framework = limit.baseline(self.device) - state  # the state is there already, and is part of every timeline
-        choice = search.choose((self.budget or framework + limit.spare(self.device)) - framework - MARGIN)
+        updating = 0
+        if update:
+            search.workspaces.measure(update.calls())
+            updating = search.holds([update], "return")
+        available = (self.budget or framework + limit.spare(self.device)) - framework - MARGIN
+        choice = search.choose(available) if updating <= available else None
         if choice is None:
-            least = search.smallest()[STEP]
-            smallest = SLACK * framework + MARGIN + least.allocated
+            binding = search.smallest()[STEP]
+            needs = max(binding.least, updating)
+            what = f"{binding.layout} allocates {size(needs)}" if needs > updating else f"the update allocates {size(updating)}"
             raise UserError(
                 f"{size(self.budget or 0)} are too little for this training: the smallest that works is "
-                f"{math.ceil(smallest / MIB)}MiB, because "
-                f"the framework holds {size(framework)}, and {least.layout} allocates {size(least.allocated)}."
+                f"{math.ceil((SLACK * framework + MARGIN + needs) / MIB)}MiB, because "
+                f"the framework holds {size(framework)}, and {what}."
             )
         self.choice = choice
-        self.predicted = framework + choice.chosen[STEP].needs(choice.handling)
+        self.predicted = framework + max(choice.chosen[STEP].needs(choice.handling), updating)
         self.recovery = Recovery(
-            [self.module], self.device, {STEP: choice.chosen[STEP].layout}, choice.handling, coupled=self.coupled,
-            levers={STEP: {"checkpoint_blocks"} if self.blocks else set()}, smallest={STEP: 2 if self.coupled else 1},
-            changed=self.changed, prepare=lambda _, layout: search.exact(job, layout),
+            [self.module], self.device, {STEP: choice.chosen[STEP].layout}, choice.handling, coupled=self.coupled or self.draws,
+            levers={STEP: {"checkpoint_blocks"} if self.blocks else set()}, smallest={STEP: smallest},
+            changed=self.changed, prepare=lambda _, layout: search.exact(job, layout).least,
         )  # fmt: skip
         return choice
 
     def __enter__(self) -> Self:
         assert self.choice is not None, "plan first"
-        self._held_to = limit.held_to(self.budget, self.choice.handling, self.device)
-        self._held_to.__enter__()
+        self._open.enter_context(limit.as_before())
+        self._open.enter_context(limit.held_to(self.budget, self.choice.handling, self.device))
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._held_to.__exit__(*error)
+        self._open.close()
 
     def step(self, *tensors: Tensor) -> Tensor:
-        """One update by a batch; the mean loss, without graph."""
-        mean = self.recovery.run(STEP, lambda layout: self._compute(layout, tensors))
+        """One update by a batch of at most ``batch`` samples, each tensor ``[n, ...]``; the mean loss over them, without graph.
+
+        Raises:
+            UserError: too many samples, none, or not the same number in every tensor.
+            frugan.memory.recover.OutOfMemory: the cheapest way needs more than there is.
+        """
+        counts = {len(t) for t in tensors}
+        if len(counts) != 1 or not 1 <= (count := counts.pop()) <= self.batch:
+            raise UserError(
+                f"the engine takes batches of 1 to {self.batch} samples, as many in every tensor, not {[len(t) for t in tensors]}."
+            )
+        mean = self.recovery.run(STEP, lambda layout: self._compute(fitted(layout, count), tensors))
+        self._reserved = []
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return mean
 
-    def _compute(self, layout: Layout, tensors: Sequence[Tensor]) -> Tensor:
-        with levers.recomputing(self.blocks if layout.checkpoint_blocks else ()):
+    def _compute(self, layout: Layout, tensors: Sequence[Tensor], draws: bool = True) -> Tensor:
+        with levers.recomputing(self.blocks if layout.checkpoint_blocks else (), draws):
             return accumulate(self.loss, self.module, tensors, layout.sizes)
 
-    def _make_moments(self) -> None:
-        """An update by zero gradients at rate zero makes them, and changes nothing else."""
-        if self.optimizer.state:
-            return
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
-            for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, Tensor):
-                    value.zero_()
+    def _reserve(self) -> Timeline | None:
+        """What an update of the optimizer allocates, or None where it cannot be followed; keeps memory for the state it will make.
+
+        A copy of the optimizer makes two updates of parameters without memory, so that its own state is left to begin as it would.
+        """
+        learning = [p for group in self.optimizer.param_groups for p in group["params"]]
+        sizes = [p.untyped_storage().nbytes() for p in learning for _ in range(2)]  # where nothing is known: as Adam's
+        update = None
+        if (mode := private.imitating()) is not None:
+            try:
+                with mode:
+                    twin = _twin(self.optimizer)
+                    weights = [p for group in twin.param_groups for p in group["params"]]
+                    for p in weights:
+                        p.grad = torch.zeros_like(p)
+                    type(twin).step(twin)
+                    state = _tensors(twin)
+                    held: dict[str, list[Tensor | None]] = {"weights": [*weights], "moments": [*state]}
+                    held["gradients"] = [p.grad for p in weights]
+                    update = trace(lambda: type(twin).step(twin), held, device=self.device)
+                    sizes = [t.untyped_storage().nbytes() for t in state if t.device.type == self.device.type]
+            except Exception as error:  # what an optimizer of somebody's own does with numbers that are not there
+                if limit.is_out_of_memory(error):
+                    raise
+        if not self.optimizer.state:
+            self._reserved = [torch.empty(n, dtype=torch.uint8, device=self.device).fill_(0) for n in sizes if n]
+        return update
 
     def _held(self) -> list[Tensor]:
-        state = [v for values in self.optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
-        return [*self.module.parameters(), *self.module.buffers(), *state]
+        return [*self.module.parameters(), *self.module.buffers(), *_tensors(self.optimizer), *self._reserved]
 
     def _trace(self, tensors: Sequence[Tensor], layout: Layout, accumulated: bool) -> Timeline:
-        moments = self._held()[len([*self.module.parameters(), *self.module.buffers()]) :]
+        moments = [*_tensors(self.optimizer), *self._reserved]
 
         def run() -> Timeline:
             weights = [*self.module.parameters(), *self.module.buffers()]
-            learning = list(self.module.parameters())
+            learning = [p for p in self.module.parameters() if p.requires_grad]
             for parameter in learning:
                 parameter.grad = torch.zeros_like(parameter) if accumulated else None
             count = sum(layout.sizes)
@@ -172,13 +220,19 @@ class Engine(AbstractContextManager["Engine"]):
                 "gradients": [p.grad for p in learning],
             }
             return trace(
-                lambda: self._compute(layout, inputs), held, {"gradients": lambda: [p.grad for p in learning]}, ignore=inputs
-            )
+                lambda: self._compute(layout, inputs, draws=False), held, {"gradients": lambda: [p.grad for p in learning]},
+                ignore=inputs, device=self.device,
+            )  # fmt: skip
 
         if self.followed:
             try:
-                with imitated(self.module) as mode, mode:
+                mode = private.imitating()
+                if mode is None:
+                    raise NotImplementedError("this torch has no tensors without memory")
+                with imitated(self.module, mode), mode:
                     return run()
+            except UserError:
+                raise
             except Exception as error:  # whatever a tracer cannot follow: values looked at, numpy, operators it does not know
                 if limit.is_out_of_memory(error):
                     raise
@@ -194,17 +248,44 @@ class Engine(AbstractContextManager["Engine"]):
             self.module.zero_grad(set_to_none=True)
 
 
+def fitted(layout: Layout, count: int) -> Layout:
+    """``layout`` for a batch of ``count`` samples, in micro-batches that are no larger."""
+    if count == sum(layout.sizes):
+        return layout
+    return replace(layout, sizes=tuple(split(count, -(-count // layout.micro_batch))))
+
+
+def _twin(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """A copy of ``optimizer`` as new, on copies of its parameters; without its hooks, nor what was hung on its ``step``."""
+    twin: torch.optim.Optimizer = object.__new__(type(optimizer))
+    twin.__dict__.update({name: value for name, value in vars(optimizer).items() if name != "step"})
+    twin.state = defaultdict(dict)
+    twin.param_groups = [group | {"params": [_imitation(p) for p in group["params"]]} for group in optimizer.param_groups]
+    for name in vars(twin):
+        if name.endswith("_hooks"):
+            setattr(twin, name, OrderedDict())
+    return twin
+
+
+def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
+
+
+def _imitation(tensor: Tensor) -> Tensor:
+    """One of the same layout, made in whatever mode is open."""
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+
+
 @contextmanager
-def imitated(module: nn.Module) -> Iterator[FakeTensorMode]:
-    """While open, ``module`` has fake tensors in the place of its own."""
-    mode = FakeTensorMode()
+def imitated(module: nn.Module, mode: AbstractContextManager[object]) -> Iterator[None]:
+    """While open, ``module`` has tensors in the place of its own that are without memory, made in ``mode``."""
     own = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
     fakes: dict[int, Tensor] = {}
 
     def imitate(tensor: Tensor | None) -> Tensor | None:
         if tensor is not None and id(tensor) not in fakes:
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-            fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+            fakes[id(tensor)] = _imitation(tensor)
         return fakes[id(tensor)] if tensor is not None else None
 
     with mode:
@@ -212,7 +293,7 @@ def imitated(module: nn.Module) -> Iterator[FakeTensorMode]:
             part._parameters = {name: imitate(p) for name, p in parameters.items()}  # type: ignore[misc]
             part._buffers = {name: imitate(b) for name, b in buffers.items()}
     try:
-        yield mode
+        yield
     finally:
         for part, parameters, buffers in own:
             part._parameters, part._buffers = parameters, buffers

@@ -1,47 +1,39 @@
 """Ways of computing the same gradients in less memory; each says what it guarantees."""
 
-import importlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from frugan.memory import private
 
-def recomputed(block: nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:
+
+def recomputed(block: nn.Module, function: Callable[..., Any], *inputs: Any, draws: bool = False) -> Any:
     """``function(*inputs)``, which passes samples through ``block``: keeps its inputs alone, and computes it again in backward.
 
-    Bitwise the same: running statistics take part in the first pass only, and nothing here draws from a global generator.
+    Bitwise the same: running statistics take part in the first pass only. ``draws``: ``function`` draws from torch's global
+    generators, which then draw the same again.
     """
     layers = _batch_norms(block)
     tracked = [m.track_running_stats for m in layers]
     return checkpoint(
-        function, *inputs, use_reentrant=False, preserve_rng_state=False,
+        function, *inputs, use_reentrant=False, preserve_rng_state=draws,
         context_fn=lambda: (nullcontext(), _as_before(layers, tracked)),
     )  # fmt: skip
 
 
 @contextmanager
-def recomputing(blocks: Iterable[nn.Module]) -> Iterator[None]:
+def recomputing(blocks: Iterable[nn.Module], draws: bool = False) -> Iterator[None]:
     """While open, each of ``blocks`` is `recomputed` in backward wherever it is called. Bitwise the same."""
     with ExitStack() as after:
         for block in blocks:
-            block.forward = partial(recomputed, block, block.forward)
+            block.forward = partial(recomputed, block, block.forward, draws=draws)
             after.callback(delattr, block, "forward")  # what the class says shows again
         yield
-
-
-@cache
-def load_forward_mode() -> None:
-    """Loads torch's formulas of forward mode, which warn about torch's own use of what it deprecates."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 def directional(blocks: Sequence[nn.Module], x: Tensor, v: Tensor, *inputs: Any, recompute: bool = False) -> tuple[Tensor, Tensor]:
@@ -70,9 +62,41 @@ def directional(blocks: Sequence[nn.Module], x: Tensor, v: Tensor, *inputs: Any,
     return x, v
 
 
-def offloading(device: torch.device, wanted: bool) -> AbstractContextManager[object]:
-    """While open, what backward needs of the forward pass waits on the host. Bitwise the same."""
-    return torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda") if wanted else nullcontext()
+def offloading(device: torch.device, wanted: bool, kept: Iterable[Tensor] = ()) -> AbstractContextManager[object]:
+    """While open, what backward needs of the forward pass waits on the host, but for ``kept``, which stays on the device anyway.
+
+    Bitwise the same: strides come back as they were, as kernels are chosen by them. (`torch.autograd.graph.save_on_cpu` makes
+    everything contiguous, and copies the weights too.)
+    """
+    if not wanted or device.type == "cpu":
+        return nullcontext()
+    staying = {private.address(t) for t in kept}
+    pinned = device.type == "cuda" and not private.is_imitated(next(iter(kept), None))
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.device.type == "cpu" or not _is_dense(tensor) or private.address(tensor) in staying:
+            return tensor
+        host = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, pin_memory=pinned)
+        return host.copy_(tensor, non_blocking=pinned)
+
+    def unpack(packed: Tensor) -> Tensor:
+        if packed.device.type != "cpu":
+            return packed
+        tensor = torch.empty_strided(packed.shape, packed.stride(), dtype=packed.dtype, device=device)
+        return tensor.copy_(packed, non_blocking=pinned)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether ``tensor`` has every number once in one piece of memory, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
 
 
 @contextmanager
@@ -89,7 +113,7 @@ def still_statistics(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _as_before(layers: Sequence[_BatchNorm], tracked: Sequence[bool]) -> Iterator[None]:
+def _as_before(layers: Sequence[Any], tracked: Sequence[bool]) -> Iterator[None]:
     """While open, ``layers`` do the same as when they ``tracked`` statistics or not, but leave them as they are."""
     now = [(m.track_running_stats, m.momentum) for m in layers]
     counts = [m.num_batches_tracked.clone() if m.num_batches_tracked is not None else None for m in layers]
@@ -104,5 +128,5 @@ def _as_before(layers: Sequence[_BatchNorm], tracked: Sequence[bool]) -> Iterato
                 m.num_batches_tracked.copy_(count)
 
 
-def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
-    return [m for m in module.modules() if isinstance(m, _BatchNorm)]
+def _batch_norms(module: nn.Module) -> list[Any]:
+    return [m for m in module.modules() if isinstance(m, private.batch_norm())]

@@ -1,97 +1,78 @@
-"""The memory of this process: how much it is, how much it was at most, how much it may be, and how the C library handles it."""
+"""The memory of this process on whatever it trains on: how much it holds, how much it held at most, and how much it may.
 
-import ctypes
+On the CPU that is what the system counts as resident; on an accelerator what torch's allocator has reserved there, and the driver's
+context. What exactly is held to a budget, and what is not, stands in ``docs/memory.md``.
+"""
+
+import errno
 import gc
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from frugan.errors import UserError
+from frugan.memory import host, private
+from frugan.memory.accelerator import accelerator
+from frugan.memory.host import Handling
 from frugan.memory.plan import parse_bytes, size
 
-Handling = Literal["reuse", "return"]
-# Of mallopt (malloc.h).
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
 MIB = 1 << 20
-UNKNOWN = 1 << 50  # bytes that are free where nobody says
 LEFT = 0.9  # of what is free, to be taken where no budget is named
 _budgets: list[int] = []  # what this process's memory is limited to now, on the CPU
+_most = 0  # the most that was held on the CPU until `went_over` last looked
 
-
-def _libc() -> ctypes.CDLL | None:
-    if sys.platform != "linux":
-        return None
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return None
-    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None  # another C library lacks them
-
-
-def handle(how: Handling) -> None:
-    """Says what becomes of freed memory on the CPU; other C libraries than glibc do as they like.
-
-    ``return`` gives every tensor of more than 64 KiB back at once, so that the process holds what is live and no more; each new
-    tensor then costs the system a page fault every 4 KiB. ``reuse`` keeps what is free for the next tensor, which is much
-    faster, and holds somewhat more than is live (`frugan.memory.heap` says how much).
-    """
-    if libc := _libc():
-        libc.mallopt(M_ARENA_MAX, 1)  # threads that start from now on share one heap: what one frees, another can use
-        if how == "reuse":
-            libc.mallopt(M_MMAP_MAX, 0)
-            libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        else:
-            libc.mallopt(M_MMAP_MAX, 65536)
-            libc.mallopt(M_MMAP_THRESHOLD, 65536)
-            libc.mallopt(M_TRIM_THRESHOLD, 65536)
-            libc.malloc_trim(0)
-            if _budgets:
-                _limit_data()  # the system counts the gaps of the heap as held for ever, but tensors do not go there any more
+# What says that memory ran out, where only words tell: of torch's CPU allocator, oneDNN, CUDA, cuDNN and cuBLAS, MPS, the system.
+WORDS = (
+    "can't allocate memory", "could not create a primitive", "CUDA error: out of memory", "CUDA out of memory",
+    "CUDA_ERROR_OUT_OF_MEMORY", "STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED", "HOST_ALLOCATION_FAILED",
+    "MPS backend out of memory", "Cannot allocate memory", "can't start new thread",
+)  # fmt: skip
+SHORTAGE = (RuntimeError, MemoryError, OSError)  # what to catch before asking `is_out_of_memory`
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory ran out; on the CPU and in libraries only its words tell."""
-    words = ("can't allocate memory", "could not create a primitive", "STATUS_ALLOC_FAILED", "MPS backend out of memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error) for w in words)
+    """Whether ``error`` says that memory ran out."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in WORDS)
+
+
+def handle(how: Handling, device: torch.device) -> None:
+    """Says what becomes of freed memory on the CPU (`frugan.memory.host.handle`); on accelerators torch's allocator decides."""
+    if device.type == "cpu":
+        host.handle(how)
+        if how == "return" and _budgets:
+            _limit_data()  # the system counts the gaps of the heap as held for ever, but tensors do not go there any more
 
 
 def release(device: torch.device) -> None:
     """Gives memory that is free inside the process back to the system."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
-    if libc := _libc():
-        libc.malloc_trim(0)
-
-
-def _status(name: str) -> int:
-    status = Path("/proc/self/status")
-    found = re.search(rf"^{name}:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
-    return int(found[1]) * 1024 if found else 0
-
-
-def resident() -> int:
-    """Bytes of memory that this process holds now (Linux)."""
-    return _status("VmRSS")
+    if there := accelerator(device):
+        there.release()
+    host.trim()
 
 
 def held(device: torch.device) -> int:
     """Bytes that this process holds now: of ``device``, of the host for the CPU."""
-    return context(device) + torch.cuda.memory_reserved(device) if device.type == "cuda" else resident()
+    there = accelerator(device)
+    return there.context() + there.reserved() if there else host.resident()
 
 
-def forget_peak() -> None:
+def forget_peak(device: torch.device) -> None:
     """Lets `peak` begin anew."""
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.reset_peak_memory_stats()
+    global _most
+    if there := accelerator(device):
+        there.forget_peak()
+    else:
+        _most = 0
+        _clear_peak()
+
+
+def _clear_peak() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -100,49 +81,27 @@ def forget_peak() -> None:
 
 def peak(device: torch.device) -> int | None:
     """The most bytes that this process held since `forget_peak`: of ``device``, of the host for the CPU; None if nobody says."""
-    if device.type == "cuda":
-        return context(device) + torch.cuda.max_memory_reserved(device)
-    return _status("VmHWM") or None
+    if there := accelerator(device):
+        most = there.most_reserved()
+        return None if most is None else there.context() + most
+    return max(_most, host.status("VmHWM")) or None
 
 
-def free() -> int:
-    """Bytes that this process could still take (Linux): of the machine, of its control group, and of its own limit on data."""
-    there = _meminfo("MemAvailable")
-    if there is None:
-        return UNKNOWN
-    import resource  # there is none on Windows
+def went_over(device: torch.device) -> int | None:
+    """The bytes that were held beyond a budget for a moment since this was last asked (CPU); None where it was kept.
 
-    if (group := _group()) is not None:
-        there = min(there, group[0] - group[1])
-    soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    return max(0, there if soft == resource.RLIM_INFINITY else min(there, soft - _status("VmData")))
-
-
-def total() -> int:
-    """Bytes of memory that there are for this process at all (Linux)."""
-    there = _meminfo("MemTotal") or UNKNOWN
-    group = _group()
-    return min(there, group[0]) if group else there
-
-
-def _meminfo(name: str) -> int | None:
-    info = Path("/proc/meminfo")
-    found = re.search(rf"^{name}:\s+(\d+) kB", info.read_text(), re.MULTILINE) if info.exists() else None
-    return int(found[1]) * 1024 if found else None
-
-
-def _group() -> tuple[int, int] | None:
-    """Limit and use of the control group, if it has a limit; what the page cache holds can be given up and is not counted."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        limit = (root / "memory.max").read_text().strip()
-        if limit == "max":
-            return None
-        used = int((root / "memory.current").read_text())
-        cache = re.search(r"^inactive_file (\d+)", (root / "memory.stat").read_text(), re.MULTILINE)
-        return int(limit), used - (int(cache[1]) if cache else 0)
-    except (OSError, ValueError):
+    `limited` has the system refuse what would be too much, but pages that were reserved before, and pages of files, can still
+    become resident: this sees them.
+    """
+    global _most
+    if device.type != "cpu" or not _budgets:
         return None
+    most = host.status("VmHWM")
+    if most <= min(_budgets):
+        return None
+    _most = max(_most, most)
+    _clear_peak()
+    return most
 
 
 def budget(memory: str | None, device: torch.device) -> int | None:
@@ -156,7 +115,8 @@ def budget(memory: str | None, device: torch.device) -> int | None:
     named = parse_bytes(memory)
     if not can_be_limited(device):
         raise UserError(f"--memory {memory} cannot be held on {device} here: leave it out, or use --device cuda, or cpu on Linux.")
-    there = total() if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
+    found = accelerator(device)
+    there = found.total() if found else host.total()
     if named > there:
         raise UserError(f"--memory {memory} is more than the {size(there)} there are: name less, or leave it out.")
     return named
@@ -164,36 +124,37 @@ def budget(memory: str | None, device: torch.device) -> int | None:
 
 def baseline(device: torch.device) -> int:
     """Bytes that this process holds now, with all given back that it does not need."""
-    FakeTensorMode.cache_clear()
+    private.forget_imitations()
     gc.collect()
     release(device)
-    return context(device) + torch.cuda.memory_allocated(device) if device.type == "cuda" else resident()
+    return held(device)
 
 
 def spare(device: torch.device) -> int:
     """Most of the bytes that are free, which may be taken where no budget is named."""
-    return int(LEFT * (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free()))
+    there = accelerator(device)
+    return int(LEFT * (there.free() if there else host.free()))
 
 
 def can_be_limited(device: torch.device) -> bool:
     """Whether `limited` can hold a budget on ``device``."""
-    return device.type == "cuda" or (device.type == "cpu" and sys.platform == "linux")
+    there = accelerator(device)
+    return there.can_be_limited if there else device.type == "cpu" and sys.platform == "linux"
 
 
 @contextmanager
 def limited(budget: int, device: torch.device) -> Iterator[None]:
     """While open, this process cannot hold more than ``budget`` bytes: what asks for more is refused, and says so.
 
-    On the CPU (Linux) the system refuses to enlarge the process's data by more than what is left of the budget now; on CUDA torch's
-    allocator refuses, the context counted.
+    On the CPU (Linux) the system refuses to enlarge the process's data by more than what is left of the budget now; on an
+    accelerator torch's allocator refuses, the context counted.
     """
-    if device.type == "cuda":
-        share = max(0.0, budget - context(device)) / torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+    if there := accelerator(device):
+        there.limit(budget)
         try:
             yield
         finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
+            there.limit(None)
         return
     import resource
 
@@ -214,7 +175,7 @@ def _limit_data() -> None:
     import resource
 
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    cap = _status("VmData") + max(0, min(_budgets) - resident())
+    cap = host.status("VmData") + max(0, min(_budgets) - host.resident())
     resource.setrlimit(resource.RLIMIT_DATA, (cap if hard == resource.RLIM_INFINITY else min(cap, hard), hard))
 
 
@@ -223,7 +184,7 @@ def unlimited() -> Iterator[None]:
     """While open, `limited` does not hold: for what libraries load, who may end the process when they are refused memory.
 
     oneDNN reserves memory for the code of every convolution it has not met before, does not look whether it got it, and
-    runs it. Little of what it reserves is ever held.
+    runs it. Little of what it reserves is ever held. On accelerators it holds all the same.
     """
     if not _budgets:
         yield
@@ -243,9 +204,8 @@ def held_to(budget: int | None, handling: Handling, device: torch.device) -> Ite
     """While open, freed memory is handled as ``handling`` says, and the process is `limited` to ``budget`` if there is one."""
     if budget is not None:
         baseline(device)  # lets go of what planning has left
-    if device.type == "cpu":
-        handle(handling)
-    forget_peak()
+    handle(handling, device)
+    forget_peak(device)
     try:
         with limited(budget, device) if budget is not None else nullcontext():
             yield
@@ -253,7 +213,18 @@ def held_to(budget: int | None, handling: Handling, device: torch.device) -> Ite
         release(device)
 
 
-def context(device: torch.device) -> int:
-    """Bytes of a CUDA device that are in use outside torch's allocator: the context, and other processes if there are any."""
-    there, whole = torch.cuda.mem_get_info(device)
-    return max(0, whole - there - torch.cuda.memory_reserved(device))
+@contextmanager
+def as_before() -> Iterator[None]:
+    """While open, the C library, the number of torch's threads and frozen collections may be set; at the end they are as before.
+
+    A library that trains leaves the program that called it as it found it.
+    """
+    threads, frozen = torch.get_num_threads(), gc.get_freeze_count()
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        if not frozen:
+            gc.unfreeze()
+        host.restore()

@@ -9,6 +9,10 @@ from typing import Any, Literal, Self
 from frugan.errors import UserError
 
 SMALLEST_COUPLED = 16  # samples of which batch statistics may be taken without being asked
+FEW = 4  # samples below which micro-batches cost more than other ways of saving
+# What is tried in turn when memory runs out, besides smaller micro-batches; penalties by jvp and blocks that are recomputed gain
+# nothing without one another.
+STEPS = (("recompute_generator",), ("separate_terms",), ("checkpoint_blocks", "penalty"), ("offload_activations",))
 
 
 class Guarantee(IntEnum):
@@ -124,20 +128,31 @@ class Layout:
         """What `as_dict` wrote."""
         return cls(**(values | {"sizes": tuple(values["sizes"])}))
 
-    def cheaper(self, levers: Collection[str], smallest: int) -> Self | None:
-        """The next layout that needs less memory: bitwise levers first, then others, then smaller micro-batches.
+    def cheaper(self, levers: Collection[str], smallest: int, coupled: bool = False) -> Iterator[Self]:
+        """The layouts that may need less memory, the fastest first: smaller micro-batches while they are large, then the levers one
+        upon the other, then smaller micro-batches again. Where samples are coupled, smaller micro-batches change the training, and
+        levers go first.
 
         Args:
             levers: the names of those that may be used.
             smallest: what a micro-batch must not be smaller than.
-
-        Returns:
-            None if there is none.
+            coupled: whether a sample's output depends on the others of its micro-batch.
         """
-        for lever in ("recompute_generator", "checkpoint_blocks", "offload_activations", "separate_terms"):
-            if lever in levers and not getattr(self, lever):
-                return replace(self, **{lever: True})  # type: ignore[arg-type]
-        if "penalty" in levers and self.penalty != "jvp":
-            return replace(self, penalty="jvp")
-        sizes = tuple(split(sum(self.sizes), -(-sum(self.sizes) // (self.micro_batch // 2)))) if self.micro_batch > 1 else ()
-        return replace(self, sizes=sizes) if sizes and min(sizes) >= smallest else None
+        layout = self
+        least = max(smallest, FEW)
+        while not coupled and (halved := layout.halved(least)) is not None:
+            yield (layout := halved)
+        for step in STEPS:
+            unused = [lever for lever in step if lever in levers and getattr(layout, lever) in (False, "double-backward")]
+            if unused and not ("penalty" in levers and unused == ["checkpoint_blocks"] and layout.penalty != "jvp"):
+                layout = replace(layout, **{lever: "jvp" if lever == "penalty" else True for lever in unused})  # type: ignore[arg-type]
+                yield layout
+        while (halved := layout.halved(smallest)) is not None:
+            yield (layout := halved)
+
+    def halved(self, smallest: int) -> Self | None:
+        """The same with micro-batches of half the size, or None where one would be smaller than ``smallest``."""
+        if self.micro_batch == 1:
+            return None
+        sizes = tuple(split(sum(self.sizes), -(-sum(self.sizes) // (self.micro_batch // 2))))
+        return replace(self, sizes=sizes) if min(sizes) >= smallest else None

@@ -6,46 +6,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._profiler import _ExperimentalConfig
-from torch.autograd import (  # type: ignore[attr-defined]
-    ProfilerConfig,
-    ProfilerState,
-    _disable_profiler_legacy,
-    _enable_profiler_legacy,
-)
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from frugan.memory import private
+from frugan.memory.accelerator import accelerator
 from frugan.memory.limit import is_out_of_memory
-from frugan.memory.trace import Call, Spec
+from frugan.memory.trace import GRANULE, Call, Spec
 
 
 def allocations(computation: Callable[[], Any]) -> list[int]:
-    """What ``computation`` allocates (> 0) and frees (< 0) of the CPU allocator's bytes, in order.
-
-    The profiler's older interface is used: it reports the same allocations as the newer one, but starts in milliseconds instead
-    of seconds and writes nothing on the terminal.
-    """
-    record()
-    try:
+    """What ``computation`` allocates (> 0) and frees (< 0) of the CPU allocator's bytes, in order."""
+    moves: list[int] = []
+    with private.recording(moves):
         computation()
-    finally:
-        moves = recorded()
     return moves
-
-
-def record() -> None:
-    """Begins what `recorded` ends."""
-    nothing = False
-    config = ProfilerConfig(
-        ProfilerState.CPU, nothing, True, nothing, nothing, nothing, _ExperimentalConfig()
-    )  # the third is: report memory
-    _enable_profiler_legacy(config)
-
-
-def recorded() -> list[int]:
-    """What was allocated and freed since `record`. Every operator is remembered until then: a long stretch takes gigabytes."""
-    threads = _disable_profiler_legacy()
-    return [event.cpu_memory_usage() for events in threads for event in events if event.kind() == "memory_alloc"]  # type: ignore[comparison-overlap]
 
 
 class Workspaces(dict[Call, list[int]]):
@@ -59,6 +33,9 @@ class Workspaces(dict[Call, list[int]]):
         """Runs those of ``calls`` that are new once for real, on made-up numbers."""
         for call in calls:
             if call not in self:
+                if not call.here:
+                    self[call] = []
+                    continue
                 try:
                     self[call] = self._of(call)
                 except RuntimeError as error:
@@ -73,25 +50,28 @@ class Workspaces(dict[Call, list[int]]):
         def run() -> None:
             results.append(call.operator(*args, **kwargs))
 
+        there = accelerator(self.device)
         with torch.no_grad():
-            if self.device.type != "cuda":
+            if there is None:
                 return allocations(run)
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
+            there.wait()
+            there.forget_peak()
+            before = there.allocated()
             run()
-            most = torch.cuda.max_memory_allocated(self.device) - before
-            kept = torch.cuda.memory_allocated(self.device) - before
-            return [most, kept - most] if most else []
+            there.wait()
+            most, kept = there.most_allocated() - before, there.allocated() - before
+        made = {private.address(t): t.untyped_storage().nbytes() for t in tree_leaves(results) if isinstance(t, Tensor)}
+        given = {private.address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        sizes = [-(-size // GRANULE) * GRANULE for address, size in made.items() if address not in given and size]
+        # What it kept first, then what it needed besides: the order in which convolutions ask.
+        return [*sizes, most - kept, kept - most] if most > kept else sizes
 
 
 def seconds(calls: Mapping[Call, int], device: torch.device) -> float:
     """How long ``calls``, each so many times, take on ``device``: of each distinct one the second of two runs is timed."""
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
+    there = accelerator(device)
+    wait = there.wait if there else lambda: None
     total = 0.0
     for call, times in calls.items():
         args, kwargs = tree_map_only(Spec, _made_up, call.arguments)

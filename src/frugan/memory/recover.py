@@ -1,22 +1,24 @@
 """When memory runs out in spite of the plan, a phase is done again with a cheaper layout.
 
 A phase changes nothing but gradients and running statistics, so it can be thrown away and begun anew; moments are allocated
-from the start, so that memory does not run out in an update.
+from the start, so that memory does not run out in an update. After a while without shortage the layouts of the plan are tried
+again.
 """
 
 import gc
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 
 from frugan.memory import limit
-from frugan.memory.limit import Handling
+from frugan.memory.host import Handling
 from frugan.memory.plan import Guarantee, Layout
 
 T = TypeVar("T")
+PATIENCE = 64  # times that a phase ends well before a more expensive layout is tried again; doubled by each attempt that failed
 
 
 class OutOfMemory(Exception):
@@ -25,11 +27,12 @@ class OutOfMemory(Exception):
 
 @dataclass(frozen=True)
 class Change:
-    """What was changed to go on, and what that leaves as it is."""
+    """What was changed to go on, why, and what that leaves as it is."""
 
     phase: str
     change: str
     guarantee: Guarantee
+    cause: Literal["memory ran out", "the budget was exceeded", "memory suffices again"] = "memory ran out"
 
 
 class Recovery:
@@ -44,14 +47,15 @@ class Recovery:
         smallest: for each phase what a micro-batch must not be smaller than.
         coupled: whether a sample's output depends on the others of its micro-batch.
         changed: is told of every change.
-        prepare: is called with a phase and its new layout before that is used, while nothing is limited, so that libraries load
-            what they need for it.
+        prepare: is called with a phase and a new layout before that is used, while nothing is limited, so that libraries load
+            what they need for it; gives the bytes that it will allocate, or None if it cannot be told.
+        planned: of each phase the layout to come back to, if it is another than that of ``layouts``.
     """
 
     def __init__(
         self, modules: Sequence[nn.Module], device: torch.device, layouts: Mapping[str, Layout], handling: Handling, *,
         levers: Mapping[str, Collection[str]], smallest: Mapping[str, int], coupled: bool, changed: Callable[[Change], None],
-        prepare: Callable[[str, Layout], object],
+        prepare: Callable[[str, Layout], int | None], planned: Mapping[str, Layout] | None = None,
     ) -> None:  # fmt: skip
         self.modules = modules
         self.device = device
@@ -62,6 +66,11 @@ class Recovery:
         self.coupled = coupled
         self.changed = changed
         self.prepare = prepare
+        self.patience = dict.fromkeys(layouts, PATIENCE)
+        self._calm = dict.fromkeys(layouts, 0)  # how often each phase has ended well since the last change
+        before = planned or {}
+        self._left = {p: [before[p]] if before.get(p, now) != now else [] for p, now in layouts.items()}  # to be tried again
+        self._trying: set[str] = set()  # phases that went back and have not proved it yet
 
     def run(self, phase: str, compute: Callable[[Layout], T]) -> T:
         """``compute`` with the layout of ``phase``; with cheaper ones if memory runs out.
@@ -73,10 +82,12 @@ class Recovery:
         gradients = [p for module in self.modules for p in module.parameters() if p.grad is not None]
         assert not gradients, "gradients of an earlier phase would be lost"
         before = self.again(lambda: [b.clone() for b in buffers])
+        self._go_back(phase)
         while True:
             try:
-                return compute(self.layouts[phase])
-            except (RuntimeError, MemoryError) as error:
+                result = compute(self.layouts[phase])
+                break
+            except limit.SHORTAGE as error:
                 if not limit.is_out_of_memory(error):
                     raise
             # Outside the except block: while the error is alive, so are the tensors of the frames it went through.
@@ -84,13 +95,19 @@ class Recovery:
                 module.zero_grad(set_to_none=True)
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
-            self._make_cheaper(phase)
+            if not self._make_cheaper(phase, "memory ran out"):
+                layout = self.layouts[phase]
+                raise OutOfMemory(f"memory ran out in {phase}'s phase with {layout}, and there is nothing cheaper left")
+        if limit.went_over(self.device) is not None:
+            self._make_cheaper(phase, "the budget was exceeded")
+        self._calm[phase] += 1
+        return result
 
     def again(self, action: Callable[[], T]) -> T:
         """``action``, which can be repeated; once more with what can be freed, if memory runs out."""
         try:
             return action()
-        except (RuntimeError, MemoryError) as error:
+        except limit.SHORTAGE as error:
             if not limit.is_out_of_memory(error):
                 raise
         self._give_back()
@@ -100,22 +117,53 @@ class Recovery:
         gc.collect()
         if self.device.type == "cpu":
             self.handling = "return"
-            limit.handle("return")
+            limit.handle("return", self.device)
         limit.release(self.device)
 
-    def _make_cheaper(self, phase: str) -> None:
+    def _go_back(self, phase: str) -> None:
+        """Tries a layout that was left, once memory has sufficed for long enough."""
+        if not self._left[phase] or self._calm[phase] < self.patience[phase]:
+            if phase in self._trying and self._calm[phase]:
+                self._trying.discard(phase)
+            return
+        layout = self._left[phase].pop()
+        self.layouts[phase], self._calm[phase] = layout, 0
+        self._trying.add(phase)
+        guarantee = Guarantee.APPROXIMATE if self.coupled and len(layout.sizes) > 1 else Guarantee.REASSOCIATION
+        self.changed(Change(phase, str(layout), guarantee, "memory suffices again"))
+
+    def _make_cheaper(self, phase: str, cause: Literal["memory ran out", "the budget was exceeded"]) -> bool:
+        """Goes on in a way that needs less; whether there is one."""
+        self._calm[phase] = 0
+        if phase in self._trying:  # it does not suffice yet
+            self._trying.discard(phase)
+            self.patience[phase] *= 2
         reused = self.handling == "reuse" and self.device.type == "cpu"
         self._give_back()
         if reused:
-            self.changed(Change(phase, "freed memory given back at once", Guarantee.BITWISE))
-            return
+            self.changed(Change(phase, "freed memory given back at once", Guarantee.BITWISE, cause))
+            return True
         before = self.layouts[phase]
-        cheaper = before.cheaper(self.levers[phase], self.smallest[phase])
-        if cheaper is None:
-            raise OutOfMemory(f"memory ran out in {phase}'s phase with {before}, and there is nothing cheaper left")
+        needed = self._needs(phase, before)
+        for cheaper in before.cheaper(self.levers[phase], self.smallest[phase], self.coupled):
+            needs = self._needs(phase, cheaper)
+            if needed is not None and (needs is None or needs >= needed):
+                continue  # what saves nothing here is not worth its time
+            self._left[phase].append(before)
+            self.layouts[phase] = cheaper
+            new = {name: guarantee for name, guarantee in cheaper.named().items() if name not in before.named()}
+            cut = self.coupled and cheaper.sizes != before.sizes
+            guarantee = Guarantee.APPROXIMATE if cut else max(new.values())
+            self.changed(Change(phase, ", ".join(new), guarantee, cause))
+            return True
+        return False
+
+    def _needs(self, phase: str, layout: Layout) -> int | None:
         with limit.unlimited():
-            self.prepare(phase, cheaper)
-        self.layouts[phase] = cheaper
-        new = {name: guarantee for name, guarantee in cheaper.named().items() if name not in before.named()}
-        cut = self.coupled and cheaper.sizes != before.sizes
-        self.changed(Change(phase, ", ".join(new), Guarantee.APPROXIMATE if cut else max(new.values())))
+            try:
+                return self.prepare(phase, layout)
+            except limit.SHORTAGE as error:
+                if not limit.is_out_of_memory(error):
+                    raise
+        limit.release(self.device)
+        return None

@@ -9,23 +9,27 @@ makes the same plan.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from frugan.memory import limit
 from frugan.memory.heap import Heap
-from frugan.memory.limit import Handling
+from frugan.memory.host import Handling
 from frugan.memory.plan import SMALLEST_COUPLED, Guarantee, Layout, split
+from frugan.memory.private import UNMEASURED, part
 from frugan.memory.probe import Workspaces
+from frugan.memory.segments import LEAST, ROUND, Full, Segments
 from frugan.memory.trace import CALLS, Moment, Timeline
 
 SMALL, LARGE = 4, 16  # micro-batches through which the lines are drawn
 REUSE_MARGIN = 1.06  # of what the heap is predicted to hold: the prediction was up to 5% short (docs/LOG.md)
+SEGMENTS_MARGIN = 1.02  # the same of an accelerator's segments: a guess, until `make gpu` has measured it
 MARGIN = 24 << 20  # bytes of a budget left for what libraries load on their first use
 SLACK = 1.05  # on the framework in what is named as smallest: it is not the same in every process, and planning loads more of it
+
+M = TypeVar("M", Heap, Segments)
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,11 @@ class Rates:
     bytes: float  # a second
     call: float  # seconds of every call
     fresh: float  # bytes of new memory a second, where freed memory went back to the system
+    crossing: float  # bytes a second between host and device
 
 
-RATES = {"cpu": Rates(1.5e11, 2e10, 6e-6, 2.5e9), "cuda": Rates(2e13, 1e12, 1e-5, math.inf)}
+# Those of accelerators are of a small GPU's data sheet and of PCIe 3; unmeasured.
+RATES = {"cpu": Rates(1.5e11, 2e10, 6e-6, 2.5e9, 2e10), "cuda": Rates(2e13, 1e12, 1e-5, 5e10, 1.2e10)}
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Job:
         coupled: whether a sample's output depends on the others of its micro-batch.
         smallest: what a micro-batch must not be smaller than.
         parts: how many micro-batches, if that was asked for.
+        draws: whether it draws from torch's global generators, which draw otherwise for micro-batches.
     """
 
     name: str
@@ -62,6 +69,7 @@ class Job:
     coupled: bool = False
     smallest: int = 1
     parts: int | None = None
+    draws: bool = False
 
     @property
     def counts(self) -> list[int]:
@@ -75,12 +83,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout for a job, with what it would allocate at its peak, hold in the heap, and cost in an update."""
+    """A layout for a job, with what it would allocate at its peak, hold for that if freed memory is kept (``held``) or goes back
+    (``least``), and cost in an update."""
 
     job: Job
     layout: Layout
     allocated: int
     held: int
+    least: int
     flops: int
     seconds: float
     fresh: int  # bytes allocated anew in one update
@@ -88,11 +98,11 @@ class Candidate:
     @property
     def guarantee(self) -> Guarantee:
         """What holds for it."""
-        return self.layout.guarantee(self.job.coupled)
+        return self.layout.guarantee(self.job.coupled or self.job.draws)
 
     def needs(self, handling: Handling) -> int:
         """Bytes of the process."""
-        return int(self.held * REUSE_MARGIN) if handling == "reuse" else self.allocated
+        return self.held if handling == "reuse" else self.least
 
     def time(self, handling: Handling, rates: Rates) -> float:
         """Seconds of an update."""
@@ -124,6 +134,7 @@ class Exact:
     timeline: Timeline
     moment: Moment
     held: int
+    least: int
 
 
 @dataclass(frozen=True)
@@ -153,17 +164,16 @@ class Search:
         self.device = device
         self.approximate = approximate  # whether coupled samples may be cut as small as one likes
         self.rates = RATES.get(device.type, RATES["cuda"])
-        if device.type == "cpu":
-            limit.handle("return")  # what probing frees must not stay in the heap, where a limit would not count it again
+        limit.handle("return", device)  # what probing frees must not stay in the heap, where a limit would not count it again
         self.workspaces = Workspaces(device)
         self._lines: dict[tuple[str, str], Line] = {}
         self._exact: dict[tuple[str, Layout], Exact] = {}
         self._timelines: dict[tuple[str, Layout], Timeline] = {}
 
-    @cached_property
+    @property
     def handlings(self) -> tuple[Handling, ...]:
-        """What can become of freed memory: on accelerators torch's own allocator reuses it, and predicts as ``return``."""
-        return ("reuse", "return") if self.device.type == "cpu" else ("return",)
+        """What can become of freed memory, the faster first."""
+        return ("reuse", "return")
 
     def forget(self) -> None:
         """Lets go of traces and measurements; they are made anew when they are asked for."""
@@ -178,8 +188,13 @@ class Search:
         if key not in self._exact:
             timeline = self._timeline(job, layout)
             self.workspaces.measure(timeline.calls())
-            held = self.heap([timeline]) if self.device.type == "cpu" else 0
-            self._exact[key] = Exact(timeline, timeline.peak(self.workspaces), held)
+            moment = timeline.peak(self.workspaces)
+            held, least = self.holds([timeline], "reuse"), self.holds([timeline], "return")
+            if self.device.type == "cpu":
+                held = int(held * REUSE_MARGIN)
+            else:
+                held, least = int(held * SEGMENTS_MARGIN), int(least * SEGMENTS_MARGIN)
+            self._exact[key] = Exact(timeline, moment, held, least)
         return self._exact[key]
 
     def _timeline(self, job: Job, layout: Layout) -> Timeline:
@@ -189,33 +204,52 @@ class Search:
             self._timelines[key] = job.trace(replace(layout, sizes=shortened(layout.sizes)), False)
         return self._timelines[key]
 
-    def heap(self, timelines: Sequence[Timeline]) -> int:
-        """The heap after two updates in which ``timelines`` follow each other, where freed memory is used again."""
-        heap = Heap()
+    def holds(self, timelines: Sequence[Timeline], handling: Handling) -> int:
+        """What is held for two updates in which ``timelines`` follow each other, whose first says what is there from the start."""
+        most = max(timeline.peak(self.workspaces).bytes for timeline in timelines)
+        if self.device.type == "cpu" and not part("profiler_on"):
+            most = int(most * UNMEASURED)
+        if self.device.type == "cpu":
+            return self._replayed(timelines, Heap()).top if handling == "reuse" else most
+        held = self._replayed(timelines, Segments()).top
+        if handling == "return":  # the least at which the allocator gets by, giving segments back when it needs others
+            low, high = most // ROUND, held // ROUND
+            while low < high:
+                middle = (low + high) // 2
+                try:
+                    self._replayed(timelines, Segments(middle * ROUND))
+                    high = middle
+                except Full:
+                    low = middle + 1
+            held = high * ROUND
+        return held
+
+    def _replayed(self, timelines: Sequence[Timeline], memory: M) -> M:
         for size in (timelines[0].sizes[s] for s in sorted(timelines[0].held)):
-            heap.allocate(size)
+            memory.allocate(size)
         for timeline in [*timelines, *timelines]:
-            heap.replay(timeline.moves(self.workspaces))
-        return heap.top
+            memory.replay(timeline.moves(self.workspaces))
+        return memory
 
     def candidate(self, job: Job, layout: Layout) -> Candidate:
         """``layout`` traced as it is."""
         exact = self.exact(job, layout)
         timeline, cut = exact.timeline, sum(layout.sizes) / sum(shortened(layout.sizes))
         return Candidate(
-            job, layout, exact.moment.bytes, exact.held, int(timeline.flops * cut), timeline.seconds(self.rates) * cut,
-            int(timeline.fresh * cut),
+            job, layout, exact.moment.bytes, exact.held, exact.least, int(timeline.flops * cut),
+            timeline.seconds(self.rates) * cut, int(timeline.fresh * cut),
         )  # fmt: skip
 
     def candidates(self, job: Job) -> Iterator[Candidate]:
         """All layouts of ``job``, estimated."""
+        apart = 0 if self.device.type == "cpu" else LEAST
         for levers in job.variants:
             line = self._line(job, levers)
             for parts in job.counts:
                 layout = Layout.of(job.batch, parts, **levers)
                 peak = line.peak(layout.micro_batch)
                 yield Candidate(
-                    job, layout, peak, int(1.15 * peak), int(line.flops * job.batch),
+                    job, layout, peak, int(1.15 * REUSE_MARGIN * peak) + apart, peak + apart, int(line.flops * job.batch),
                     line.each * job.batch + line.once * len(layout.sizes), int(line.fresh * job.batch),
                 )  # fmt: skip
 
@@ -254,7 +288,7 @@ class Search:
         """For each job what needs least, traced as it is."""
         least = {}
         for job in self.jobs:
-            found = min(self._allowed(job), key=lambda c: (c.allocated, c.seconds))
+            found = min(self._allowed(job), key=lambda c: (c.least, c.seconds))
             least[job.name] = self.candidate(job, found.layout)
         return least
 

@@ -3,6 +3,9 @@
 In a ``FakeTensorMode`` tensors are fake: they have shapes, dtypes and an autograd graph, but no memory. A dispatch mode sees every
 operator, forward and backward, and every storage that comes and goes. What an operator needs inside (its workspace) is not
 visible to fake tensors; `frugan.memory.probe` measures it once for each distinct call, and `Timeline.peak` adds it.
+
+torch's dispatch modes and trees of tensors, which have no other name than one with an underscore, are used here and in `probe` as
+they are: without them nothing could be followed, and nothing planned.
 """
 
 import weakref
@@ -15,9 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import flop_registry
+
+from frugan.memory import private
 
 OTHER = "activations"  # what no label says otherwise of
+CPU = torch.device("cpu")
+GRANULE = 512  # bytes of which accelerators' allocators give out whole ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,8 @@ class Call:
     operator: Any
     arguments: Any  # as they were, with a Spec for each tensor
     key: str
+    here: bool = True  # whether it works on the device that is looked at, not on the host beside it
+    random: bool = False  # whether it draws from a generator
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -55,12 +63,14 @@ CALLS: dict[str, Call] = {}  # one of each, however often it is traced
 
 @dataclass(slots=True)
 class Event:
-    """A call with the storages that it made, its arithmetic and the bytes it reads and writes; without a call, what went."""
+    """A call with the storages that it made, its arithmetic, the bytes it reads and writes, and those among them that it copies
+    between host and device; without a call, what went."""
 
     call: Call | None
     storages: list[int]
     flops: int = 0
     moved: int = 0
+    crossed: int = 0
 
 
 @dataclass
@@ -109,7 +119,7 @@ class Timeline:
     def seconds(self, rates: Any) -> float:
         """What it would take at these rates (`frugan.memory.search.Rates`)."""
         calls = [e for e in self.events if e.call is not None]
-        return float(sum(max(e.flops / rates.flops, e.moved / rates.bytes) + rates.call for e in calls))
+        return float(sum(max(e.flops / rates.flops, e.moved / rates.bytes, e.crossed / rates.crossing) + rates.call for e in calls))
 
     def levels(self, workspaces: Workspaces | None = None) -> list[tuple[int, int]]:
         """For each event the bytes that are live after it, and the most that were live during it."""
@@ -190,11 +200,13 @@ def highest(moves: Iterable[int]) -> int:
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records a `Timeline` of what happens while it is active."""
+    """Records a `Timeline` of what happens on ``device`` while it is active; what lies on the host beside it has no bytes there."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.timeline = Timeline()
+        self.device = device
+        self._granule = 1 if device.type == "cpu" else GRANULE
         self._known: dict[int, weakref.ref[Any]] = {}  # by address; the reference says when it is gone
         self._numbers: dict[int, int] = {}
         self._next = 0
@@ -210,25 +222,24 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
         arguments = tree_map_only(Tensor, Spec.of, (args, kwargs))
         key = f"{func} {arguments}"
-        call = CALLS.setdefault(key, Call(func, arguments, key))
-        formula = flop_registry.get(func.overloadpacket)
         tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
+        inside = [t.numel() * t.element_size() for t in tensors if t.device.type == self.device.type]
+        outside = [t.numel() * t.element_size() for t in tensors if t.device.type != self.device.type]
+        call = CALLS.setdefault(key, Call(func, arguments, key, bool(inside), torch.Tag.nondeterministic_seeded in func.tags))
         event = Event(
-            call, [],
-            flops=formula(*args, **kwargs, out_val=result) if formula else 0,
-            moved=sum(t.numel() * t.element_size() for t in tensors),
+            call, [], flops=private.flops(func, *args, result=result, **kwargs), moved=sum(inside),
+            crossed=max(outside, default=0) if inside else 0,
         )  # fmt: skip
         self.timeline.events.append(event)  # before the storages: what the result replaces goes afterwards
         event.storages += [n for t in tree_leaves(result) if isinstance(t, Tensor) and (n := self._meet(t)) is not None]
-        if func is torch.ops.aten._efficientzerotensor.default:
+        if func.overloadpacket.__name__ == "_efficientzerotensor":
             self.timeline.sizes.update(dict.fromkeys(event.storages, 0))  # zeros of forward-mode, which are nowhere
         # Autograd sums gradients that meet in place, where it holds the last reference to one that is no view; but not while a
         # mode looks on.
-        backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
-        self._sum = event if backward and func is torch.ops.aten.add.Tensor else None
+        self._sum = event if func is torch.ops.aten.add.Tensor and private.in_backward() else None
         if self._sum:
             summands = [t for t in args if isinstance(t, Tensor) and not t._is_view()]
-            self._summands = {self._numbers.get(t.untyped_storage()._cdata, -1) for t in summands}
+            self._summands = {self._numbers.get(private.address(t), -1) for t in summands}
         return result
 
     def hold(self, label: str, tensors: "Tensors") -> None:
@@ -243,13 +254,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def name(self, label: str, tensors: "Tensors") -> None:
         """Says what ``tensors`` are for."""
         for tensor in tensors:
-            if tensor is not None and (number := self._numbers.get(tensor.untyped_storage()._cdata)) is not None:
+            if tensor is not None and (number := self._numbers.get(private.address(tensor))) is not None:
                 self.timeline.labels[number] = label
 
     def _meet(self, tensor: Tensor) -> int | None:
-        """The number of a storage that is new, else None."""
+        """The number of a storage that is new and on the device, else None."""
+        if tensor.device.type != self.device.type:
+            return None
         storage = tensor.untyped_storage()
-        address = storage._cdata
+        address = private.address(tensor)
         if address in self._known and self._known[address]() is not None:
             return None
         number = self._next
@@ -269,7 +282,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         self._known[address] = weakref.ref(storage, gone)
         self._numbers[address] = number
-        self.timeline.sizes[number] = storage.nbytes()
+        self.timeline.sizes[number] = -(-storage.nbytes() // self._granule) * self._granule
         return number
 
 
@@ -295,6 +308,7 @@ def trace(
     held: Mapping[str, Tensors],
     made: Mapping[str, Callable[[], Tensors]] | None = None,
     ignore: Tensors = (),
+    device: torch.device = CPU,
 ) -> Timeline:
     """What ``computation`` allocates, on tensors that are fake already, or on real ones.
 
@@ -303,8 +317,9 @@ def trace(
         held: tensors that are there before, by what they are for. They count towards the peak.
         made: asked at the end, tensors that ``computation`` made, by what they are for; the rest are activations.
         ignore: tensors that are there before and do not count.
+        device: whose memory is looked at.
     """
-    tracer = Tracer()
+    tracer = Tracer(device)
     tracer.hold("", ignore)
     tracer.timeline = Timeline()
     for label, tensors in held.items():

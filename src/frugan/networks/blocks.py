@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from frugan.draws import Rows
+from frugan.memory.private import batch_norm
 from frugan.recipe import Norm
 
 
@@ -55,7 +55,7 @@ class Network(nn.Module):
     @property
     def couples_samples(self) -> bool:
         """Whether a sample's output depends on the others in its (micro-)batch."""
-        return any(isinstance(m, _BatchNorm) for m in self.modules())
+        return any(isinstance(m, batch_norm()) for m in self.modules())
 
 
 def norm(kind: Norm, channels: int, *, flat: bool = False) -> list[nn.Module]:
@@ -80,6 +80,31 @@ class Resize(nn.Module):
         return nn.functional.interpolate(x, size=(self.size, self.size))
 
 
+class Average(nn.Module):
+    """Adaptive average pooling to ``size``: each pixel is the mean of those it covers."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, c, h, w]`` to ``[n, c, size, size]``."""
+        divides = x.shape[-1] % self.size == 0 and x.shape[-2] % self.size == 0
+        if divides or x.device.type in ("cpu", "cuda", "meta"):
+            return nn.functional.adaptive_avg_pool2d(x, self.size)
+        # Where windows differ in size some accelerators (MPS) refuse; the same as two products with matrices of means.
+        return means(x.shape[-2], self.size, x) @ x @ means(x.shape[-1], self.size, x).T
+
+
+def means(length: int, size: int, like: Tensor) -> Tensor:
+    """The matrix ``[size, length]`` that takes adaptive means along a dimension, in the dtype and on the device of ``like``."""
+    number = torch.arange(size)
+    begin, end = number * length // size, -(-(number + 1) * length // size)
+    place = torch.arange(length)
+    covered = (place >= begin[:, None]) & (place < end[:, None])
+    return (covered / (end - begin)[:, None]).to(like)
+
+
 def widths(base: int, sizes: list[int]) -> list[int]:
     """Channels at each of ``sizes`` (ascending): ``base`` at the largest but one, doubled downwards, at most 8 times as many."""
     return [base * min(8, 2 ** (len(sizes) - 2 - i)) for i in range(len(sizes) - 1)]
@@ -98,7 +123,7 @@ def radford_init(network: nn.Module) -> None:
 
     Without normalisation that is too small to learn from: then weights keep their scale from layer to layer (He et al. 2015).
     """
-    normed = any(isinstance(m, (_BatchNorm, nn.GroupNorm)) for m in network.modules())
+    normed = any(isinstance(m, (*batch_norm(), nn.GroupNorm)) for m in network.modules())
     for m in network.modules():
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             if normed:
@@ -107,5 +132,5 @@ def radford_init(network: nn.Module) -> None:
                 nn.init.kaiming_normal_(m.weight, a=0.2)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
-        elif isinstance(m, _BatchNorm):
-            nn.init.normal_(m.weight, 1.0, 0.02)
+        elif isinstance(m, batch_norm()):
+            nn.init.normal_(m.get_parameter("weight"), 1.0, 0.02)

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from frugan.networks.blocks import Block, Network, norm, radford_init, seed_block, widths
+from frugan.networks.blocks import Average, Block, Network, norm, radford_init, seed_block, widths
 from frugan.recipe import Dcgan, Norm
 
 
@@ -38,7 +38,7 @@ def build(options: Dcgan, image_size: int, channels: int) -> tuple[Network, Netw
         blocks.append(Block(down, *norm(kind, out), nn.LeakyReLU(0.2, inplace=True)))
         before, size = out, size // 2
     grid = min(4, size)
-    blocks.append(Block(nn.AdaptiveAvgPool2d(grid), nn.Conv2d(before, 1, grid), nn.Flatten(0)))
+    blocks.append(Block(Average(grid), nn.Conv2d(before, 1, grid), nn.Flatten(0)))
     discriminator = Network(*blocks)
 
     radford_init(generator)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from frugan.errors import UserError
-from frugan.networks.blocks import Block, Network
+from frugan.networks.blocks import Average, Block, Network
 from frugan.recipe import R3
 
 SLOPE = 0.2
@@ -49,19 +49,16 @@ class Residual(nn.Module):
         return x + residue
 
 
-class Resample(nn.Module):
-    """Bilinear resampling to ``size``; on the way down each pixel is the mean of those it covers."""
+class Enlarge(nn.Module):
+    """Bilinear upsampling to ``size``."""
 
-    def __init__(self, size: int, *, up: bool) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
-        self.up = up
 
     def forward(self, x: Tensor) -> Tensor:
         """``[n, c, h, w]`` to ``[n, c, size, size]``."""
-        if self.up:
-            return nn.functional.interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=False)
-        return nn.functional.adaptive_avg_pool2d(x, self.size)
+        return nn.functional.interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=False)
 
 
 class GenerativeBasis(nn.Module):
@@ -93,12 +90,12 @@ def build(options: R3, image_size: int, channels: int) -> tuple[Network, Network
     up = [Block(GenerativeBasis(options.latent_dim, wide_g[0], sizes[0]), *stage(wide_g[0]))]
     for i, size in enumerate(sizes[1:]):
         # The 1x1 convolution goes first: it commutes with resampling and is cheaper on the smaller map.
-        up.append(Block(_conv(wide_g[i], wide_g[i + 1]), Resample(size, up=True), *stage(wide_g[i + 1])))
+        up.append(Block(_conv(wide_g[i], wide_g[i + 1]), Enlarge(size), *stage(wide_g[i + 1])))
     up.append(Block(_conv(wide_g[-1], channels)))
 
     down = [Block(_conv(channels, wide_d[-1]), *stage(wide_d[-1]))]
     for i in range(len(sizes) - 2, -1, -1):
-        down.append(Block(Resample(sizes[i], up=False), _conv(wide_d[i + 1], wide_d[i]), *stage(wide_d[i])))
+        down.append(Block(Average(sizes[i]), _conv(wide_d[i + 1], wide_d[i]), *stage(wide_d[i])))
     basis = nn.Conv2d(wide_d[0], wide_d[0], sizes[0], groups=wide_d[0], bias=False)
     nn.init.kaiming_normal_(basis.weight, nonlinearity="linear")
     head = nn.Linear(wide_d[0], 1, bias=False)

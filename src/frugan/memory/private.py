@@ -1,0 +1,128 @@
+"""The parts of torch that it does not promise to keep, and what is done where one of them is missing.
+
+Nothing else in frugan touches them. Each stands behind a function that goes on without it: less exactly, more slowly, or with the
+sentence that says so; ``tests/test_private.py`` takes them away in turn. Where a part was found: torch 2.11 to 2.15.
+"""
+
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+UNMEASURED = 1.2  # of a prediction where operators' workspaces cannot be seen: they were up to 17.5% of it (docs/LOG.md)
+
+
+def find(path: str) -> Any:
+    """What is called ``module.name`` in torch, or None."""
+    module, _, name = path.rpartition(".")
+    with warnings.catch_warnings(), suppress(ImportError, AttributeError):
+        warnings.simplefilter("ignore")
+        return getattr(importlib.import_module(module), name)
+    return None
+
+
+# Each is looked up when it is needed, and no import of torch._dynamo (1.2 s, 150 MiB) happens before.
+PARTS = {
+    "fake": "torch._subclasses.fake_tensor.FakeTensorMode",
+    "unset_fake": "torch._subclasses.fake_tensor.unset_fake_temporarily",
+    "profiler_on": "torch.autograd._enable_profiler_legacy",
+    "profiler_off": "torch.autograd._disable_profiler_legacy",
+    "profiler_config": "torch._C._profiler._ExperimentalConfig",
+    "graph_task": "torch._C._current_graph_task_id",
+    "flops": "torch.utils.flop_counter.flop_registry",
+    "wrapped": "torch.optim.Adam.add_param_group.__wrapped__",
+    "batch_norm": "torch.nn.modules.batchnorm._BatchNorm",
+    "jvp": "torch._decomp.decompositions_for_jvp.decomposition_table_for_jvp",
+}
+
+
+@cache
+def part(name: str) -> Any:
+    """The part of torch called ``name`` in `PARTS`, or None where this torch has none."""
+    if name == "wrapped":
+        return getattr(torch.optim.Adam.add_param_group, "__wrapped__", None)
+    return find(PARTS[name])
+
+
+def imitating() -> AbstractContextManager[object] | None:
+    """A mode in which tensors have no memory, or None: then a computation is measured by running it."""
+    mode = part("fake")
+    return mode() if mode else None
+
+
+def is_imitated(tensor: Tensor | None) -> bool:
+    """Whether ``tensor`` is one of `imitating`."""
+    return tensor is not None and type(tensor.detach()).__name__ == "FakeTensor"
+
+
+def really() -> AbstractContextManager[object]:
+    """While open, tensors have memory even within `imitating`."""
+    outside = part("unset_fake")
+    return outside() if outside else nullcontext()
+
+
+def forget_imitations() -> None:
+    """Lets go of what torch remembers of operators on tensors without memory."""
+    if part.cache_info().currsize and (mode := part("fake")) and hasattr(mode, "cache_clear"):
+        mode.cache_clear()
+
+
+@contextmanager
+def recording(moves: list[int]) -> Iterator[bool]:
+    """While open, the CPU allocator is watched; at the end ``moves`` has what it gave (> 0) and took back (< 0), in order.
+
+    Gives False, and no moves, where torch's older profiler is gone. That one reports the same allocations as the newer one, but
+    starts in milliseconds instead of seconds and writes nothing on the terminal. Every operator is remembered: a long stretch takes
+    gigabytes.
+    """
+    on, off, config = (part(name) for name in ("profiler_on", "profiler_off", "profiler_config"))
+    if not (on and off and config):
+        yield False
+        return
+    kind, state = find("torch.autograd.ProfilerConfig"), find("torch.autograd.ProfilerState")
+    nothing = False
+    on(kind(state.CPU, nothing, True, nothing, nothing, nothing, config()))  # the third is: report memory
+    try:
+        yield True
+    finally:
+        moves += [e.cpu_memory_usage() for events in off() for e in events if e.kind() == "memory_alloc"]
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a graph; no where nobody can tell, so that sums in place count as copies (up to 14% over)."""
+    task = part("graph_task")
+    return bool(task and task() != -1 and not torch.is_grad_enabled())
+
+
+def flops(operator: Any, *args: Any, result: Any, **kwargs: Any) -> int:
+    """Floating-point operations of a convolution or matrix product; 0 for others, and where torch has no formulas."""
+    registry = part("flops")
+    formula = registry.get(operator.overloadpacket) if registry else None
+    return int(formula(*args, **kwargs, out_val=result)) if formula else 0
+
+
+def unwrapped(method: Any) -> Callable[..., Any]:
+    """A method of an optimizer without the wrapper that has torch's compiler leave it alone, for which it would be imported."""
+    found: Callable[..., Any] = getattr(method, "__wrapped__", method)
+    return found
+
+
+def batch_norm() -> tuple[type[nn.Module], ...]:
+    """The classes of modules that take statistics over a batch."""
+    base = part("batch_norm")
+    return (base,) if base else (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def load_forward_mode() -> None:
+    """Loads torch's formulas of forward mode now, if they are where they were; they warn of torch's own deprecated parts."""
+    part("jvp")
+
+
+def address(tensor: Tensor) -> int:
+    """What tells the storage of a tensor, fake ones too, from all others that are alive."""
+    return int(tensor.untyped_storage()._cdata)
