@@ -1,13 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test gpu lint clean
 
 demo: .venv/installed  ## trains on the built-in digits and says where the pictures lie
 	$(BIN)/frugan train --epochs 60 --batch-size 64 --out runs/demo
 
 test: lint  ## runs every check
 	$(BIN)/python -m pytest
+
+gpu: .venv/installed  ## runs what only a GPU can tell, in less than 25 minutes, and writes docs/gpu.md
+	$(BIN)/python benchmarks/gpu.py
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

@@ -1,7 +1,14 @@
 """Images of every kind to uint8 batches."""
 
 import gzip
+import os
+import re
 import shutil
+import struct
+import subprocess
+import sys
+import threading
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from frugan.data import decode
 from frugan.data.decode import fit, flatten, is_grey
 from frugan.data.loader import SMALL, Loader, resolve
 from frugan.data.source import ArraySource, open_source
@@ -23,6 +32,14 @@ from frugan.step import normalise
 from .conftest import write_idx
 
 WHITE = (255, 255, 255)
+PEAK = """
+import re
+import sys
+from pathlib import Path
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+"""
 
 
 def load(path: Path | str, tell: Callable[[str], None] = lambda text: None, keep: int = SMALL, **settings: object) -> Loader:
@@ -59,6 +76,78 @@ def test_modes() -> None:
     assert decoded(Image.fromarray(np.full((8, 8), 65535, np.uint16)), 1)[0, 0, 0] == 255
     assert decoded(Image.fromarray(np.full((8, 8), 257 * 7, np.uint16)), 1)[0, 0, 0] == 7
     assert decoded(Image.fromarray(np.full((8, 8), 0.5, np.float32)), 1)[0, 0, 0] == 128
+
+
+def at_once(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """What `flatten` gives, worked out on the whole image."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        if image.mode == "F" and values.max() <= 1:
+            values = values * 255
+        elif image.mode.startswith("I;16") or values.max() > 255:
+            values = values / 257
+        return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    layer = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image.convert("RGBA"))
+    return layer.convert("L" if image.mode in ("L", "LA") and len(set(background)) == 1 else "RGB")
+
+
+def random_image(mode: str, width: int, height: int, seed: int) -> Image.Image:
+    random = np.random.default_rng(seed)
+    pixels = random.integers(0, 256, (height, width, 4), dtype=np.uint8)
+    if mode == "RGBA":
+        return Image.fromarray(pixels)
+    if mode == "LA":
+        return Image.fromarray(pixels).convert("LA")
+    if mode in ("P", "L", "RGB"):
+        image = Image.fromarray(np.ascontiguousarray(pixels[..., :3])).convert(mode)
+        first = image.getpixel((0, 0))
+        image.info["transparency"] = first if seed % 2 or mode != "P" else random.bytes(256)
+        return image
+    if mode == "I;16":
+        return Image.fromarray(random.integers(0, 65536, (height, width), dtype=np.uint16))
+    if mode == "I":
+        return Image.fromarray(random.integers(-9, (300, 70_000)[seed % 2], (height, width), dtype=np.int32))
+    values = random.random((height, width), dtype=np.float32) * (1, 200, 70_000)[seed % 3]
+    values[random.random((height, width)) < 0.1] = np.nan
+    return Image.fromarray(values)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    mode=st.sampled_from(["RGBA", "LA", "P", "L", "RGB", "I;16", "I", "F"]), width=st.integers(1, 23), height=st.integers(1, 23),
+    strip=st.integers(1, 300), seed=st.integers(0, 5), background=st.sampled_from([WHITE, (10, 200, 90)]),
+)  # fmt: skip
+def test_an_image_flattened_in_strips_is_the_image_flattened_at_once(
+    mode: str, width: int, height: int, strip: int, seed: int, background: tuple[int, int, int]
+) -> None:
+    image = random_image(mode, width, height, seed)
+    assert image.mode == mode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "STRIP", strip, raising=False)
+        flat = flatten(image, background)
+    expected = at_once(image, background)
+    assert flat.mode == expected.mode and flat.size == image.size
+    assert np.array_equal(np.asarray(flat), np.asarray(expected))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks as Linux tells them")
+@pytest.mark.parametrize("mode", ["RGBA", "F"])
+def test_flattening_a_large_image_takes_little_beside_it(mode: str) -> None:
+    script = """
+from PIL import Image
+from frugan.data.decode import flatten
+flatten(Image.new(sys.argv[1], (8, 8), 0), (255, 255, 255))
+image = Image.new(sys.argv[1], (6000, 6000), 0)
+image.load()
+before = peak()
+flat = flatten(image, (255, 255, 255))
+print(flat.mode, before, peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", PEAK + script, mode], capture_output=True, text=True)
+    flat, before, more = done.stdout.split()
+    assert int(before) > 6000 * 6000 * 4  # the image is there, and counts
+    result = 6000 * 6000 * {"RGB": 4, "L": 1}[flat]
+    assert result * 0.9 < int(more) < result + (64 << 20), (mode, more)
 
 
 def test_exif_orientation(tmp_path: Path) -> None:
@@ -155,6 +244,39 @@ def test_idx_with_and_without_gzip_and_its_parts(tmp_path: Path) -> None:
     assert load(plain).shape == (1, 9, 9)
 
 
+def zipped(folder: Path, shape: tuple[int, int, int], body: bytes) -> Path:
+    """A gzipped IDX file whose header claims ``shape``, whatever is in it."""
+    folder.mkdir()
+    (folder / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes((0, 0, 8, 3)) + struct.pack(">3I", *shape) + body, 1))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ((2**32 - 1, 2**32 - 1, 2**32 - 1), r"it has at most [\d,]+ of 79,228,162,458,924,105,385,300,197,375 bytes"),
+        ((2**20, 2**10, 2**10), r"it has at most [\d,]+ of 1,099,511,627,776 bytes"),  # too much for the memory there is
+        ((40, 30, 30), r"it has 30,000 of 36,000 bytes"),
+    ],
+)
+def test_what_the_header_of_a_gzipped_file_claims_is_not_believed(shape: tuple[int, int, int], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"^.*train-images-idx3-ubyte\.gz is cut short: {said}; fetch it again\.$"):
+        open_source(Data(data=str(zipped(tmp_path / "idx", shape, bytes(30_000)))))
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="free memory as Linux tells it")
+def test_a_gzipped_file_larger_than_memory_is_named_before_it_is_read(tmp_path: Path) -> None:
+    available = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+    assert available
+    images = 2 * int(available[1]) * 1024 // 10**6
+    folder = zipped(tmp_path / "idx", (images, 1000, 1000), np.random.default_rng(0).bytes(1 << 20))
+    os.truncate(folder / "train-images-idx3-ubyte.gz", images * 10**6 // 1000)  # as large as such a file is at least; a hole
+    with pytest.raises(
+        UserError, match=r"takes [\d.]+ .iB of memory, and [\d.]+ .iB are free: unpack it with gunzip, and it is mapped"
+    ):
+        open_source(Data(data=str(folder)))
+
+
 @settings(max_examples=30, deadline=None)
 @given(batch=st.integers(1, 13), start=st.integers(0, 40))
 def test_every_image_once_an_epoch_whatever_the_batch(batch: int, start: int) -> None:
@@ -213,8 +335,11 @@ def test_a_download_that_cannot_be_had_is_one_sentence(tmp_path: Path, monkeypat
     monkeypatch.setenv("FRUGAN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody listens
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="put its four IDX files into data/mnist"):
+    with pytest.raises(
+        UserError, match=r"^cannot download mnist \(.*\); put its four IDX files into data/mnist and run the same"
+    ) as caught:
         open_source(Data(data="mnist"))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_local_copy_of_a_named_data_set_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,3 +348,28 @@ def test_a_local_copy_of_a_named_data_set_is_used(tmp_path: Path, monkeypatch: p
     source = open_source(Data(data="fashion_mnist"))
     assert len(source) == 3
     assert source.classes[9] == "Ankle boot"
+
+
+def test_who_waits_for_the_download_of_another_process_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision.datasets  # noqa: F401, so that only the lock is waited for
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FRUGAN_CACHE", str(tmp_path / "cache"))
+    for proxy in ("https_proxy", "http_proxy"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nothing can be fetched
+    found: list[object] = []
+
+    def look() -> None:
+        try:
+            found.append(len(open_source(Data(data="mnist"))))
+        except UserError as error:
+            found.append(str(error))
+
+    (tmp_path / "cache").mkdir()
+    waiting = threading.Thread(target=look)
+    with FileLock(tmp_path / "cache" / ".MNIST.lock"):  # as the other process holds it
+        waiting.start()
+        time.sleep(0.5)
+        write_idx(tmp_path / "cache" / "MNIST" / "raw", np.zeros((3, 28, 28), np.uint8), np.array([0, 1, 9]))
+    waiting.join()
+    assert found == [3]

@@ -1,4 +1,4 @@
-"""Memory is given back and does not grow."""
+"""Memory is given back and does not grow; and a training leaves the program that called it as it was."""
 
 import json
 import subprocess
@@ -28,3 +28,66 @@ def test_resident_memory_after_2000_updates_is_that_after_100(tmp_path: Path) ->
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "r")], capture_output=True, text=True, check=True)
     resident = json.loads(done.stdout)
     assert resident["2000"] < 1.02 * resident["100"], resident
+
+
+GUEST = """
+import gc, json, os, resource, signal, sys
+from pathlib import Path
+import numpy as np
+import psutil
+import torch
+import frugan
+
+def resident():
+    return psutil.Process().memory_info().rss
+
+def given_back():
+    many = [torch.ones(1 << 18) for _ in range(64)]  # a MiB each
+    held = resident()
+    del many
+    return (held - resident()) / 2**20
+
+def found():
+    places = [torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul, torch.backends]
+    mask = os.umask(0)
+    os.umask(mask)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCH")}  # torch notes its cache of kernels there
+    return {
+        "threads": torch.get_num_threads(), "frozen": gc.get_freeze_count() > 0, "collects": gc.isenabled(),
+        "precision": [place.fp32_precision for place in places],
+        "data": resource.getrlimit(resource.RLIMIT_DATA), "umask": mask, "folder": os.getcwd(), "environment": environment,
+        "signals": [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)],
+        "draws": [torch.get_rng_state().sum().item(), np.random.get_state()[1].tolist()],
+        "dtype": str(torch.get_default_dtype()), "grad": torch.is_grad_enabled(),
+    }
+
+torch.set_num_threads(2)
+os.umask(0o027)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+torch.backends.cudnn.conv.fp32_precision = "tf32"
+before = found()
+within = []
+
+def note(images):
+    within[:] = [found(), given_back()]
+
+settings = dict(batch_size=16, epochs=1, width_g=8, width_d=8, threads=1, device="cpu", quiet=True)
+frugan.train(sys.argv[2], out=sys.argv[1], on_update=note, memory="1GiB", **settings)
+trained = [found(), given_back()]
+try:
+    frugan.train(sys.argv[2], out=sys.argv[1] + "-refused", memory="20MiB", **settings)
+except frugan.UserError as error:
+    refused = str(error)
+print(json.dumps([before, within, trained, [found(), given_back()], refused]))
+"""
+
+
+def test_a_training_leaves_the_program_that_called_it_as_it_was(tmp_path: Path, few: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", GUEST, str(tmp_path / "r"), str(few)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, within, trained, after, refused = json.loads(done.stdout)
+    for name in ("threads", "frozen", "precision", "data", "signals"):
+        assert within[0][name] != before[name], name  # so it was something to put back
+    assert within[1] < 10 and trained[1] > 60 and after[1] > 60  # MiB of 64 that go back to the system at once
+    assert trained[0] == before and after[0] == before
+    assert "--memory 20.0 MiB is too little" in refused

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -97,6 +98,46 @@ def test_two_processes_that_pack_the_same_share_one_pack(photos: Callable[..., P
     assert len([p for p in (tmp_path / "cache" / "packs").iterdir() if p.is_dir()]) == 1
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="processes that are stopped, as POSIX has them")
+def test_who_packs_into_the_folder_that_another_packs_into_is_told_so(
+    photos: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["data", "pack", str(photos(n=300, side=200)), "--image-size", "128", "--out", str(tmp_path / "p")]
+    command = [sys.executable, "-m", "frugan", *arguments]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    part, until = tmp_path / ".p.part" / "pixels.bin", time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size) and time.monotonic() < until:
+        time.sleep(0.001)
+    first.send_signal(signal.SIGSTOP)  # in the middle of it
+    try:
+        there = part.stat().st_ino, part.stat().st_size
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert (part.stat().st_ino, part.stat().st_size) == there
+    finally:
+        first.send_signal(signal.SIGCONT)
+    said = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert said == f"frugan: another process is packing into {tmp_path / 'p'}: wait for it, or give another --out.\n"
+    assert first.communicate()[1] == "" and first.returncode == 0
+    assert len(Pack(tmp_path / "p")) == 300
+
+
+def test_a_part_that_a_kill_left_in_the_cache_goes_and_one_that_grows_stays(
+    photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FRUGAN_CACHE", str(tmp_path / "cache"))
+    left, growing = (tmp_path / "cache" / "packs" / name for name in (".left-0123.part", ".growing-0123.part"))
+    for part in (left, growing):
+        part.mkdir(parents=True)
+        (part / "pixels.bin").write_bytes(b"some")
+        for old in (part / "pixels.bin", part):
+            os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
+    (growing / "pixels.bin").write_bytes(b"some more")
+    pack(photos(n=2))
+    assert not left.exists() and (growing / "pixels.bin").exists()
+
+
 def test_a_full_disk_is_said_before_anything_is_written(photos: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     free = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("frugan.data.packing.shutil.disk_usage", lambda path: free)
@@ -119,6 +160,81 @@ def test_a_pack_is_data(photos: Callable[..., Path], tmp_path: Path, capsys: pyt
         main(["data", "pack", str(folder), "--out", str(tmp_path / "mine")])
     assert "holds something else" in capsys.readouterr().err
     assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+HOSTILE = [
+    "../../x", "/abs", "..", ".", "", "a/b", "..\\x", "C:\\x", "~", "a\nb\x1b[2J\x00", "\ud800", "\u202egnp", "e" * 5000,
+    "é" * 5000,
+]  # fmt: skip
+
+
+@pytest.fixture
+def rewritten(made: Pack, tmp_path: Path) -> Callable[..., Path]:
+    """Makes a pack whose manifest says something else."""
+
+    def make(**changes: object) -> Path:
+        folder = tmp_path / "somebodys"
+        if not folder.exists():
+            shutil.copytree(made.folder, folder)
+        known = json.loads((made.folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps(known | changes))
+        return folder
+
+    return make
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(HOSTILE) | st.text(max_size=200) | st.text("./\\ -~:\0a", max_size=9))
+def test_no_name_in_a_manifest_leads_out_of_a_folder(name: str, rewritten: Callable[..., Path]) -> None:
+    named = open_source(Data(data=str(rewritten(name=name)))).name
+    run = Path("runs") / f"{named}-dcgan"
+    assert run.parent == Path("runs") and len(run.parts) == 2 and os.path.normpath(run) == str(run)
+    assert not set(named) & set("/\\:") and ".." not in named and not run.name.startswith(".")
+    assert named.isprintable() and 0 < len(named.encode()) <= 200  # a name may have 255 bytes, and a run's has more in it
+
+
+def test_a_hostile_manifest_trains_into_runs(
+    rewritten: Callable[..., Path], train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = rewritten(name="../../x\n\x1b[2J")
+    (tmp_path / "deep" / "deeper").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "deep" / "deeper")
+
+    def stop(images: int) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(None, folder, image_size=16, on_update=stop)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "somebodys"]
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["deeper"]
+    (run,) = Path("runs").iterdir()
+    assert [p.name for p in Path().iterdir()] == ["runs"] and run.name.isprintable() and (run / "plan.json").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": 5}, {"name": None}, {"images": "40"}, {"images": -40}, {"images": 40.0}, {"size": 0}, {"size": 1 << 70},
+        {"channels": 2}, {"classes": "ab"}, {"classes": [1]}, {"reasons": []}, {"small": 3}, {"fingerprint": 1},
+        {"more": "than there is"}, {"version": 99}, {"labelled": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_manifest_that_is_not_right_is_one_sentence(changes: dict[str, object], rewritten: Callable[..., Path]) -> None:
+    folder = rewritten(**changes)
+    with pytest.raises(
+        UserError, match=r"(is no pack \(.*\):|is cut short: .*;|another version of frugan:) pack (the images|it) again\.$"
+    ):
+        open_source(Data(data=str(folder)))
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "null", "[" * 100_000, '{"version": 1}', ""])
+def test_what_is_no_manifest_is_one_sentence(text: str, rewritten: Callable[..., Path]) -> None:
+    folder = rewritten()
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"pack (the images|it) again\.$") as caught:
+        open_source(Data(data=str(folder)))
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("n", [13, KEPT, KEPT + 1, 10**9 + 7])
@@ -169,12 +285,11 @@ def containers(root: Path, images: np.ndarray, labels: np.ndarray) -> dict[str, 
     rows = {"image": [str(path) for path in files], "label": [int(path.parent.name) for path in files]}
     kinds = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     table = datasets.Dataset.from_dict(rows, features=kinds)
-    (root / "parquet").mkdir()
-    table.to_parquet(root / "parquet" / "train-00000-of-00001.parquet")
+    table.to_parquet(root / "train-00000-of-00001.parquet")  # which names the files, below the folder it lies in
     write_idx(root / "idx", images, labels)
     return {
         "folder": str(folder), "zip": str(root / "images.zip"), "tar": f"{root}/shard-{{0..1}}.tar",
-        "parquet": str(root / "parquet"), "idx": str(root / "idx"),
+        "parquet": str(root / "train-00000-of-00001.parquet"), "idx": str(root / "idx"),
     }  # fmt: skip
 
 

@@ -1,13 +1,14 @@
-"""Budgets in words, ladders, and how the heap grows: what needs no training."""
+"""Budgets in words, and ladders: what needs no training."""
+
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from frugan.errors import UserError
-from frugan.memory.heap import Heap
-from frugan.memory.plan import Guarantee, Layout, parse_bytes, size, split
-from frugan.memory.trace import highest
+from frugan.memory.plan import FEW, Guarantee, Layout, parse_bytes, size, split
 
 
 @pytest.mark.parametrize(
@@ -37,54 +38,35 @@ def test_split_covers_the_batch_with_parts_as_equal_as_can_be(batch: int, parts:
     assert sizes[0] - 1 <= sizes[-1] > 0
 
 
-@given(
-    batch=st.integers(1, 600),
-    levers=st.sets(st.sampled_from(["recompute_generator", "checkpoint_blocks", "separate_terms", "penalty"])),
-)
-def test_the_ladder_goes_down_bitwise_first_and_ends(batch: int, levers: set[str]) -> None:
-    layout = Layout.of(batch, 1)
-    guarantees, sizes = [], []
-    while (cheaper := layout.cheaper(levers, smallest=1)) is not None:
-        new = cheaper.named().keys() - layout.named().keys()
-        guarantees.append(max(cheaper.named()[name] for name in new))
-        sizes.append(cheaper.micro_batch)
-        assert sum(cheaper.sizes) == batch
-        assert cheaper.micro_batch <= layout.micro_batch
-        layout = cheaper
-    assert guarantees == sorted(guarantees)
-    assert layout.micro_batch == 1
-    assert len(guarantees) <= len(levers) + 11
-    assert Layout.from_dict(layout.as_dict()) == layout
+LEVERS = ["recompute_generator", "checkpoint_blocks", "separate_terms", "penalty"]
+
+
+@given(batch=st.integers(1, 600), levers=st.sets(st.sampled_from(LEVERS)), coupled=st.booleans(), smallest=st.sampled_from([1, 2]))
+def test_the_ladder_changes_as_little_as_can_be_and_ends(batch: int, levers: set[str], coupled: bool, smallest: int) -> None:
+    smallest = min(smallest, batch)
+    ladder = [Layout.of(batch, 1), *Layout.of(batch, 1).cheaper(levers, smallest, coupled)]
+    for before, after in pairwise(ladder):
+        assert sum(after.sizes) == batch and min(after.sizes) >= smallest and after.micro_batch <= before.micro_batch
+        cut, pulled = after.sizes != before.sizes, replace(after, sizes=before.sizes) != before
+        assert cut != pulled  # one thing at a time
+        if pulled and coupled:
+            assert len(before.sizes) == 1  # what leaves the training as it is comes first
+        elif pulled:
+            assert before.halved(FEW) is None  # the fastest comes first
+        else:
+            assert after.micro_batch <= before.micro_batch // 2
+    assert ladder[-1].halved(smallest) is None
+    assert ladder[-1] == replace(ladder[-1], **{name: "jvp" if name == "penalty" else True for name in levers})
+    assert list(ladder[-1].cheaper(levers, smallest, coupled)) == []
+    assert Layout.from_dict(ladder[-1].as_dict()) == ladder[-1]
 
 
 def test_the_ladder_stops_where_batch_statistics_would_become_too_small() -> None:
-    layout = Layout.of(64, 2)
-    assert layout.cheaper((), smallest=16) == Layout.of(64, 4)
-    assert Layout.of(64, 4).cheaper((), smallest=16) is None
+    assert list(Layout.of(64, 2).cheaper((), smallest=16, coupled=True)) == [Layout.of(64, 4)]
+    assert list(Layout.of(64, 4).cheaper((), smallest=16, coupled=True)) == []
 
 
 def test_cutting_is_approximate_only_where_samples_are_coupled() -> None:
     assert Layout.of(8, 2).guarantee(coupled=False) == Guarantee.REASSOCIATION
     assert Layout.of(8, 2).guarantee(coupled=True) == Guarantee.APPROXIMATE
     assert Layout.of(8, 1, checkpoint_blocks=True).guarantee(coupled=True) == Guarantee.BITWISE
-
-
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 10_000_000)), max_size=200))
-def test_the_heap_holds_what_is_live_without_overlaps(operations: list[tuple[int, int]]) -> None:
-    heap, live = Heap(), {}
-    moves: list[int] = []
-    for key, bytes_ in operations:
-        if key in live:
-            begin, end, was = live.pop(key)
-            heap.free(begin, end)
-            moves.append(-was)
-        else:
-            begin, end = heap.allocate(bytes_)
-            assert end - begin >= bytes_
-            assert all(end <= b or begin >= e for b, e, _ in live.values())
-            live[key] = begin, end, bytes_
-            moves.append(bytes_)
-    assert heap.top >= highest(moves)
-    for begin, end, _ in live.values():
-        heap.free(begin, end)
-    assert heap.allocate(max(1, heap.top - 4096))[0] == 0  # all of it is one piece again

@@ -5,25 +5,29 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, ClassVar
 
+import fsspec
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import frugan
 from frugan.cli import main
+from frugan.data import stream
 from frugan.data.source import open_source
 from frugan.data.stream import Shard, ShardSource, StreamLoader
 from frugan.errors import UserError
 from frugan.recipe import Data
 
-from .conftest import SMALL, assert_same_state
+from .conftest import SMALL, assert_same_state, final_state
 
 DATA = Data(image_size=8, channels=1)
 
@@ -149,8 +153,6 @@ def test_what_is_amiss_with_shards_is_named_and_training_goes_on(tmp_path: Path)
 
 
 def test_any_file_system_that_fsspec_knows(tmp_path: Path) -> None:
-    import fsspec
-
     memory = fsspec.filesystem("memory")
     for number in range(2):
         buffer = io.BytesIO()
@@ -210,3 +212,168 @@ def test_plans_for_streams(shards: str, capsys: pytest.CaptureFixture[str], trai
 def test_a_shard_without_images() -> None:
     with pytest.raises(UserError, match="none of the 1 shards has images"):
         StreamLoader([Shard("empty", 0, lambda skip: iter(()))], DATA, seed=0, workers=1, tell=print)
+
+
+class Dropped(Exception):
+    """What the driver of a network raises, which knows nothing of OSError."""
+
+
+class Flaky(fsspec.AbstractFileSystem):
+    """Files in memory, behind a network that fails when it is told to."""
+
+    protocol = "flaky"
+    cachable = False
+    files: ClassVar[dict[str, bytes]] = {}
+    down: ClassVar[Exception | None] = None  # what every attempt raises while it is set
+    failures: ClassVar[list[tuple[int, Exception | None]]] = []  # one an opening: after how many bytes, and what; None: it ends
+    opened: ClassVar[int] = 0
+
+    def ls(self, path: str, detail: bool = True, **options: object) -> list[Any]:
+        found = [
+            {"name": n, "size": len(c), "type": "file"} for n, c in self.files.items() if n == path or n.startswith(f"{path}/")
+        ]
+        return found if detail else [about["name"] for about in found]
+
+    def _open(self, path: str, mode: str = "rb", **options: object) -> io.RawIOBase:
+        Flaky.opened += 1
+        if Flaky.down:
+            raise Flaky.down
+        if path not in self.files:
+            raise FileNotFoundError(path)
+        return Line(self.files[path], *(Flaky.failures.pop(0) if Flaky.failures else (1 << 60, None)))
+
+
+class Line(io.BytesIO):
+    """A file that fails ``after`` so many bytes, and whenever the network is down."""
+
+    def __init__(self, content: bytes, after: int, error: Exception | None) -> None:
+        super().__init__(content)
+        self.after, self.error = after, error
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if Flaky.down:
+            raise Flaky.down
+        begin, content = self.tell(), super().read(size)
+        if begin + len(content) <= self.after:
+            return content
+        if self.error:
+            raise self.error
+        return content[: max(0, self.after - begin)]
+
+
+FAILURES = [ConnectionResetError(104, "Connection reset by peer"), Dropped("stream 3 was reset"), TimeoutError()]
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Flaky]]:
+    """Three shards of 30 images behind a network that fails as the test says; there is little patience with it."""
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    monkeypatch.setattr(stream, "WAITS", (0.001,) * 6, raising=False)
+    for number in range(3):
+        buffer = io.BytesIO()
+        write_shard(buffer, {f"{i}.png": numbered(i) for i in range(number * 30, number * 30 + 30)})
+        Flaky.files[f"s-{number}.tar"] = buffer.getvalue()
+    yield Flaky
+    Flaky.files, Flaky.down, Flaky.failures, Flaky.opened = {}, None, [], 0
+
+
+FLAKY = "flaky://s-{0..2}.tar"
+
+
+def undisturbed(count: int) -> list[int]:
+    """The images of `FLAKY` while nothing fails."""
+    with closing(load(FLAKY, block=20)) as loader:  # which would read ahead into what fails next
+        return numbers(loader.batch(0, count))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(failures=st.lists(st.tuples(st.integers(0, 32_000), st.sampled_from([*FAILURES])), max_size=6), data=st.data())
+def test_no_image_is_replaced_because_the_network_failed(
+    failures: list[tuple[int, Exception]], data: st.DataObject, network: type[Flaky]
+) -> None:
+    network.failures = []
+    whole, said = undisturbed(180), list[str]()
+    first = data.draw(st.integers(0, 89))
+    with closing(load(FLAKY, said, block=20)) as loader:
+        network.failures = failures.copy()
+        assert numbers(loader.batch(first, 90)) == whole[first : first + 90]
+    assert not any("cannot be read" in line or "Skipped" in line for line in said)
+    assert all(line.startswith("flaky://s-") and line.endswith("; trying again.") for line in said), said
+
+
+def test_a_connection_that_ends_too_early_once_replaces_no_image(network: type[Flaky]) -> None:
+    said: list[str] = []
+    whole = undisturbed(90)
+    with closing(load(FLAKY, said, block=20)) as loader:
+        network.failures = [(20_000, None), (25_000, None)]  # as if that were all
+        assert numbers(loader.batch(0, 90)) == whole
+    assert not said and not network.failures
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+def test_a_block_that_failed_is_read_when_the_network_is_back(error: Exception, network: type[Flaky]) -> None:
+    said: list[str] = []
+    whole = undisturbed(90)
+    again = r"^cannot read on in flaky://s-\d\.tar \(.+\), tried 7 times: check the connection"
+    with closing(load(FLAKY, said, block=20)) as loader:
+        network.down, network.opened = error, 0
+        for _ in range(2):
+            with pytest.raises(UserError, match=again) as caught:
+                loader.batch(0, 90)
+            assert "goes on from the last checkpoint." in str(caught.value) and "\n" not in str(caught.value)
+        assert network.opened == 14  # an opening and six more, each time
+        assert len(said) == 2  # not once for each
+        network.down = None
+        assert numbers(loader.batch(0, 90)) == whole
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+def test_a_start_waits_for_the_network_and_never_leaves_a_shard_out_for_it(error: Exception, network: type[Flaky]) -> None:
+    network.failures = [(15_000, error), (0, error), (15_000, error)]
+    source, said = open_source(Data(data=FLAKY)), list[str]()
+    assert len(source) == 90 and not source.problems
+    network.failures = [(1 << 60, None)] + 4 * [(15_000, error)]  # only the second shard fails: without it it were another training
+    with pytest.raises(UserError, match=r"^cannot read the shard flaky://s-1.tar \(.+\): check the connection, then run the same"):
+        open_source(Data(data=FLAKY))
+    del network.files["s-1.tar"]  # which waiting does not help against
+    network.opened = 0
+    with closing(load(FLAKY, said)) as loader:
+        assert len(loader) == 60
+    assert network.opened == 3 and len(said) == 1 and "cannot read the shard flaky://s-1.tar" in said[0]
+
+
+def test_a_training_whose_network_goes_away_keeps_every_update_and_goes_on(
+    network: type[Flaky], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = SMALL | {"channels": 1, "batch_size": 10, "epochs": 2, "checkpoint_every": 100}
+    monkeypatch.setattr(stream, "BLOCK_BYTES", 20 * 64)  # two updates
+    whole = frugan.train(FLAKY, out=tmp_path / "whole", **options)
+
+    def cut(images: int) -> None:
+        if images == 50:
+            network.down = Dropped("gone")
+
+    with pytest.raises(UserError, match="cannot read on in flaky://") as caught:
+        frugan.train(FLAKY, out=tmp_path / "half", on_update=cut, **options)
+    assert "check the connection" in str(caught.value)
+    _, state = final_state(tmp_path / "half")
+    assert isinstance(state["images"], int) and state["images"] >= 50  # and no checkpoint was due so early
+    network.down = None
+    half = frugan.train(FLAKY, out=tmp_path / "half", **options)
+    assert_same_state(whole, half)
+
+
+@pytest.mark.filterwarnings("ignore")  # of what datasets imports
+def test_parquet_is_read_on_after_a_failure_too(network: type[Flaky]) -> None:
+    import datasets
+
+    buffer = io.BytesIO()
+    rows = {"image": [{"bytes": numbered(i), "path": None} for i in range(60)]}
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image()}))
+    table.to_parquet(buffer, batch_size=10)
+    network.files["t.parquet"] = buffer.getvalue()
+    said: list[str] = []
+    with closing(load("flaky://t.parquet", said, block=7)) as loader:
+        network.failures = [(len(buffer.getvalue()) // 2, Dropped("gone")), (0, FAILURES[0])]
+        assert sorted(numbers(loader.batch(0, 60))) == list(range(60))
+    assert not network.failures and said and not any("cannot be read" in line for line in said)

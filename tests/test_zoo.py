@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from PIL import Image, PngImagePlugin
 
 from frugan.data.loader import Loader, resolve
 from frugan.data.source import open_source
+from frugan.data.stream import ShardSource, StreamLoader
 from frugan.errors import UserError
 from frugan.recipe import Data
 
@@ -135,6 +137,14 @@ def as_folder(root: Path, files: dict[str, bytes]) -> Path:
     return root
 
 
+def write_table(table: Any, path: Path) -> None:
+    """As parquet, with its cells as they are: datasets itself would put the files into them."""
+    from pyarrow import parquet
+
+    schema = table.data.table.schema.with_metadata(table.features.arrow_schema.metadata)
+    parquet.write_table(table.data.table.cast(schema), path)
+
+
 def as_zip(root: Path, files: dict[str, bytes]) -> Path:
     with zipfile.ZipFile(root.with_suffix(".zip"), "w") as archive:
         for name, content in files.items():
@@ -244,6 +254,66 @@ def test_archives_that_are_not_what_they_should_be(tmp_path: Path) -> None:
         loaded(whole)
 
 
+def test_names_in_archives_are_said_on_one_line(tmp_path: Path) -> None:
+    evil = "a\nfrugan: all is well\x1b[2J.png"
+    files = {"good.png": encoded("PNG"), evil: b"no image", f"../{evil}": encoded("PNG")}
+    for archive in (as_zip(tmp_path / "ways", files), as_tar(tmp_path / "ways", files)):
+        loader, said = loaded(archive)
+        assert len(loader) == 1 and sum("all is well" in line for line in said) == 2
+        assert all(line.isprintable() for line in said), said
+    source, said = open_source(Data(data=str(as_tar(tmp_path / "stream", files)), stream=True)), list[str]()
+    assert isinstance(source, ShardSource)
+    StreamLoader(source.shards, Data(image_size=16, channels=3), seed=0, workers=1, tell=said.append).batch(0, 3)
+    assert any("all is well" in line for line in said) and all(line.isprintable() for line in said), said
+
+
+OUTSIDE = "outside the folder of the table: move the table above its images"
+
+
+@pytest.mark.filterwarnings("ignore")  # of what datasets imports
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_table_reads_no_file_outside_its_folder(stream: bool, tmp_path: Path) -> None:
+    import datasets
+
+    root = as_folder(tmp_path / "table", {"beside.png": encoded("PNG"), "held.png": encoded("PNG")})
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (40, 40), (250, 0, 250)).save(secret)
+    (root / "link.png").symlink_to(secret)
+    os.mkfifo(root / "pipe.png")
+    named = {
+        "held": ({"bytes": (root / "held.png").read_bytes(), "path": str(secret)}, ""),  # what is held goes first
+        "beside": ({"bytes": None, "path": "beside.png"}, ""),
+        "whole": ({"bytes": None, "path": str(root / "beside.png")}, ""),
+        "secret": ({"bytes": None, "path": str(secret)}, OUTSIDE),
+        "above": ({"bytes": None, "path": "../secret.png"}, OUTSIDE),
+        "link": ({"bytes": None, "path": "link.png"}, OUTSIDE),
+        "pipe": ({"bytes": None, "path": "pipe.png"}, "where there is no file"),
+        "url": ({"bytes": None, "path": f"file://{secret}"}, "instead of holding an image"),
+        "chain": ({"bytes": None, "path": f"simplecache::file://{secret}"}, "instead of holding an image"),
+        "none": ({"bytes": None, "path": "no\nwhere\x1b.png"}, "where there is no file"),
+        "empty": (None, "there is no image in it"),
+    }
+    features = datasets.Features({"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}})
+    table = datasets.Dataset.from_dict({"image": [cell for cell, _ in named.values()]}, features=features)
+    table = table.cast_column("image", datasets.Image(decode=False))
+    write_table(table, root / "t.parquet")
+    bad = [(number, why) for number, (_, why) in enumerate(named.values()) if why]
+    if stream:
+        source, said = open_source(Data(data=str(root / "t.parquet"), stream=True)), list[str]()
+        assert isinstance(source, ShardSource)
+        loader = StreamLoader(source.shards, Data(image_size=16, channels=3), seed=0, workers=1, tell=said.append)
+        images = loader.batch(0, len(named))
+    else:
+        loaded_table, said = loaded(root / "t.parquet")
+        assert len(loaded_table) == 3
+        images = loaded_table.batch(0, 3)
+    for number, why in bad:
+        lines = [line for line in said if re.match(rf"Skipped row {number} of .*{why}\.$", line)]
+        assert len(lines) == 1 and lines[0].isprintable(), (number, said)
+    assert sum(line.startswith("Skipped") for line in said) == len(bad)
+    assert len(images.flatten(1).unique(dim=0)) == 1  # all of them the one image that may be read
+
+
 def test_a_tar_cut_short_gives_what_is_before_the_cut_and_a_missing_shard_is_named(tmp_path: Path) -> None:
     files = {f"{i}.png": encoded("PNG") for i in range(6)}
     for i in range(3):
@@ -266,7 +336,7 @@ def test_a_tar_cut_short_gives_what_is_before_the_cut_and_a_missing_shard_is_nam
 
 
 def test_nothing_that_can_be_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="none of the 3 images of zoo can be read"):
+    with pytest.raises(UserError, match=r"none of the 3 images of zoo can be read, 0\.png for one: not an image, or empty\.$"):
         loaded(as_folder(tmp_path / "zoo", {f"{i}.png": b"" for i in range(3)}))
 
 

@@ -133,6 +133,10 @@ class Report:
     ] = None
 
 
+class Images:
+    """Packs images, or tells what is there: see frugan data --help."""
+
+
 class Pack:
     """Decodes, crops and resizes images once, into a pack that trainings read: beforehand, instead of on first use."""
 
@@ -201,14 +205,14 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Recipe]:
         "generate": Generate,
         "evaluate": Evaluate,
         "report": Report,
+        "data": Images,  # for the help alone: what follows it is parsed by itself
         "summary": _recipe_options("Summary", Summary, recipe),
     }
     prog = "frugan"
     if arguments[0] == "data":
         arguments, verbs, prog = arguments[1:] or ["--help"], _data_verbs(), "frugan data"
     if not arguments[0].startswith("-") and arguments[0] not in verbs:
-        known = [*verbs, "data"] if prog == "frugan" else [*verbs]
-        raise UserError(f"there is no command {arguments[0]!r}: {nearest(arguments[0], known)}")
+        raise UserError(f"there is no command {arguments[0]!r}: {nearest(arguments[0], verbs)}")
     if arguments[0] in verbs:
         _check_flags(arguments[1:], typing.get_type_hints(verbs[arguments[0]]))
     options = tyro.extras.subcommand_cli_from_dict(

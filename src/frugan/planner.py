@@ -298,7 +298,7 @@ def recovery(recipe: Recipe, plan: Plan, step: Step, approximate: bool, changed:
             return None
         job = next(job for job in jobs(model) if job.name == phase)
         try:
-            return Search([job], device).exact(job, layout).least
+            return Search([job], device).exact(job, layout).moment.bytes
         except Exception as error:  # networks that cannot be followed have nothing prepared
             if limit.is_out_of_memory(error):
                 raise

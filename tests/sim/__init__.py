@@ -18,7 +18,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.utils import cpp_extension
 
 HERE = Path(__file__).parent
 _library: Any = None
@@ -58,8 +57,9 @@ def _built() -> Path:
     if not library.exists():
         library.parent.mkdir(exist_ok=True)
         folder = Path(torch.__file__).parent / "lib"
+        headers = folder.with_name("include")
         with tempfile.NamedTemporaryFile(dir=library.parent, suffix=".so") as part:  # two processes may build at once
-            includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+            includes = [f"-isystem{path}" for path in (headers, headers / "torch" / "csrc" / "api" / "include")]
             libraries = [f"-L{folder}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{folder}"]
             command = ["c++", "-std=c++20", "-O1", "-fPIC", "-shared", "-w", *includes, str(source), "-o", part.name, *libraries]
             subprocess.run(command, check=True)

@@ -52,6 +52,16 @@ class Manifest:
     small: str | None = None
     version: int = VERSION
 
+    def __post_init__(self) -> None:
+        if not (isinstance(self.classes, list) and isinstance(self.reasons, dict)):
+            raise ValueError("its manifest is not what a pack has")
+        numbers = (self.images, self.channels, self.size, self.skipped)
+        texts = [self.name, self.stamp, self.background, self.fingerprint, self.small or "", *self.classes]
+        texts += [text for pair in self.reasons.items() for text in pair]
+        right = all(type(number) is int and number >= 0 for number in numbers) and all(isinstance(text, str) for text in texts)
+        if not right or self.channels not in (1, 3) or not self.size:
+            raise ValueError("its manifest is not what a pack has")
+
 
 class Pack:
     """A pack that is there, to be read from.
@@ -63,7 +73,7 @@ class Pack:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            known = json.loads((folder / "manifest.json").read_text())
+            known = dict(json.loads((folder / "manifest.json").read_text()))
             if known.get("version") != VERSION:
                 raise UserError(f"{folder} was packed by another version of frugan: pack it again.")
             self.manifest = Manifest(**known)
@@ -71,11 +81,14 @@ class Pack:
             self._row = self.manifest.channels * self.manifest.size**2
             self._pixels = os.open(folder / "pixels.bin", os.O_RDONLY)
             weakref.finalize(self, os.close, self._pixels)
-            there = os.fstat(self._pixels).st_size
-        except (OSError, ValueError, TypeError) as error:
+            files = {"pixels.bin": len(self) * self._row} | ({"labels.bin": 8 * len(self)} if self.manifest.labelled else {})
+            for file, needed in files.items():
+                if (there := (folder / file).stat().st_size) != needed:
+                    raise UserError(f"{folder / file} is cut short: it has {there:,} of {needed:,} bytes; pack the images again.")
+        except UserError:
+            raise
+        except (OSError, ValueError, TypeError, RecursionError) as error:  # a manifest may come from anybody
             raise UserError(f"{folder} is no pack ({error}): pack the images again.") from None
-        if there != len(self) * self._row:
-            raise UserError(f"{folder} is cut short: it has {there:,} of {len(self) * self._row:,} bytes; pack the images again.")
 
     def __len__(self) -> int:
         return self.manifest.images

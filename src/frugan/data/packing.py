@@ -161,7 +161,8 @@ def _write(source: Source, data: Data, part: Path, workers: int, tell: Tell, pro
             if progress:
                 progress(index + 1, len(source))
         if not written:
-            raise UserError(f"none of the {len(source)} images of {source.name} can be read.")
+            first = "".join(f", {name} for one: {why}" for name, why in list(reasons.items())[:1])
+            raise UserError(f"none of the {len(source)} images of {source.name} can be read{first}.")
         for file in (pixels, classes):
             file.flush()
             os.fsync(file.fileno())

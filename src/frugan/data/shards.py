@@ -68,7 +68,7 @@ class TarSource(Source):
                     archive.members = []  # type: ignore[attr-defined]  # which it would keep
                     path = PurePosixPath(member.name)
                     if outside(member.name) or member.issym() or member.islnk():
-                        problems.append(f"{member.name} in {shard} points out of it: left out.")
+                        problems.append(f"{shown(member.name)} in {shard} points out of it: left out.")
                     elif not member.isfile():
                         continue
                     elif member.offset_data + member.size > length:
@@ -179,7 +179,7 @@ def file_in(cell: dict[str, Any] | None, folders: Sequence[Path]) -> bytes:
         raise ValueError(f"it names {shown(name)} instead of holding an image")
     file: Path = (folders[0] / name).resolve()
     if not any(file.is_relative_to(folder.resolve()) for folder in folders):
-        raise ValueError(f"it names {shown(name)}, which lies outside the folder of the table")
+        raise ValueError(f"it names {shown(name)}, outside the folder of the table: move the table above its images")
     if not file.is_file():  # reading a pipe would wait for ever
         raise ValueError(f"it names {shown(name)}, where there is no file")
     return file.read_bytes()

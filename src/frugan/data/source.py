@@ -25,6 +25,7 @@ from frugan.data.images import (
     is_image,
     outside,
     plain,
+    shown,
     stamp_of,
 )  # fmt: skip
 from frugan.data.pack import Pack
@@ -110,8 +111,9 @@ def named(data: Data) -> Source | None:
             shutil.rmtree(whole, ignore_errors=True)
             (part / kind).replace(whole)  # so that what is there is complete
     except (OSError, RuntimeError) as error:
+        why = " ".join(str(error).split())[:200].rstrip(".")  # torchvision tells of each mirror on a line of its own
         raise UserError(
-            f"cannot download {name} ({error}); put its four IDX files into {Path('data') / name} and run the same command again."
+            f"cannot download {name} ({why}); put its four IDX files into {Path('data') / name} and run the same command again."
         ) from None
     return idx_folder(whole / "raw", name, data.split, classes)
 
@@ -180,7 +182,7 @@ def archive(data: Data) -> Source | None:
         raise UserError(f"cannot read the zip {path}: {error}; it may be cut short, fetch it again.") from None
     entries = [(e.filename, e.file_size, e.CRC) for e in opened.infolist() if not e.is_dir()]
     out = [name for name, *_ in entries if outside(name)]
-    problems = [f"{name} in {path} points out of it: left out." for name in out]
+    problems = [f"{shown(name)} in {path} points out of it: left out." for name in out]
     return _files(path, [entry for entry in entries if not outside(entry[0])], opened, problems)
 
 

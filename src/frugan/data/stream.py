@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from frugan.data.decode import Pixels, background_colour, fit, flatten
-from frugan.data.images import Source, Tell, is_image, loaded, reason, stamp_of
+from frugan.data.images import Source, Tell, is_image, loaded, reason, shown, stamp_of
 from frugan.data.shards import TABLES, braced, file_in
 from frugan.draws import Order, derive
 from frugan.errors import UserError
@@ -88,7 +88,7 @@ def tar_shard(url: str) -> Shard:
                     skip -= 1
                     continue
                 file = archive.extractfile(member)
-                yield f"{url}/{member.name}", file.read() if file else b""
+                yield f"{url}/{shown(member.name)}", file.read() if file else b""
 
     return Shard(url, _patiently(count, f"read the shard {url}"), read)
 

@@ -4,10 +4,12 @@ Run on a simulated device in the test suite; what only CUDA or Metal can tell is
 """
 
 import os
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _others: dict[torch.device, int] = {}  # bytes in use on a device before this process began with it
 
@@ -63,6 +65,14 @@ class Accelerator:
     def wait(self) -> None:
         """Waits until everything asked of the device is done."""
         self.words.synchronize(self.device)
+
+    def generator(self) -> Tensor | None:
+        """The state of torch's global generator of the device; None where it has none."""
+        return self.words.get_rng_state(self.device) if hasattr(self.words, "get_rng_state") else None
+
+    def set_generator(self, state: Tensor) -> None:
+        """Sets what `generator` gave."""
+        self.words.set_rng_state(state, self.device)
 
     def meet(self) -> None:
         """Notes what other programs hold, before this one takes anything."""
@@ -149,6 +159,14 @@ class Metal(Accelerator):
         """Waits until everything asked of the device is done."""
         torch.mps.synchronize()
 
+    def generator(self) -> Tensor:
+        """The state of torch's global generator."""
+        return torch.mps.get_rng_state()
+
+    def set_generator(self, state: Tensor) -> None:
+        """Sets what `generator` gave."""
+        torch.mps.set_rng_state(state)
+
     def meet(self) -> None:
         """Nothing to note."""
 
@@ -162,6 +180,19 @@ def accelerator(device: torch.device) -> Accelerator | None:
     if device.type in ("cpu", "meta"):
         return None
     return Metal(device) if device.type == "mps" else Accelerator(device)
+
+
+def drawn(device: torch.device) -> Callable[[], None]:
+    """What puts torch's global generators, of the CPU and of ``device``, back to where they are now."""
+    there = accelerator(device)
+    host, other = torch.get_rng_state(), there.generator() if there else None
+
+    def back() -> None:
+        torch.set_rng_state(host)
+        if there and other is not None:
+            there.set_generator(other)
+
+    return back
 
 
 def _nvml(device: torch.device) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from frugan.errors import UserError
 from frugan.memory import levers, limit, private
+from frugan.memory.accelerator import drawn
 from frugan.memory.limit import MIB
 from frugan.memory.plan import Layout, size, slices, split
 from frugan.memory.recover import Change, Recovery
@@ -56,7 +57,7 @@ def accumulate(loss: Loss, module: nn.Module, tensors: Sequence[Tensor], sizes: 
             )
         mean = terms.sum() / sum(sizes)
         torch.autograd.backward(mean)
-        total += mean.detach()
+        total = total + mean.detach()  # a loss in double precision gives a mean in double precision
     return total
 
 
@@ -138,12 +139,13 @@ class Engine(AbstractContextManager["Engine"]):
         self.recovery = Recovery(
             [self.module], self.device, {STEP: choice.chosen[STEP].layout}, choice.handling, coupled=self.coupled or self.draws,
             levers={STEP: {"checkpoint_blocks"} if self.blocks else set()}, smallest={STEP: smallest},
-            changed=self.changed, prepare=lambda _, layout: search.exact(job, layout).least,
+            changed=self.changed, prepare=lambda _, layout: search.exact(job, layout).moment.bytes,
         )  # fmt: skip
         return choice
 
     def __enter__(self) -> Self:
-        assert self.choice is not None, "plan first"
+        if self.choice is None:
+            raise UserError("the engine has no plan yet: call plan() with a few samples first.")
         self._open.enter_context(limit.as_before())
         self._open.enter_context(limit.held_to(self.budget, self.choice.handling, self.device))
         return self
@@ -158,12 +160,21 @@ class Engine(AbstractContextManager["Engine"]):
             UserError: too many samples, none, or not the same number in every tensor.
             frugan.memory.recover.OutOfMemory: the cheapest way needs more than there is.
         """
+        if self.choice is None:
+            raise UserError("the engine has no plan yet: call plan() with a few samples first.")
         counts = {len(t) for t in tensors}
         if len(counts) != 1 or not 1 <= (count := counts.pop()) <= self.batch:
             raise UserError(
                 f"the engine takes batches of 1 to {self.batch} samples, as many in every tensor, not {[len(t) for t in tensors]}."
             )
-        mean = self.recovery.run(STEP, lambda layout: self._compute(fitted(layout, count), tensors))
+        back = drawn(self.device) if self.draws else None
+
+        def compute(layout: Layout) -> Tensor:
+            if back:
+                back()  # what is begun anew draws the same
+            return self._compute(fitted(layout, count, self.recovery.smallest[STEP]), tensors)
+
+        mean = self.recovery.run(STEP, compute)
         self._reserved = []
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -240,19 +251,22 @@ class Engine(AbstractContextManager["Engine"]):
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 print(f"The model cannot be followed without running it ({reason}): measured by running it instead.")
         buffers = [b.clone() for b in self.module.buffers()]
+        back = drawn(self.device)
         try:
             return run()
         finally:
+            back()
             for buffer, value in zip(self.module.buffers(), buffers, strict=True):
                 buffer.copy_(value)
             self.module.zero_grad(set_to_none=True)
 
 
-def fitted(layout: Layout, count: int) -> Layout:
-    """``layout`` for a batch of ``count`` samples, in micro-batches that are no larger."""
+def fitted(layout: Layout, count: int, smallest: int = 1) -> Layout:
+    """``layout`` for a batch of ``count`` samples, in micro-batches that are no larger, unless one had fewer than ``smallest``."""
     if count == sum(layout.sizes):
         return layout
-    return replace(layout, sizes=tuple(split(count, -(-count // layout.micro_batch))))
+    parts = min(-(-count // layout.micro_batch), max(1, count // smallest))
+    return replace(layout, sizes=tuple(split(count, parts)))
 
 
 def _twin(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -280,20 +294,24 @@ def _imitation(tensor: Tensor) -> Tensor:
 @contextmanager
 def imitated(module: nn.Module, mode: AbstractContextManager[object]) -> Iterator[None]:
     """While open, ``module`` has tensors in the place of its own that are without memory, made in ``mode``."""
-    own = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
+    own = [
+        (part, [*part.named_parameters(recurse=False, remove_duplicate=False)], [*part.named_buffers("", False, False)])
+        for part in module.modules()
+    ]
     fakes: dict[int, Tensor] = {}
 
-    def imitate(tensor: Tensor | None) -> Tensor | None:
-        if tensor is not None and id(tensor) not in fakes:
+    def imitate(tensor: Tensor) -> Tensor:
+        if id(tensor) not in fakes:
             fakes[id(tensor)] = _imitation(tensor)
-        return fakes[id(tensor)] if tensor is not None else None
+        return fakes[id(tensor)]
 
-    with mode:
-        for part, parameters, buffers in own:
-            part._parameters = {name: imitate(p) for name, p in parameters.items()}  # type: ignore[misc]
-            part._buffers = {name: imitate(b) for name, b in buffers.items()}
     try:
+        with mode:
+            for part, parameters, buffers in own:
+                for name, tensor in [*parameters, *buffers]:
+                    setattr(part, name, imitate(tensor))
         yield
     finally:
         for part, parameters, buffers in own:
-            part._parameters, part._buffers = parameters, buffers
+            for name, tensor in [*parameters, *buffers]:
+                setattr(part, name, tensor)

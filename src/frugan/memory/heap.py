@@ -33,6 +33,8 @@ class Heap:
         begin = self._by_end.get(self.top, self.top)  # what is free below the top is part of it
         if begin < self.top:
             self._remove(begin, self.top - begin)
+        if begin + kept < self.top:
+            self._insert(begin + kept, self.top - begin - kept)
         self.top = max(self.top, begin + kept)
         return begin, begin + kept
 

@@ -4,7 +4,7 @@ Nothing else in frugan touches them. Each stands behind a function that goes on 
 sentence that says so; ``tests/test_private.py`` takes them away in turn. Where a part was found: torch 2.11 to 2.15.
 """
 
-import importlib
+import pkgutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+PROFILER = ("on", "off", "config", "kind", "state")
 UNMEASURED = 1.2  # of a prediction where operators' workspaces cannot be seen: they were up to 17.5% of it (docs/LOG.md)
 
 
 def find(path: str) -> Any:
-    """What is called ``module.name`` in torch, or None."""
-    module, _, name = path.rpartition(".")
+    """What is called ``path`` in torch, or None."""
     with warnings.catch_warnings(), suppress(ImportError, AttributeError):
         warnings.simplefilter("ignore")
-        return getattr(importlib.import_module(module), name)
+        return pkgutil.resolve_name(path)
     return None
 
 
@@ -33,10 +33,14 @@ PARTS = {
     "profiler_on": "torch.autograd._enable_profiler_legacy",
     "profiler_off": "torch.autograd._disable_profiler_legacy",
     "profiler_config": "torch._C._profiler._ExperimentalConfig",
+    "profiler_kind": "torch.autograd.ProfilerConfig",
+    "profiler_state": "torch.autograd.ProfilerState",
     "graph_task": "torch._C._current_graph_task_id",
     "flops": "torch.utils.flop_counter.flop_registry",
     "wrapped": "torch.optim.Adam.add_param_group.__wrapped__",
     "batch_norm": "torch.nn.modules.batchnorm._BatchNorm",
+    "view": "torch.Tensor._is_view",
+    "address": "torch.UntypedStorage._cdata",
     "jvp": "torch._decomp.decompositions_for_jvp.decomposition_table_for_jvp",
 }
 
@@ -44,8 +48,6 @@ PARTS = {
 @cache
 def part(name: str) -> Any:
     """The part of torch called ``name`` in `PARTS`, or None where this torch has none."""
-    if name == "wrapped":
-        return getattr(torch.optim.Adam.add_param_group, "__wrapped__", None)
     return find(PARTS[name])
 
 
@@ -72,6 +74,11 @@ def forget_imitations() -> None:
         mode.cache_clear()
 
 
+def can_record() -> bool:
+    """Whether `recording` sees anything."""
+    return all(part(f"profiler_{name}") for name in PROFILER)
+
+
 @contextmanager
 def recording(moves: list[int]) -> Iterator[bool]:
     """While open, the CPU allocator is watched; at the end ``moves`` has what it gave (> 0) and took back (< 0), in order.
@@ -80,11 +87,10 @@ def recording(moves: list[int]) -> Iterator[bool]:
     starts in milliseconds instead of seconds and writes nothing on the terminal. Every operator is remembered: a long stretch takes
     gigabytes.
     """
-    on, off, config = (part(name) for name in ("profiler_on", "profiler_off", "profiler_config"))
-    if not (on and off and config):
+    if not can_record():
         yield False
         return
-    kind, state = find("torch.autograd.ProfilerConfig"), find("torch.autograd.ProfilerState")
+    on, off, config, kind, state = (part(f"profiler_{name}") for name in PROFILER)
     nothing = False
     on(kind(state.CPU, nothing, True, nothing, nothing, nothing, config()))  # the third is: report memory
     try:
@@ -108,7 +114,7 @@ def flops(operator: Any, *args: Any, result: Any, **kwargs: Any) -> int:
 
 def unwrapped(method: Any) -> Callable[..., Any]:
     """A method of an optimizer without the wrapper that has torch's compiler leave it alone, for which it would be imported."""
-    found: Callable[..., Any] = getattr(method, "__wrapped__", method)
+    found: Callable[..., Any] = getattr(method, "__wrapped__", method) if part("wrapped") else method
     return found
 
 
@@ -125,4 +131,10 @@ def load_forward_mode() -> None:
 
 def address(tensor: Tensor) -> int:
     """What tells the storage of a tensor, fake ones too, from all others that are alive."""
-    return int(tensor.untyped_storage()._cdata)
+    storage = tensor.untyped_storage()
+    return int(storage._cdata) if part("address") else id(storage)  # its object lives as long as the storage
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether ``tensor`` shows part of another; yes where nobody can tell, so that sums in place count as copies."""
+    return tensor._is_view() if part("view") else True

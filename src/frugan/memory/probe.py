@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from frugan.memory import private
-from frugan.memory.accelerator import accelerator
+from frugan.memory.accelerator import accelerator, drawn
 from frugan.memory.limit import is_out_of_memory
 from frugan.memory.trace import GRANULE, Call, Spec
 
@@ -36,12 +36,16 @@ class Workspaces(dict[Call, list[int]]):
                 if not call.here:
                     self[call] = []
                     continue
+                back = drawn(self.device) if call.random else None
                 try:
                     self[call] = self._of(call)
                 except RuntimeError as error:
                     if is_out_of_memory(error):
                         raise
                     self[call] = []  # made-up numbers do not satisfy it: its results alone are counted
+                finally:
+                    if back:
+                        back()
 
     def _of(self, call: Call) -> list[int]:
         args, kwargs = tree_map_only(Spec, _made_up, call.arguments)

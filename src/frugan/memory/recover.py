@@ -83,6 +83,7 @@ class Recovery:
         assert not gradients, "gradients of an earlier phase would be lost"
         before = self.again(lambda: [b.clone() for b in buffers])
         self._go_back(phase)
+        last = False  # whether the cheapest is tried once more, since a shortage may pass
         while True:
             try:
                 result = compute(self.layouts[phase])
@@ -95,7 +96,7 @@ class Recovery:
                 module.zero_grad(set_to_none=True)
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
-            if not self._make_cheaper(phase, "memory ran out"):
+            if not self._make_cheaper(phase, "memory ran out") and not (last := not last):
                 layout = self.layouts[phase]
                 raise OutOfMemory(f"memory ran out in {phase}'s phase with {layout}, and there is nothing cheaper left")
         if limit.went_over(self.device) is not None:
@@ -144,19 +145,34 @@ class Recovery:
             self.changed(Change(phase, "freed memory given back at once", Guarantee.BITWISE, cause))
             return True
         before = self.layouts[phase]
+        if (cheaper := self._cheaper(phase, before)) is None:
+            return False
+        self._left[phase].append(before)
+        self.layouts[phase] = cheaper
+        new = {name: guarantee for name, guarantee in cheaper.named().items() if name not in before.named()}
+        cut = self.coupled and cheaper.sizes != before.sizes
+        guarantee = Guarantee.APPROXIMATE if cut else max(new.values())
+        self.changed(Change(phase, ", ".join(new), guarantee, cause))
+        return True
+
+    def _cheaper(self, phase: str, before: Layout) -> Layout | None:
+        """The first layout of the ladder that needs less than ``before``, without levers that save nothing on the way to it."""
         needed = self._needs(phase, before)
-        for cheaper in before.cheaper(self.levers[phase], self.smallest[phase], self.coupled):
-            needs = self._needs(phase, cheaper)
-            if needed is not None and (needs is None or needs >= needed):
-                continue  # what saves nothing here is not worth its time
-            self._left[phase].append(before)
-            self.layouts[phase] = cheaper
-            new = {name: guarantee for name, guarantee in cheaper.named().items() if name not in before.named()}
-            cut = self.coupled and cheaper.sizes != before.sizes
-            guarantee = Guarantee.APPROXIMATE if cut else max(new.values())
-            self.changed(Change(phase, ", ".join(new), guarantee, cause))
-            return True
-        return False
+        levers = set(self.levers[phase])
+        refused: set[Layout] = set()
+        while True:
+            for layout in before.cheaper(levers, self.smallest[phase], self.coupled):
+                if layout in refused:
+                    continue
+                needs = self._needs(phase, layout)
+                if needed is None or (needs is not None and needs < needed):
+                    return layout
+                refused.add(layout)
+                if useless := {lever for lever in levers if getattr(layout, lever) != getattr(before, lever)}:
+                    levers -= useless
+                    break  # the ladder without it
+            else:
+                return None
 
     def _needs(self, phase: str, layout: Layout) -> int | None:
         with limit.unlimited():

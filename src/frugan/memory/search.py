@@ -18,7 +18,7 @@ from frugan.memory import limit
 from frugan.memory.heap import Heap
 from frugan.memory.host import Handling
 from frugan.memory.plan import SMALLEST_COUPLED, Guarantee, Layout, split
-from frugan.memory.private import UNMEASURED, part
+from frugan.memory.private import UNMEASURED, can_record
 from frugan.memory.probe import Workspaces
 from frugan.memory.segments import LEAST, ROUND, Full, Segments
 from frugan.memory.trace import CALLS, Moment, Timeline
@@ -207,7 +207,7 @@ class Search:
     def holds(self, timelines: Sequence[Timeline], handling: Handling) -> int:
         """What is held for two updates in which ``timelines`` follow each other, whose first says what is there from the start."""
         most = max(timeline.peak(self.workspaces).bytes for timeline in timelines)
-        if self.device.type == "cpu" and not part("profiler_on"):
+        if self.device.type == "cpu" and not can_record():
             most = int(most * UNMEASURED)
         if self.device.type == "cpu":
             return self._replayed(timelines, Heap()).top if handling == "reuse" else most

@@ -238,7 +238,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # mode looks on.
         self._sum = event if func is torch.ops.aten.add.Tensor and private.in_backward() else None
         if self._sum:
-            summands = [t for t in args if isinstance(t, Tensor) and not t._is_view()]
+            summands = [t for t in args if isinstance(t, Tensor) and not private.is_view(t)]
             self._summands = {self._numbers.get(private.address(t), -1) for t in summands}
         return result
 

@@ -1,0 +1,380 @@
+"""The whole walk on a device that is not the CPU: the simulated one, or with `make gpu` the one that FRUGAN_TEST_DEVICE names."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import frugan
+from frugan import device, recipes
+from frugan.cli import main
+from frugan.console import Console
+from frugan.memory import levers
+from frugan.memory.accelerator import accelerator
+from frugan.memory.plan import Guarantee
+from frugan.memory.recover import Change
+from frugan.memory.segments import Full, Segments
+from frugan.planner import TooLittle, find
+from frugan.recipe import Run
+from frugan.trainer import Trainer
+
+from . import sim
+from .conftest import SMALL, assert_same_state
+from .test_recover import TINY, Scarce, everything
+from .test_resume import Killed, kill_at
+
+NAME = os.environ.get("FRUGAN_TEST_DEVICE", "sim")
+MIB = 1 << 20
+simulated = NAME == "sim"
+if simulated:
+    if why := sim.missing():
+        pytest.skip(why, allow_module_level=True)
+    sim.setup()
+DEVICE = device.choose(NAME)
+only_simulated = pytest.mark.skipif(not simulated, reason="a real device does not let one set this")
+
+
+@pytest.fixture(autouse=True)
+def room() -> Iterator[None]:
+    """The device as new: no limit, no other programs, nothing kept by the allocator."""
+    yield
+    there = accelerator(DEVICE)
+    assert there is not None
+    there.limit(None)
+    if simulated:
+        sim.others(0)
+        sim.fail(-1)
+    there.release()
+
+
+def settings_of(recipe: str, **own: object) -> dict[str, object]:
+    return SMALL | {"recipe": recipe, "device": NAME} | own
+
+
+# ---- the walk --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
+def test_a_recipe_trains_samples_evaluates_and_generates(recipe: str, few: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    asked = settings_of(recipe, flip=True, evaluate_every=2, evaluate_samples=64, sample_every=1)
+    frugan.train(few, out=out, **asked)
+    for name in (
+        "real_images.png",
+        "generated_images/epoch_1.png",
+        "final_generated_images.png",
+        "report.html",
+        "best.safetensors",
+    ):
+        assert (out / name).stat().st_size > 0, name
+    assert {"metrics", "memory"} <= {line.get("event") for line in lines(out)}
+    on_device, on_host = (frugan.load(out, device=name).generate(9, seed=3) for name in (NAME, "cpu"))
+    assert on_device.device.type == "cpu"
+    assert (on_device.int() - on_host.int()).abs().max() <= (0 if simulated else 3)
+    main(["evaluate", str(out), "--samples", "64", "--device", NAME])
+    main(["generate", str(out), "--n", "4", "--device", NAME, "--out", str(tmp_path / "made")])
+    assert any((tmp_path / "made").iterdir())
+
+
+@only_simulated
+@pytest.mark.parametrize("recipe", ["dcgan", "r3"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_training_ends_with_the_weights_that_the_cpu_gives(recipe: str, precision: str, few: Path, tmp_path: Path) -> None:
+    asked = {"precision": precision, "flip": True, "accumulation_steps": 2, "generator_accumulation_steps": 3}
+    runs = [frugan.train(few, out=tmp_path / name, **settings_of(recipe, device=name, **asked)) for name in ("sim", "cpu")]
+    assert_same_state(*runs)
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_training_that_is_killed_and_goes_on_was_never_stopped(recipe: str, precision: str, few: Path, tmp_path: Path) -> None:
+    asked = settings_of(recipe, precision=precision, flip=True, accumulation_steps=3)
+    straight = frugan.train(few, out=tmp_path / "straight", **asked)
+    with pytest.raises(Killed):
+        frugan.train(few, out=tmp_path / "broken", on_update=kill_at(7), **asked)
+    assert_same_state(straight, frugan.train(few, out=tmp_path / "broken", **asked))
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
+def test_the_smallest_budget_that_is_named_is_held_and_less_is_refused(
+    recipe: str, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["train", str(few), "--recipe", recipe, "--image-size", "32", "--batch-size", "64", "--epochs", "1", "--device", NAME]
+
+    def within(memory: str, out: str) -> tuple[int, str]:
+        try:
+            main([*asked, "--memory", memory, "--out", str(tmp_path / out)])
+        except SystemExit as ended:
+            return int(ended.code or 0), capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    code, said = within("2MiB", "a")
+    assert code == 2 and len(said.splitlines()) == 1, said
+    smallest = int(re.search(r"the smallest that works is --memory (\d+)MiB", said)[1])  # type: ignore[index]
+    assert within(f"{int(0.9 * smallest)}MiB", "b")[0] == 2
+    assert within(f"{smallest}MiB", "c") == (0, "")
+    memory = next(line for line in lines(tmp_path / "c") if line.get("event") == "memory")
+    assert memory["measured"] <= memory["budget"] == smallest * MIB
+    assert memory["measured"] <= memory["predicted"] * 1.02
+    assert "memory ran out" not in {line.get("event") for line in lines(tmp_path / "c")}
+    ratio = torch.get_device_module(DEVICE).set_per_process_memory_fraction
+    ratio(1.0, DEVICE)  # as it is after the training: a large tensor has room again
+    torch.empty(256 * MIB, dtype=torch.uint8, device=DEVICE)
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
+def test_memory_that_runs_out_in_an_update_is_recovered_from(recipe: str, few: Path, tmp_path: Path) -> None:
+    asked = {k: v for k, v in TINY.items() if k in recipes.get(recipe).flat()}
+    outcomes: list[Guarantee] = []
+
+    def some_allocations(images: int) -> None:
+        if images != 32:
+            return
+        state, recovery = trainer.state, trainer.recovery
+        before, layouts, counters = everything(trainer), dict(recovery.layouts), (state.images, state.updates)
+        changes: list[Change] = []
+        recovery.changed = changes.append
+
+        def update(fails: int | None) -> tuple[dict[str, Tensor], int]:
+            for key, tensor in state.capture()[0].items():
+                tensor.copy_(before[key])
+            state.images, state.updates = counters
+            recovery.layouts = dict(layouts)
+            changes.clear()
+            with Scarce(fails, DEVICE) as scarce:
+                trainer._advance()
+            return everything(trainer), scarce.allocations
+
+        wanted, allocations = update(None)
+        for fails in range(0, allocations, max(1, allocations // 25)):
+            got, _ = update(fails)
+            guarantee = max((c.guarantee for c in changes), default=Guarantee.BITWISE)
+            outcomes.append(guarantee)
+            for key, tensor in wanted.items():
+                if guarantee == Guarantee.BITWISE:
+                    assert torch.equal(tensor, got[key]), (fails, key, changes)
+                elif guarantee == Guarantee.REASSOCIATION:
+                    assert torch.allclose(tensor.float(), got[key].float(), rtol=1e-4, atol=1e-4), (fails, key, changes)
+        update(None)
+
+    run = Run(out=str(tmp_path / "r"), device=NAME)
+    trainer = Trainer(recipes.get(recipe).replace(data=str(few), **asked), run, Console(True), some_allocations)
+    trainer.train()
+    assert len(outcomes) > 20 and (recipe != "r3" or any(outcomes))
+
+
+def test_plans_are_shown_for_the_device(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", str(few), "--image-size", "32", "--batch-size", "64", "--recipe", "r3", "--memory", "120MiB", "--device", NAME])
+    said = capsys.readouterr().out
+    assert "micro-batches of" in said and "images/s" in said
+
+
+# ---- memory on the device --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
+@pytest.mark.parametrize("levers_", [{}, {"offload_activations": True}])
+def test_what_is_predicted_is_what_the_allocator_reserves(
+    recipe: str, levers_: dict[str, object], few: Path, tmp_path: Path
+) -> None:
+    asked = {"image_size": 32, "batch_size": 64, "epochs": 2, "device": NAME, "quiet": True}
+    run = frugan.train(few, out=tmp_path / "run", recipe=recipe, **asked, **dict.fromkeys(levers_, "yes"))
+    memory = next(line for line in lines(run) if line.get("event") == "memory")
+    assert -0.03 < memory["predicted"] / memory["measured"] - 1 < 0.15, memory
+
+
+def test_offloading_changes_no_bit_and_takes_less(few: Path, tmp_path: Path) -> None:
+    asked = settings_of("r3", image_size=32, batch_size=64, epochs=2)
+    plain = frugan.train(few, out=tmp_path / "plain", **asked)
+    peaks = {}
+    for lever in ("offload_activations", "offload_state"):
+        run = frugan.train(few, out=tmp_path / lever, **asked, **{lever: "yes"})
+        assert_same_state(plain, run)
+        peaks[lever] = json.loads((run / "plan.json").read_text())["training_allocates"]
+    before = json.loads((plain / "plan.json").read_text())["training_allocates"]
+    assert all(peak < before for peak in peaks.values()), (before, peaks)
+
+
+def test_offloaded_state_is_taken_by_itself_where_nothing_else_fits(few: Path, tmp_path: Path) -> None:
+    recipe = recipes.get("r3").replace(image_size=16, channels=1, batch_size=64, data=str(few), width_g=64, width_d=64)
+    smallest: dict[str, int] = {}
+    for choice in ("no", "yes"):
+        with pytest.raises(TooLittle) as refused:
+            find(recipe.replace(offload_state=choice), DEVICE, memory="2MiB")
+        smallest[choice] = refused.value.smallest
+    assert smallest["yes"] < smallest["no"] - 4 * MIB
+    between = (smallest["yes"] + smallest["no"]) // 2
+    planner, plan = find(recipe, DEVICE, memory=str(between))
+    assert planner.recipe.memory.offload_state == "yes" and plan.predicted <= between
+    planner, _ = find(recipe, DEVICE, memory=str(2 * smallest["no"]))
+    assert planner.recipe.memory.offload_state != "yes"
+
+    asked = settings_of("r3", image_size=16, batch_size=64, epochs=2, width_g=64, width_d=64, latent_dim=64)
+    straight = frugan.train(few, out=tmp_path / "a", memory=str(between), **asked)
+    with pytest.raises(Killed):
+        frugan.train(few, out=tmp_path / "b", memory=str(between), on_update=lambda _: (_ for _ in ()).throw(Killed), **asked)
+    assert_same_state(straight, frugan.train(few, out=tmp_path / "b", memory=str(between), **asked))
+    assert json.loads((straight / "plan.json").read_text())["offload_state"] == "yes"
+
+
+def test_an_update_with_offloaded_moments_allocates_nothing_on_the_device(few: Path, tmp_path: Path) -> None:
+    there = accelerator(DEVICE)
+    assert there is not None
+    allocated: list[int] = []
+
+    def look(images: int) -> None:
+        if images == 16:
+            trainer.state.optimizer_d.zero_grad(set_to_none=False)
+            for parameter in trainer.state.discriminator.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            there.forget_peak()
+            before = there.allocated()
+            trainer.state.optimizer_d.step()
+            allocated.append(there.most_allocated() - before)
+            trainer.state.optimizer_d.zero_grad(set_to_none=True)
+
+    recipe = recipes.get("r3").replace(data=str(few), image_size=8, batch_size=16, epochs=1, offload_state="yes")
+    trainer = Trainer(recipe, Run(out=str(tmp_path / "r"), device=NAME), Console(True), look)
+    trainer.train()
+    assert allocated == [0]
+
+
+@only_simulated
+def test_what_other_programs_hold_is_not_ours(few: Path, tmp_path: Path) -> None:
+    there = accelerator(DEVICE)
+    assert there is not None
+    torch.empty(1, device=DEVICE)
+    alone = there.context()
+    recipe = recipes.get("dcgan").replace(image_size=32, channels=1, batch_size=64, data=str(few))
+    with pytest.raises(TooLittle) as refused:
+        find(recipe, DEVICE, memory="2MiB")
+    sim.others(300 * MIB)
+    import frugan.memory.accelerator as module
+
+    module._others.pop(DEVICE, None)  # as a process that starts beside them
+    there.release()
+    torch.sim.empty_cache()  # type: ignore[attr-defined]
+    assert not there.reserved()
+    there.meet()
+    module._others[DEVICE] -= alone  # what this process held already when it looked
+    try:
+        assert there.context() == alone
+        with pytest.raises(TooLittle) as again:
+            find(recipe, DEVICE, memory="2MiB")
+        assert again.value.smallest == refused.value.smallest
+        assert there.free() <= there.total() - 300 * MIB
+    finally:
+        module._others.pop(DEVICE, None)
+
+
+@only_simulated
+def test_a_device_that_is_not_the_current_one_is_the_one_that_is_measured_and_limited(few: Path, tmp_path: Path) -> None:
+    asked = settings_of("dcgan", device="sim:1", image_size=32, batch_size=64, epochs=1)
+    with pytest.raises(frugan.UserError) as refused:
+        frugan.train(few, out=tmp_path / "a", memory="2MiB", **asked)
+    smallest = re.search(r"--memory (\d+)MiB", str(refused.value).split("smallest")[1])[1]  # type: ignore[index]
+    other = torch.ones(40 * MIB, dtype=torch.uint8, device="sim:0")
+    run = frugan.train(few, out=tmp_path / "b", memory=f"{smallest}MiB", **asked)
+    memory = next(line for line in lines(run) if line.get("event") == "memory")
+    assert 0.8 * memory["budget"] < memory["measured"] <= memory["budget"]
+    assert other.sum() == len(other)
+
+
+@only_simulated
+def test_a_shortage_that_passes_is_left_behind(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("frugan.memory.recover.PATIENCE", 2)
+
+    there = accelerator(DEVICE)
+    assert there is not None
+
+    def others_come_and_go(images: int) -> None:
+        assert there is not None
+        if images == 128:
+            there.release()
+            there.limit(there.context() + there.reserved() + 22 * MIB)
+        if images == 320:
+            there.limit(None)
+
+    asked = settings_of("r3", image_size=48, batch_size=64, epochs=24)
+    run = frugan.train(few, out=tmp_path / "r", on_update=others_come_and_go, **asked)
+    events = [line["event"] for line in lines(run) if "phase" in line]
+    assert events[0] == "memory ran out" and events[-1] == "memory suffices again"
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["layouts"] == plan["planned"]
+
+
+@pytest.mark.parametrize("strides", [(1, 2), (1, 0)])
+def test_offloaded_tensors_come_back_with_their_strides(strides: tuple[int, int]) -> None:
+    x = torch.randn(4, 6, 5, 5).to(DEVICE).to(memory_format=torch.channels_last).requires_grad_()
+    if strides[1] == 0:
+        x = x.detach()[:, :, :1].expand(4, 6, 5, 5).requires_grad_()
+    seen: list[tuple[int, ...]] = []
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
+            (x,) = ctx.saved_tensors
+            seen.append(x.stride())
+            return 2 * x * grad
+
+    with levers.offloading(DEVICE, True):
+        out = Square.apply(x)  # type: ignore[no-untyped-call]
+    out.sum().backward()
+    assert seen == [x.stride()]
+    assert x.grad is not None and torch.equal(x.grad, 2 * x.detach())
+
+
+# ---- the simulated allocator and its model ---------------------------------------------------------------------------------------
+
+
+@only_simulated
+@settings(max_examples=60)
+@given(
+    moves=st.lists(st.tuples(st.booleans(), st.integers(1, 40 * MIB), st.integers(0, 1 << 30)), min_size=1, max_size=60),
+    cap=st.none() | st.integers(1, 40),
+)
+def test_the_model_of_segments_reserves_what_the_allocator_does(moves: list[tuple[bool, int, int]], cap: int | None) -> None:
+    there = accelerator(DEVICE)
+    assert there is not None
+    there.release()
+    assert not there.reserved()
+    limited = None if cap is None else cap * 8 * MIB
+    words = torch.get_device_module(DEVICE)
+    words.set_per_process_memory_fraction(1.0 if limited is None else limited / there.total(), DEVICE)
+    model = Segments(limited)
+    blocks: list[tuple[Tensor, tuple[int, int, bool]]] = []
+    there.forget_peak()
+    for give, size, which in moves:
+        if give and blocks:
+            tensor, block = blocks.pop(which % len(blocks))
+            del tensor
+            model.free(*block)
+        else:
+            size = size % 3000 + 1 if which % 2 else size  # half of them small
+            try:
+                block = model.allocate(size)
+            except Full:
+                with pytest.raises(torch.OutOfMemoryError):
+                    torch.empty(size, dtype=torch.uint8, device=DEVICE)
+                continue
+            blocks.append((torch.empty(size, dtype=torch.uint8, device=DEVICE), block))
+        assert there.reserved() == model.reserved
+    assert there.most_reserved() == model.top
+    blocks.clear()
+    words.set_per_process_memory_fraction(1.0, DEVICE)
+
+
+def lines(run: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

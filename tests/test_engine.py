@@ -1,0 +1,264 @@
+"""The engine trains anyone's module as a plain loop does, whatever the optimizer, the number of samples and what is drawn."""
+
+import copy
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adagrad, Adam, NAdam, Optimizer, Rprop
+
+from frugan.errors import UserError
+from frugan.memory import Engine
+from frugan.memory.plan import Guarantee, Layout
+from frugan.memory.recover import Change
+
+Batch = tuple[Tensor, Tensor]
+STEP = "the step"
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "SGD with momentum": partial(SGD, lr=0.1, momentum=0.9),
+    "Adam": partial(Adam, lr=0.01),
+    "NAdam": partial(NAdam, lr=0.01),
+    "Rprop": partial(Rprop, lr=0.01),
+    "Adagrad from 0.5": partial(Adagrad, lr=0.1, initial_accumulator_value=0.5),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> Iterator[None]:
+    gc.collect()
+    gc.freeze()  # what is there now is not looked at again by every plan
+    yield
+    gc.unfreeze()
+
+
+def squares(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return (module(x) - y).square().sum(1)
+
+
+def batches(*counts: int) -> list[Batch]:
+    random = torch.Generator().manual_seed(1)
+    double = {"dtype": torch.float64, "generator": random}
+    return [(torch.randn(n, 6, **double), torch.randn(n, 2, **double)) for n in counts]  # type: ignore[call-overload]
+
+
+def network(*extra: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), *extra, nn.Linear(16, 2)).double()
+
+
+def planned(model: nn.Module, optimizer: Optimizer, batch: int, layout: Layout | None = None, **named: object) -> Engine:
+    engine = Engine(model, squares, optimizer, batch=batch, **named)  # type: ignore[arg-type]
+    engine.plan(*batches(1)[0])
+    if layout:
+        engine.recovery.layouts[STEP] = layout
+    return engine
+
+
+def plain(model: nn.Module, optimizer: Optimizer, given: Sequence[Batch]) -> list[float]:
+    """The loop that everybody writes."""
+    losses = []
+    for x, y in given:
+        optimizer.zero_grad()
+        loss = squares(model, x, y).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_batches_of_any_size_train_as_in_a_plain_loop(name: str) -> None:
+    given = batches(12, 12, 5, 1, 7, 12, 11, 2)
+    model = network()
+    engine = planned(model, OPTIMIZERS[name](model.parameters()), 12, Layout.of(12, 3))
+    with engine:
+        losses = [engine.step(*batch).item() for batch in given]
+    twin = network()
+    wanted = plain(twin, OPTIMIZERS[name](twin.parameters()), given)
+    assert losses == pytest.approx(wanted, rel=1e-12)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-13)
+        assert ours.grad is None
+
+
+def test_an_optimizer_that_has_trained_already_goes_on() -> None:
+    first, rest = batches(12, 12), batches(12, 12, 12, 5)[2:]
+    model = network()
+    optimizer = NAdam(model.parameters(), lr=0.01)
+    plain(model, optimizer, first)
+    optimizer.zero_grad()
+    twin, other = copy.deepcopy((model, optimizer))
+    with planned(model, optimizer, 12, Layout.of(12, 2)) as engine:
+        for batch in rest:
+            engine.step(*batch)
+    plain(twin, other, rest)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-13)
+
+
+def test_planning_changes_nothing_that_training_could_notice() -> None:
+    model = network(nn.BatchNorm1d(16), nn.Dropout(0.5))
+    optimizer = Rprop(model.parameters(), lr=0.01)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict(), torch.get_rng_state()))
+    planned(model, optimizer, 12)
+    after = (model.state_dict(), optimizer.state_dict(), torch.get_rng_state())
+    assert before[0].keys() == after[0].keys()
+    assert all(torch.equal(value, after[0][key]) for key, value in before[0].items())
+    assert str(before[1]) == str(after[1]) and not optimizer.state
+    assert torch.equal(before[2], after[2])
+    assert all(p.grad is None for p in model.parameters())
+
+
+UNFIT = {
+    r"batches of 1 to 12 samples, .* not \[13, 13\]": (13, 13),
+    r"not \[0, 0\]": (0, 0),
+    r"as many in every tensor, not \[12, 11\]": (12, 11),
+}
+
+
+def test_a_batch_that_does_not_fit_is_refused_and_trains_nothing() -> None:
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    with planned(model, SGD(model.parameters(), lr=0.1), 12) as engine:
+        for words, (n, m) in UNFIT.items():
+            with pytest.raises(UserError, match=words):
+                engine.step(torch.ones(n, 6).double(), torch.ones(m, 2).double())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape"),
+    [
+        (lambda m, x, y: squares(m, x, y).mean(), r"\[\]"),
+        (lambda m, x, y: squares(m, x, y)[:, None], r"\[\d+, 1\]"),
+        (lambda m, x, y: (m(x) - y).square(), r"\[\d+, 2\]"),
+        (lambda m, x, y: squares(m, x, y)[:1], r"\[1\]"),
+    ],
+    ids=["a mean", "[n, 1]", "a term an output", "one term for all"],
+)
+def test_a_loss_that_gives_no_term_a_sample_is_refused_before_anything_is_trained(loss: Callable[..., Tensor], shape: str) -> None:
+    model = network()
+    engine = Engine(model, loss, SGD(model.parameters(), lr=0.1), batch=12)
+    with pytest.raises(UserError, match=rf"the loss gave a tensor of shape {shape} for \d+ samples: .*\(reduction='none'\)"):
+        engine.plan(*batches(1)[0])
+
+
+def test_without_a_plan_the_engine_says_what_to_do() -> None:
+    model = network()
+    engine = Engine(model, squares, SGD(model.parameters(), lr=0.1), batch=12)
+    with pytest.raises(UserError, match=r"call plan\(\) with a few samples first"):
+        engine.step(*batches(12)[0])
+    with pytest.raises(UserError, match=r"call plan\(\) with a few samples first"), engine:
+        pass
+
+
+class Keeps(SGD):
+    """Keeps the gradients of its update."""
+
+    kept: tuple[Tensor, ...] = ()
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self.kept = tuple(p.grad.clone() for group in self.param_groups for p in group["params"])
+        super().step(closure)
+
+
+def dropping() -> tuple[nn.Module, nn.Module]:
+    """A network that draws, and a block of it that draws."""
+    torch.manual_seed(3)
+    block = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5), nn.Tanh(), nn.Dropout(0.3))
+    return network(nn.Dropout(0.5), block), block
+
+
+def test_blocks_with_dropout_that_are_recomputed_give_the_same_bits() -> None:
+    def updated(recomputed: bool) -> tuple[Tensor, ...]:
+        model, block = dropping()
+        optimizer = Keeps(model.parameters(), lr=0.1)
+        engine = planned(model, optimizer, 12, Layout.of(12, 1, checkpoint_blocks=recomputed), blocks=[block])
+        torch.manual_seed(7)
+        with engine:
+            engine.step(*batches(12)[0])
+        return *optimizer.kept, torch.rand(1)  # what is drawn afterwards is the same too
+
+    def alone() -> tuple[Tensor, ...]:
+        model, _ = dropping()
+        torch.manual_seed(7)
+        x, y = batches(12)[0]
+        (squares(model, x, y).sum() / 12).backward()
+        return *gradients(model), torch.rand(1)
+
+    kept, wanted = updated(False), alone()
+    for others in (updated(True), wanted):
+        assert all(torch.equal(a, b) for a, b in zip(kept, others, strict=True))
+
+
+@pytest.mark.parametrize("draws", [True, False])
+def test_micro_batches_of_a_model_that_draws_are_approximate(draws: bool) -> None:
+    model = network(nn.Dropout(0.5)) if draws else network(nn.Dropout(0.5)).eval()
+    told: list[Change] = []
+    engine = planned(model, SGD(model.parameters(), lr=0.1), 12, changed=told.append)
+    assert engine.choice is not None
+    assert engine.choice.guarantee == Guarantee.BITWISE  # the whole batch
+    job = engine.choice.chosen[STEP].job
+    assert Layout.of(12, 3).guarantee(job.coupled or job.draws) == (Guarantee.APPROXIMATE if draws else Guarantee.REASSOCIATION)
+    engine.recovery.handling = "return"
+    scarce = Scarce(model, 1)
+    with engine:
+        engine.step(*batches(12)[0])
+    scarce.hook.remove()
+    assert [change.guarantee for change in told] == [Guarantee.APPROXIMATE if draws else Guarantee.REASSOCIATION]
+
+
+class Scarce:
+    """Memory runs out in the first ``times`` forward passes of ``module``, at its end."""
+
+    def __init__(self, module: nn.Module, times: int) -> None:
+        self.left = times
+        self.hook = module.register_forward_hook(self._fail)
+
+    def _fail(self, *_: object) -> None:
+        if self.left:
+            self.left -= 1
+            raise torch.OutOfMemoryError("none left")
+
+
+def test_a_step_that_is_begun_anew_draws_the_same_again() -> None:
+    def updated(times: int) -> list[Tensor]:
+        told: list[Change] = []
+        model = network(nn.Dropout(0.5), nn.BatchNorm1d(16))
+        engine = planned(model, SGD(model.parameters(), lr=0.1), 12, changed=told.append)
+        engine.recovery.handling = "reuse"
+        torch.manual_seed(7)
+        scarce = Scarce(model, times)
+        with engine:
+            engine.step(*batches(12)[0])
+        scarce.hook.remove()
+        assert [c.guarantee for c in told] == [Guarantee.BITWISE] * times
+        return [*model.state_dict().values(), torch.rand(1)]
+
+    assert all(torch.equal(a, b) for a, b in zip(updated(0), updated(1), strict=True))
+
+
+def test_the_last_short_batch_leaves_no_sample_alone_under_batch_norm() -> None:
+    model = network(nn.BatchNorm1d(16))
+    engine = planned(model, SGD(model.parameters(), lr=0.1), 12, Layout.of(12, 6))
+    with engine:
+        assert torch.isfinite(engine.step(*batches(3)[0]))
+
+
+def test_memory_for_moments_is_kept_until_the_optimizer_makes_them() -> None:
+    model = nn.Sequential(nn.Linear(512, 512, bias=False)).double()
+    engine = Engine(model, lambda m, x: m(x).square().sum(1), Adam(model.parameters()), batch=2)
+    engine.plan(torch.zeros(1, 512, dtype=torch.float64))
+    two = 2 * 512 * 512 * 8
+    assert two <= sum(t.nbytes for t in engine._reserved) <= two + 64
+    with engine:
+        engine.step(torch.ones(2, 512, dtype=torch.float64))
+    assert not engine._reserved
+    assert sum(v.nbytes for v in engine.optimizer.state[model[0].weight].values()) >= two
