@@ -68,6 +68,7 @@ class Planner:
         evaluation: bytes that an evaluation takes, between two epochs.
         memory: the budget, as said.
         approximate: whether batch norm may work on micro-batches below `SMALLEST_COUPLED`.
+        let_go: is called where nothing fits beside images that are kept in memory; gives them up, and says whether there were any.
         tell: is called with what a person should know.
 
     Raises:
@@ -76,13 +77,14 @@ class Planner:
 
     def __init__(
         self, recipe: Recipe, device: torch.device, *, data: int = 0, evaluation: int = 0, memory: str | None = None,
-        approximate: bool = False, tell: Callable[[str], None] = print,
+        approximate: bool = False, let_go: Callable[[], bool] | None = None, tell: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
         self.recipe = recipe
         self.device = device
         self.data = data
         self.evaluation = evaluation
         self.named = limit.budget(memory, device)
+        self.let_go = let_go
         self.tell = tell
         self.model = Model(recipe, device)
         self.search = Search(jobs(self.model, self._trace), device, approximate=approximate)
@@ -131,10 +133,15 @@ class Planner:
                 f"{math.ceil(needs / MIB)}MiB; leave --evaluate-every out, and use frugan evaluate afterwards.",
                 needs,
             )
-        for _ in range(2):
+        attempts = 2
+        while attempts:
             choice = self.search.choose(self.named - framework - self.data - MARGIN)
             if choice is None:
-                break
+                if not (self.let_go and self.let_go()):
+                    break
+                self.let_go, self.data, framework = None, 0, limit.baseline(self.device)
+                continue
+            attempts -= 1
             plan = self._describe(choice, framework, self.named)
             # Planning runs operators, which loads more of the libraries; what it keeps itself does not count.
             self.search.forget()
@@ -228,7 +235,7 @@ class Planner:
             phases["evaluating"] = self._evaluating()
         held = max(sum(parts.values()) for parts in phases.values())
         # Before samples are made, what is free goes back: only phases follow one another in the same memory.
-        held = max(held, self.search.holds(timelines[: len(PHASES)], choice.handling))
+        held = max(held, self.search.holds(timelines[: len(PHASES)], choice.handling, budget - framework - self.data))
         held = max(held, *(self.search.holds([t], "return") for t in timelines[len(PHASES) :]))
         return Plan(
             {name: c.layout for name, c in choice.chosen.items()}, choice.handling, budget, self.named is not None,

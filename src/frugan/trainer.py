@@ -41,11 +41,15 @@ from frugan.step import Terms
 from frugan.summary import summarise
 
 OnUpdate = Callable[[int], None]
+_begun: list[bool] = []  # one for each training of this process
 PACKING = 160 << 20  # bytes that decoding and packing images may take: below that a budget is not held while it goes on
 
 
 def train(recipe: Recipe, run: Run, console: Console, on_update: OnUpdate | None = None) -> Path:
     """What `Trainer.train` does, in a program that finds its memory, threads and arithmetic as they were; the run folder."""
+    if _begun:
+        gc.collect()  # what an earlier training left, if it was broken off: `Trainer` freezes what is there
+    _begun.append(True)
     with limit.as_before():
         return Trainer(recipe, run, console, on_update).train()
 
@@ -450,7 +454,8 @@ class Trainer:
                     planned = {name: Layout.from_dict(layout) for name, layout in saved.get("planned", {}).items()}
                     return replace(plan, planned=planned or None)
                 self.console.tell("The plan this run was started with does not fit any more; planning anew.")
-        planner, plan = find(self.recipe, self.device, **options)
+        let_go = None if isinstance(self.loader, StreamLoader) else self.loader.let_go
+        planner, plan = find(self.recipe, self.device, let_go=let_go, **options)
         self.recipe = planner.recipe
         if not self.run.evaluate_every:
             remembered.keep(plan)

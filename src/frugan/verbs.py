@@ -61,7 +61,10 @@ def plan(options: Any, recipe: Recipe) -> None:
         held = (2 * min(block_of(data), len(source)) + batch) * math.prod(data.shape)
     else:
         held = bytes_of(len(source), data, keep)
-    planner, found = find(recipe, where, data=held, memory=options.memory, approximate=options.allow_approximate, tell=console.tell)
+    let_go = None if isinstance(source, ShardSource) or not held else lambda: True
+    planner, found = find(
+        recipe, where, data=held, memory=options.memory, approximate=options.allow_approximate, let_go=let_go, tell=console.tell
+    )
     looked_at, speed = planner.looked_at(found), planner.images_per_second(found)
     if options.json:
         about = {"precision": planner.recipe.memory.precision, "candidates": looked_at, "images_per_second": speed}

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from frugan.data.decode import background_colour, flatten, is_grey
 from frugan.data.images import ArraySource, Source, Tell
+from frugan.data.pack import Pack
 from frugan.data.packing import Progress, packed
 from frugan.draws import Order, derive
 from frugan.memory import limit
@@ -93,8 +94,10 @@ class Loader:
         self._order: tuple[int, Order] | None = None
         self._kept: Tensor | None = None
         self._pack = None
+        self._repack: Callable[[], Pack] | None = None  # makes the pack, where images that are kept did without
         if isinstance(source, ArraySource) and source.fits(data) and source.images.nbytes <= keep:
             whole = np.ascontiguousarray(source.images[:, None])
+            self._repack = lambda: packed(source, data, workers=workers, tell=tell, progress=progress)
             self.length = len(whole)
             self.fingerprint = hashlib.sha256(whole.data).hexdigest()
             self._labels = source.labels
@@ -118,6 +121,15 @@ class Loader:
     def __len__(self) -> int:
         """Images in an epoch."""
         return self.length
+
+    def let_go(self) -> bool:
+        """Reads images from their pack from now on; whether they were kept in memory until now."""
+        if self._kept is None:
+            return False
+        if self._repack:
+            self._pack, self._repack = self._repack(), None
+        self._kept = None
+        return True
 
     def batch(self, first: int, count: int) -> Tensor:
         """Images ``first`` to ``first + count`` of the endless order: uint8 ``[count, c, h, w]``, on the host or as kept."""
@@ -147,7 +159,7 @@ class Loader:
 
     def close(self) -> None:
         """Lets go of the images."""
-        self._kept = self._pack = None
+        self._kept = self._pack = self._repack = None
 
     def _indices(self, first: int, count: int) -> Tensor:
         pieces = []

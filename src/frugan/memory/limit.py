@@ -217,7 +217,7 @@ def held_to(budget: int | None, handling: Handling, device: torch.device) -> Ite
 def as_before() -> Iterator[None]:
     """While open, the C library, the number of torch's threads and frozen collections may be set; at the end they are as before.
 
-    A library that trains leaves the program that called it as it found it.
+    A library that trains leaves the program that called it as it found it, and none of its tensors in it.
     """
     threads, frozen = torch.get_num_threads(), gc.get_freeze_count()
     try:
@@ -227,4 +227,5 @@ def as_before() -> Iterator[None]:
             torch.set_num_threads(threads)
         if not frozen:
             gc.unfreeze()
+        gc.collect()
         host.restore()

@@ -8,6 +8,7 @@ makes the same plan.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from frugan.memory.host import Handling
 from frugan.memory.plan import SMALLEST_COUPLED, Guarantee, Layout, split
 from frugan.memory.private import UNMEASURED, can_record
 from frugan.memory.probe import Workspaces
-from frugan.memory.segments import LEAST, ROUND, Full, Segments
+from frugan.memory.segments import LEAST, ROUND, SMALL_SEGMENT, Full, Segments
 from frugan.memory.trace import CALLS, Moment, Timeline
 
 SMALL, LARGE = 4, 16  # micro-batches through which the lines are drawn
@@ -204,15 +205,22 @@ class Search:
             self._timelines[key] = job.trace(replace(layout, sizes=shortened(layout.sizes)), False)
         return self._timelines[key]
 
-    def holds(self, timelines: Sequence[Timeline], handling: Handling) -> int:
-        """What is held for two updates in which ``timelines`` follow each other, whose first says what is there from the start."""
+    def holds(self, timelines: Sequence[Timeline], handling: Handling, available: int | None = None) -> int:
+        """What is held for two updates in which ``timelines`` follow each other, whose first says what is there from the start.
+
+        Where freed memory goes back, that is the least that will do; on an accelerator, whose allocator gives segments back only if
+        it needs others, what it comes to hold within ``available`` bytes, if those are said.
+        """
         most = max(timeline.peak(self.workspaces).bytes for timeline in timelines)
         if self.device.type == "cpu" and not can_record():
             most = int(most * UNMEASURED)
         if self.device.type == "cpu":
             return self._replayed(timelines, Heap()).top if handling == "reuse" else most
         held = self._replayed(timelines, Segments()).top
-        if handling == "return":  # the least at which the allocator gets by, giving segments back when it needs others
+        if handling == "return":
+            if available is not None:
+                with suppress(Full):
+                    return self._replayed(timelines, Segments(available - SMALL_SEGMENT)).top + SMALL_SEGMENT
             low, high = most // ROUND, held // ROUND
             while low < high:
                 middle = (low + high) // 2
@@ -222,7 +230,7 @@ class Search:
                 except Full:
                     low = middle + 1
             held = high * ROUND
-        return held
+        return held + SMALL_SEGMENT  # for what a trace does not see, such as the numbers that are reported
 
     def _replayed(self, timelines: Sequence[Timeline], memory: M) -> M:
         for size in (timelines[0].sizes[s] for s in sorted(timelines[0].held)):
@@ -286,11 +294,10 @@ class Search:
 
     def smallest(self) -> dict[str, Candidate]:
         """For each job what needs least, traced as it is."""
-        least = {}
-        for job in self.jobs:
-            found = min(self._allowed(job), key=lambda c: (c.least, c.seconds))
-            least[job.name] = self.candidate(job, found.layout)
-        return least
+        return {job.name: self._leanest(job) for job in self.jobs}
+
+    def _leanest(self, job: Job) -> Candidate:
+        return self.candidate(job, min(self._allowed(job), key=lambda c: (c.least, c.seconds)).layout)
 
     def _best(self, available: float, handling: Handling) -> Choice | None:
         chosen: dict[str, Candidate] = {}
@@ -306,8 +313,10 @@ class Search:
                         break
                     short = candidate.needs(handling) / estimate.needs(handling)
                 refused[job.name] = estimate
-            else:
-                return None
+            else:  # the estimates may be too high: what would be named as smallest is looked at as it is
+                chosen[job.name] = self._leanest(job)
+                if chosen[job.name].needs(handling) > available:
+                    return None
         return Choice(handling, chosen, refused)
 
     def _allowed(self, job: Job) -> list[Candidate]:
