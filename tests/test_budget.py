@@ -178,6 +178,16 @@ def test_moments_in_8_bits_resume_exactly_and_are_planned(few: Path, tmp_path: P
     assert moments[0] < 0.5 * moments[1]
 
 
+def test_moments_in_8_bits_of_another_memory_format_begin_anew_and_it_is_said(
+    tmp_path: Path, train: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    low = {"recipe": "dcgan", "image_size": 16, "moments": "8bit", "width_g": 16, "width_d": 16, "quiet": False}
+    run = train(tmp_path / "r", epochs=1, channels_last=True, **low)
+    assert "begin anew" not in capsys.readouterr().out
+    train(run, epochs=2, channels_last=False, accept_changes=True, **low)
+    assert "parameters' moments were kept in another way" in capsys.readouterr().out
+
+
 def test_levers_that_are_asked_for_are_used(few: Path, tmp_path: Path, train: Callable[..., Path]) -> None:
     run = train(tmp_path / "r", recipe="r3", epochs=1, penalty="jvp", checkpoint_blocks="yes", recompute_generator="yes",
                 separate_terms="yes", accumulation_steps=2, generator_accumulation_steps=4)  # fmt: skip

@@ -173,3 +173,11 @@ def test_a_recipe_from_toml(train: Callable[..., Path], tmp_path: Path) -> None:
     out = train(tmp_path / "a", recipe="r3", lr_g=1e-3)
     again = train(tmp_path / "b", recipe=str(out / "recipe.toml"))
     assert (again / "recipe.toml").read_text() == (out / "recipe.toml").read_text()
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    for command in ("train", "plan", "generate", "evaluate", "report", "data", "summary"):
+        assert f"• {command} " in said, command

@@ -259,6 +259,16 @@ def test_an_update_with_offloaded_moments_allocates_nothing_on_the_device(few: P
     assert allocated == [0]
 
 
+@pytest.mark.parametrize("size", [20, 28, 44])
+def test_sizes_that_pooling_does_not_divide(size: int, few: Path, tmp_path: Path) -> None:
+    for recipe in ("dcgan", "r3"):
+        run = frugan.train(few, out=tmp_path / recipe, **settings_of(recipe, image_size=size, epochs=1, width_g=4, width_d=4))
+        there, here = (frugan.load(run, device=name).network for name in (NAME, "cpu"))
+        noise = torch.randn(2, 8)
+        with torch.no_grad():
+            assert torch.allclose(there(noise.to(DEVICE)).cpu(), here(noise), atol=1e-3)
+
+
 @only_simulated
 def test_what_other_programs_hold_is_not_ours(few: Path, tmp_path: Path) -> None:
     there = accelerator(DEVICE)

@@ -150,3 +150,26 @@ def test_penalties_by_jvp_compile_whole() -> None:
     for name, p in discriminator.named_parameters():
         if name in wanted:
             assert torch.allclose(p.grad, wanted[name], rtol=1e-12, atol=1e-15), name
+
+
+@pytest.mark.parametrize("used", [{}, {"separate_terms": True}, {"penalty": "jvp"}])
+@pytest.mark.parametrize("penalties", [(0.0, 0.0), (0.7, 0.4)])
+def test_images_get_no_gradients_that_nobody_reads(used: dict[str, object], penalties: tuple[float, float]) -> None:
+    if "penalty" in used and not any(penalties):
+        return
+    r1, r2 = penalties
+    network, objective = recipe.R3(latent_dim=5, width_g=4, width_d=4), recipe.RpGan(r1=r1, r2=r2)
+    generator, discriminator = build(network, 12, 2)
+    step = Step(generator, discriminator, objective, network.latent_dim, Draws(3))
+    seen: list[Tensor] = []
+    judge = step._judge
+
+    def watch(images: Tensor, row: int, scope: str) -> Tensor:
+        seen.append(images)
+        return judge(images, row, scope)
+
+    step._judge = watch  # type: ignore[method-assign]
+    images = torch.randint(0, 256, (6, 2, 12, 12), dtype=torch.uint8)
+    step.discriminator_phase(lambda row, n: images[row : row + n], 0, Layout.of(6, 2, **used))
+    assert len(seen) >= 4
+    assert all(image.grad is None for image in seen if image.is_leaf)

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 
 from frugan import recipe
 from frugan.draws import Draws, Rows
 from frugan.errors import UserError
 from frugan.networks import build
+from frugan.networks.blocks import means
 from frugan.recipe import Network
 from frugan.summary import summarise
 
@@ -80,3 +82,10 @@ def test_residual_networks_begin_as_the_identity_and_scale_by_depth() -> None:
     block = Residual(8, recipe.R3(), gain=0.5)
     x = torch.randn(2, 8, 5, 5)
     assert torch.equal(block(x), x)
+
+
+@pytest.mark.parametrize(("length", "size"), [(7, 4), (5, 3), (8, 4), (9, 1), (3, 3), (13, 5)])
+def test_means_as_products_are_adaptive_means(length: int, size: int) -> None:
+    x = torch.randn(2, 3, length, length + 1, dtype=torch.float64)
+    products = means(length, size, x) @ x @ means(length + 1, size, x).T
+    assert torch.allclose(products, nn.functional.adaptive_avg_pool2d(x, size), atol=1e-14)

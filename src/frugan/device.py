@@ -27,8 +27,10 @@ def choose(name: str) -> torch.device:
         raise UserError(f"--device {name}: torch {torch.__version__} is built without CUDA; install one that has it, or use cpu.")
     try:
         if device.type not in ("cpu", "meta") and ":" not in name:
-            words = torch.get_device_module(device)
-            device = torch.device(device.type, words.current_device() if device.type != "mps" else 0)
+            # CUDA is not asked which is current before `meet` has looked, as that would begin with it: until then it is the first.
+            begun = device.type != "cuda" or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+            asked = begun and device.type != "mps"
+            device = torch.device(device.type, torch.get_device_module(device).current_device() if asked else 0)
         if there := accelerator(device):
             there.meet()
         device = torch.empty(1, device=device).device

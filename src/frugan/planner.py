@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from frugan import build
 from frugan.errors import UserError
 from frugan.memory import limit
 from frugan.memory.host import Handling
@@ -109,6 +110,8 @@ class Planner:
         Raises:
             UserError: none does; names the smallest budget that would do, and what binds it.
         """
+        if self.device.type != "cpu":
+            build.rehearse(self.device)
         if self.named is None:
             before, spare = limit.baseline(self.device), limit.spare(self.device)
             available = spare - self.data - MARGIN

@@ -378,6 +378,7 @@ class Trainer:
 
     def _save(self) -> None:
         limit.release(self.device)
+        limit.wait(self.device)  # copies to moments on the host may be under way
         tensors, numbers = self.state.capture()
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():

@@ -87,7 +87,8 @@ class Accelerator:
         if (handle := _nvml(self.device)) is not None:
             import pynvml
 
-            _others[self.device] = int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+            # The second version leaves out what the driver reserves for itself, as CUDA's own figure of all there is does.
+            _others[self.device] = int(pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).used)
 
     def context(self) -> int:
         """Bytes that this process holds outside torch's allocator: the driver's context and loaded kernels.

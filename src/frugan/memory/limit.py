@@ -56,6 +56,12 @@ def release(device: torch.device) -> None:
     host.trim()
 
 
+def wait(device: torch.device) -> None:
+    """Waits until everything asked of ``device`` is done."""
+    if there := accelerator(device):
+        there.wait()
+
+
 def held(device: torch.device) -> int:
     """Bytes that this process holds now: of ``device``, of the host for the CPU."""
     there = accelerator(device)

@@ -1,0 +1,99 @@
+"""The machine: which device is taken, what arithmetic it does, how many threads; and sentences where something is missing."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from frugan import device
+from frugan.cli import main
+from frugan.errors import UserError
+
+from .conftest import assert_same_state, final_state
+from .test_resume import Killed, kill_at
+
+CPU = torch.device("cpu")
+BUILT = ["sm_75", "sm_80", "sm_86", "sm_90a", "sm_100f", "compute_120"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [
+        ((7, 5), True),
+        ((7, 0), False),  # Volta, older than anything built for
+        ((8, 0), True),
+        ((8, 9), True),  # code for 8.6 runs on 8.9
+        ((9, 0), True),
+        ((10, 3), True),  # of the family of 10.0
+        ((11, 0), False),
+        ((12, 1), True),  # compiled anew from what is for 12.0
+        ((13, 0), True),
+        ((6, 1), False),
+    ],
+)
+def test_whether_a_torch_has_code_for_a_gpu(capability: tuple[int, int], runs: bool) -> None:
+    assert device.runs_on(capability, BUILT) is runs
+
+
+def test_code_with_a_letter_is_for_one_gpu_alone() -> None:
+    assert device.runs_on((9, 0), ["sm_90a"])
+    assert not device.runs_on((9, 1), ["sm_90a"])
+    assert not device.runs_on((10, 0), [])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("name", ["cuda", "cuda:3", "mps", "xpu", "nonsense", "cuda:x"])
+def test_a_device_that_is_not_there_is_named_in_one_sentence(
+    name: str, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(few), "--device", name, "--out", str(tmp_path / "r"), "--epochs", "1", "--memory", "1GiB"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and len(said.splitlines()) == 1 and f"--device {name}" in said
+    assert not (tmp_path / "r").exists()
+
+
+def test_auto_is_the_best_there_is() -> None:
+    assert device.choose("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_fp32_is_whole_single_precision_and_the_program_gets_its_own_setting_back() -> None:
+    places = [torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul]
+    before = [place.fp32_precision for place in places]
+    places[0].fp32_precision = "tf32"
+    try:
+        with device.arithmetic("fp32", CPU):
+            assert {place.fp32_precision for place in places} == {"ieee"}
+        assert places[0].fp32_precision == "tf32"
+        with pytest.raises(UserError, match="Ampere"), device.arithmetic("tf32", CPU):
+            raise AssertionError("nothing is trained")
+        assert places[0].fp32_precision == "tf32"
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value
+
+
+def test_a_run_keeps_the_number_of_threads_that_it_was_started_with_and_says_so(
+    train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    straight = train(tmp_path / "straight", threads=1)
+    with pytest.raises(Killed):
+        train(tmp_path / "broken", threads=1, on_update=kill_at(7))
+    before = torch.get_num_threads()
+    assert before != 1
+    resumed = train(tmp_path / "broken", threads=None, quiet=False)
+    assert "With 1 threads, as it was started" in capsys.readouterr().out
+    assert torch.get_num_threads() == before
+    assert final_state(resumed)[1]["threads"] == 1
+    assert_same_state(straight, resumed)
+
+
+def test_a_run_with_more_threads_than_there_are_cores_says_that_it_is_slow(
+    train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    many = 64
+    run = train(tmp_path / "r", threads=many, epochs=1)
+    train(run, threads=None, epochs=2, quiet=False)
+    said = capsys.readouterr().out
+    assert f"With {many} threads, as it was started" in said and "slow" in said and "--threads" in said
