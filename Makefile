@@ -7,7 +7,7 @@ demo: .venv/installed  ## trains on the built-in digits and says where the pictu
 	$(BIN)/frugan train --epochs 60 --batch-size 64 --out runs/demo
 
 test: lint  ## runs every check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 gpu: .venv/installed  ## runs what only a GPU can tell, in less than 25 minutes, and writes docs/gpu.md
 	$(BIN)/python benchmarks/gpu.py

@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the command line does: two test processes share the cores
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ import frugan
 from frugan import checkpoint
 from frugan.runs import RunFolder
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two test processes share the cores, and what is small is sooner done by one thread
 os.environ["FRUGAN_CACHE"] = tempfile.mkdtemp(prefix="frugan-")  # packs of the tests, of the processes they start too
 atexit.register(shutil.rmtree, os.environ["FRUGAN_CACHE"], ignore_errors=True)
 settings.register_profile("patient", deadline=None)  # shared machines stall now and then
@@ -63,7 +65,7 @@ def photos(tmp_path: Path) -> Callable[..., Path]:
 
 SMALL = {
     "batch_size": 16, "epochs": 3, "image_size": 8, "latent_dim": 8, "width_g": 8, "width_d": 8,
-    "sample_every": 100, "report_every": 3, "quiet": True, "device": "cpu", "threads": 2,
+    "sample_every": 100, "report_every": 3, "quiet": True, "device": "cpu", "threads": 1,
 }  # fmt: skip
 
 

@@ -155,7 +155,7 @@ def test_the_plan_says_where_the_bytes_go(few: Path, tmp_path: Path, capsys: pyt
 
 def test_approximate_ways_are_taken_only_if_allowed_and_said(few: Path, tmp_path: Path) -> None:
     levers = "--accumulation-steps 1 --checkpoint-blocks no --separate-terms no --recompute-generator no"
-    common = f"train {few} --norm-g none --norm-d none --image-size 128 --batch-size 32 --epochs 1 --device cpu {levers}".split()
+    common = f"train {few} --norm-g none --norm-d none --image-size 128 --batch-size 64 --epochs 1 --device cpu {levers}".split()
     refused = frugan(*common, "--memory", "1MiB", "--allow-approximate", "--out", tmp_path / "no").stderr
     rounded = int(re.search(r"the smallest that works is --memory (\d+)MiB", refused)[1])  # type: ignore[index]
     done = frugan(*common, "--memory", f"{rounded}MiB", "--allow-approximate", "--out", tmp_path / "r")

@@ -56,7 +56,7 @@ def test_the_page_has_numbers_for_what_was_asked_for_and_says_what_was_not(tmp_p
     measured = json.loads(numbers.read_text())
     for what in ("allocated", "reserved", "process"):
         predicted, there = measured["prediction"][0]["found"][what]
-        assert there and abs(predicted / there - 1) < 0.1, what
+        assert there and abs(predicted - there) < 0.1 * there + gpu.MIB * 2, what  # a small segment more or less
     assert all(way["same"] for way in measured["offloading"][0]["found"].values())
     assert PAGE.read_bytes() == before
 

@@ -77,15 +77,16 @@ def test_fp32_is_whole_single_precision_and_the_program_gets_its_own_setting_bac
 def test_a_run_keeps_the_number_of_threads_that_it_was_started_with_and_says_so(
     train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    straight = train(tmp_path / "straight", threads=1)
-    with pytest.raises(Killed):
-        train(tmp_path / "broken", threads=1, on_update=kill_at(7))
     before = torch.get_num_threads()
-    assert before != 1
-    resumed = train(tmp_path / "broken", threads=None, quiet=False)
-    assert "With 1 threads, as it was started" in capsys.readouterr().out
+    other = before + 1
+    straight = train(tmp_path / "straight", threads=other)
+    with pytest.raises(Killed):
+        train(tmp_path / "broken", threads=other, on_update=kill_at(7))
     assert torch.get_num_threads() == before
-    assert final_state(resumed)[1]["threads"] == 1
+    resumed = train(tmp_path / "broken", threads=None, quiet=False)
+    assert f"With {other} threads, as it was started" in capsys.readouterr().out
+    assert torch.get_num_threads() == before
+    assert final_state(resumed)[1]["threads"] == other
     assert_same_state(straight, resumed)
 
 

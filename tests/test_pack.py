@@ -109,6 +109,7 @@ def test_who_packs_into_the_folder_that_another_packs_into_is_told_so(
     while not (part.exists() and part.stat().st_size) and time.monotonic() < until:
         time.sleep(0.001)
     first.send_signal(signal.SIGSTOP)  # in the middle of it
+    os.waitpid(first.pid, os.WUNTRACED)  # until it stands still
     try:
         there = part.stat().st_ino, part.stat().st_size
         with pytest.raises(SystemExit) as caught:
