@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +41,8 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
 
     from frugan import recipes
     from frugan.build import average, lay_out, make_step, optimizers
-    from frugan.memory import host
+    from frugan.memory import host, private
     from frugan.memory.plan import Layout
-    from frugan.memory.probe import record, recorded
     from frugan.networks import build
 
     side, batch, device = cell["side"], cell["batch"], torch.device("cpu")
@@ -50,10 +50,17 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     recipe = recipes.get(cell["recipe"]).replace(image_size=side, channels=3, batch_size=batch)
 
     live = most = 0
+    moves: list[int] = []
+    recording = ExitStack()
+
+    def record() -> None:
+        moves.clear()
+        recording.enter_context(private.recording(moves))
 
     def account() -> None:
         nonlocal live, most
-        for move in recorded():
+        recording.close()
+        for move in moves:
             live += move
             most = max(most, live)
 

@@ -83,7 +83,7 @@ def measure(cell: dict[str, Any]) -> dict[str, int]:
     search.prepare()
     exact = {job.name: search.exact(job, layout) for job in search.jobs}
     predicted = max(e.moment.bytes for e in exact.values())
-    held = search.heap([e.timeline for e in exact.values()]) if cell["handling"] == "reuse" else predicted
+    held = search.holds([e.timeline for e in exact.values()], cell["handling"])
 
     def training(updates: int) -> None:
         generator, discriminator = build(recipe.network, side, channels)

@@ -8,10 +8,10 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adagrad, Adam, NAdam, Optimizer, Rprop
+from torch.optim import LBFGS, SGD, Adagrad, Adam, NAdam, Optimizer, Rprop
 
 from frugan.errors import UserError
-from frugan.memory import Engine
+from frugan.memory import Engine, accumulate
 from frugan.memory.plan import Guarantee, Layout
 from frugan.memory.recover import Change
 
@@ -262,3 +262,17 @@ def test_memory_for_moments_is_kept_until_the_optimizer_makes_them() -> None:
         engine.step(torch.ones(2, 512, dtype=torch.float64))
     assert not engine._reserved
     assert sum(v.nbytes for v in engine.optimizer.state[model[0].weight].values()) >= two
+
+
+def test_what_an_engine_cannot_do_is_one_sentence() -> None:
+    model = network()
+    with pytest.raises(UserError, match="LBFGS asks for the loss"):
+        Engine(model, squares, LBFGS(model.parameters()), batch=4)
+    engine = planned(model, SGD(model.parameters(), lr=0.1), 4)
+    (x, y), weights = batches(4)[0], [p.clone() for p in model.parameters()]
+    squares(model, x, y).mean().backward()
+    with engine, pytest.raises(UserError, match="has gradients already"):
+        engine.step(x, y)
+    assert all(torch.equal(p, before) for p, before in zip(model.parameters(), weights, strict=True))
+    with pytest.raises(UserError, match=r"micro-batches of \[2, 1\] are 3 samples, but the tensors have \[4, 4\]"):
+        accumulate(squares, model, (x, y), [2, 1])

@@ -7,6 +7,7 @@ with engine:
         engine.step(images)
 """
 
+import inspect
 import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -44,8 +45,12 @@ def accumulate(loss: Loss, module: nn.Module, tensors: Sequence[Tensor], sizes: 
         The mean loss, without graph.
 
     Raises:
-        UserError: the loss gives something else than one term a sample.
+        UserError: the loss gives something else than one term a sample, or ``sizes`` do not sum to n.
     """
+    if any(len(t) != sum(sizes) for t in tensors):
+        raise UserError(
+            f"micro-batches of {list(sizes)} are {sum(sizes)} samples, but the tensors have {[len(t) for t in tensors]}."
+        )
     device = next(module.parameters()).device
     total = torch.zeros((), device=device)
     for begin, count in slices(sizes):
@@ -76,13 +81,18 @@ class Engine(AbstractContextManager["Engine"]):
         changed: is told of every change to go on when memory ran out.
 
     Raises:
-        UserError: the budget says nothing, or cannot be held on this device.
+        UserError: the budget says nothing, or cannot be held on this device; or the optimizer needs a closure.
     """
 
     def __init__(
         self, module: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, *, batch: int, memory: str | None = None,
         blocks: Sequence[nn.Module] = (), changed: Callable[[Change], None] = print,
     ) -> None:  # fmt: skip
+        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise UserError(
+                f"{type(optimizer).__name__} asks for the loss in its step(): the engine needs an optimizer that does not."
+            )
         self.module = module
         self.loss = loss
         self.optimizer = optimizer
@@ -157,7 +167,7 @@ class Engine(AbstractContextManager["Engine"]):
         """One update by a batch of at most ``batch`` samples, each tensor ``[n, ...]``; the mean loss over them, without graph.
 
         Raises:
-            UserError: too many samples, none, or not the same number in every tensor.
+            UserError: too many samples, none, or not the same number in every tensor; or parameters have gradients already.
             frugan.memory.recover.OutOfMemory: the cheapest way needs more than there is.
         """
         if self.choice is None:
@@ -166,6 +176,10 @@ class Engine(AbstractContextManager["Engine"]):
         if len(counts) != 1 or not 1 <= (count := counts.pop()) <= self.batch:
             raise UserError(
                 f"the engine takes batches of 1 to {self.batch} samples, as many in every tensor, not {[len(t) for t in tensors]}."
+            )
+        if any(p.grad is not None for p in self.module.parameters()):
+            raise UserError(
+                "the module has gradients already, which would be added to: call zero_grad() before the engine's step()."
             )
         back = drawn(self.device) if self.draws else None
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 PROFILER = ("on", "off", "config", "kind", "state")
-UNMEASURED = 1.2  # of a prediction where operators' workspaces cannot be seen: they were up to 17.5% of it (docs/LOG.md)
+UNMEASURED = 1.2  # of a prediction where operators' workspaces cannot be seen: with them it was up to 1.15 times it (docs/LOG.md)
 
 
 def find(path: str) -> Any:
