@@ -132,6 +132,8 @@ def test_features_of_pieces_and_of_grey_images(extractor: Extractor, features: l
         torch.testing.assert_close(small[key], whole[:3], rtol=1e-4, atol=1e-4)
         assert small[key].dtype == torch.float32 and not small[key].is_inference()
     grey = images[:1, :1]
+    with arithmetic("fp32", torch.device("cpu")):  # as it is while training
+        assert torch.equal(extractor(grey)["features"], extractor(images[:1, :1])["features"])
     assert torch.equal(extractor(grey)["features"], extractor(grey.repeat(1, 3, 1, 1))["features"])
     for wrong in (images.float(), images[0], images[:, :2]):
         with pytest.raises(ValueError, match=r"bytes \[n, 3 or 1, h, w\]"):

@@ -162,11 +162,12 @@ class Story:
                 _, since, times = self.warnings.get(kind, ("", images, 0))
                 if times or len(self.warnings) < TOLD:
                     self.warnings[kind] = str(line.get("text", "")), since, times + 1
-            case "memory ran out":
+            case "memory ran out" | "the budget was exceeded" | "memory suffices again" as cause:
                 self.times_ran_out += 1
                 if self.times_ran_out <= TOLD:
                     where, change, guarantee = (line.get(key, "?") for key in ("phase", "change", "guarantee"))
-                    self.ran_out.append(f"{where}'s phase, after {images:,.0f} images: went on with {change} ({guarantee}).")
+                    why = "" if cause == "memory ran out" else f"{cause}, "
+                    self.ran_out.append(f"{where}'s phase, after {images:,.0f} images: {why}went on with {change} ({guarantee}).")
 
     @property
     def images(self) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frugan.device import arithmetic
 from frugan.errors import UserError, nearest
 
 INCEPTION = "inception-v3-compat"
@@ -92,7 +93,7 @@ class Extractor:
         pieces = []
         for piece in torch.split(images, self._batch):
             # Also on a GPU that would rather compute convolutions in TF32: the numbers are compared with those of other machines.
-            with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            with torch.inference_mode(), arithmetic("fp32", self._device):
                 outputs = self._network(piece.to(self._device).expand(-1, 3, -1, -1))
                 pieces.append([output.to("cpu", torch.float32) for output in outputs])
         return {key: torch.cat(layer) for key, layer in zip(LAYERS[self.name], zip(*pieces, strict=True), strict=True)}
