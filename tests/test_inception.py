@@ -14,6 +14,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
+from frugan.device import arithmetic
 from frugan.errors import UserError
 from frugan.metrics.distances import InceptionScore, Moments, frechet, kid
 from frugan.metrics.inception import DINOV2, INCEPTION_SHA256, Extractor, too_few

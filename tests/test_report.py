@@ -257,7 +257,8 @@ def test_memory_against_plan_and_budget(tmp_path: Path) -> None:
     lines = [
         LINE | {"memory": 2 << 20},
         {"event": "memory", "images": 64, "measured": 4 << 20, "predicted": 3 << 20},
-        *[ran_out] * 30,
+        ran_out | {"event": "memory suffices again", "images": 32, "change": "whole batch", "guarantee": "reassociation"},
+        *[ran_out] * 29,
     ]
     full = plan | {
         "layouts": {"D": {"sizes": [16, 16]}, "G": {"sizes": [32], "newer": 1}},
@@ -267,7 +268,8 @@ def test_memory_against_plan_and_budget(tmp_path: Path) -> None:
     assert got.chart("Memory")["lines"] == {"predicted": 3 << 20, "budget": 8 << 20}
     assert "4.0 MiB of 8.0 MiB budget" in got.words
     assert "micro-batches of 16" in got.words
-    assert got.words.count("G's phase, after 64 images: went on with micro-batches of 8 (bitwise).") == 20
+    assert got.words.count("G's phase, after 64 images: went on with micro-batches of 8 (bitwise).") == 19
+    assert "G's phase, after 32 images: memory suffices again, went on with whole batch (reassociation)." in got.words
     assert "And 10 more." in got.words
     unnamed = Page(report.write(folder(tmp_path / "unnamed", lines, plan | {"budget_named": False})))
     assert unnamed.chart("Memory")["lines"] == {"predicted": 3 << 20}
