@@ -72,7 +72,7 @@ def note(images):
     within[:] = [found(), given_back()]
 
 settings = dict(batch_size=16, epochs=1, width_g=8, width_d=8, threads=1, device="cpu", quiet=True)
-frugan.train(sys.argv[2], out=sys.argv[1], on_update=note, memory="1GiB", **settings)
+frugan.train(sys.argv[2], out=sys.argv[1], on_update=note, memory=f"{(resident() >> 20) + 600}MiB", **settings)
 trained = [found(), given_back()]
 try:
     frugan.train(sys.argv[2], out=sys.argv[1] + "-refused", memory="20MiB", **settings)
