@@ -299,3 +299,31 @@ def test_the_example_trains_within_its_budget(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     bounds = [float(found) for found in re.findall(r"epoch \d: ([\d.]+) nats", done.stdout)]
     assert bounds[1] < bounds[0]
+
+
+def test_pages_that_were_reserved_before_the_limit_are_seen_when_they_are_touched(few: Path, tmp_path: Path) -> None:
+    script = f"""
+import numpy as np
+import frugan
+from frugan.memory import host
+
+there = np.empty(800 << 20, np.uint8)  # addresses alone
+budget = (host.resident() >> 20) + 700  # of which the framework takes more than half by itself
+
+def touch(images):
+    if images == 96:
+        there[: 400 << 20 : 4096] = 1
+    if images == 160:
+        there[400 << 20 : : 4096] = 1
+
+frugan.train({str(few)!r}, out={str(tmp_path / "r")!r}, recipe="r3", image_size=16, batch_size=32, epochs=5, threads=1,
+             separate_terms="no", checkpoint_blocks="no", recompute_generator="no", penalty="double-backward", device="cpu",
+             memory=f"{{budget}}MiB", on_update=touch, quiet=True)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    exceeded = [event["images"] for event in events if event.get("event") == "the budget was exceeded"]
+    assert 1 < len(exceeded) < 40 and min(exceeded) in (96, 160)  # step by step, and at the end once that nothing is left
+    memory = events[-1]
+    assert memory["event"] == "memory" and memory["measured"] > memory["budget"]  # what was held is told as it was

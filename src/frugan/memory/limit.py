@@ -21,8 +21,10 @@ from frugan.memory.host import Handling
 from frugan.memory.plan import parse_bytes, size
 
 MIB = 1 << 20
+ALWAYS = 8 << 20  # bytes that are never refused: Python, and libraries that end the process where they are
 LEFT = 0.9  # of what is free, to be taken where no budget is named
 _budgets: list[int] = []  # what this process's memory is limited to now, on the CPU
+_lifted = 0  # how many `unlimited` are open
 _most = 0  # the most that was held on the CPU until `went_over` last looked
 
 # What says that memory ran out, where only words tell: of torch's CPU allocator, oneDNN, CUDA, cuDNN and cuBLAS, MPS, the system.
@@ -177,11 +179,13 @@ def limited(budget: int, device: torch.device) -> Iterator[None]:
 
 
 def _limit_data() -> None:
-    """Lets the process's data grow by what is left of its budget now."""
+    """Lets the process's data grow by what is left of its budget now, and by `ALWAYS` even where nothing is left."""
     import resource
 
+    if _lifted:
+        return
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    cap = host.status("VmData") + max(0, min(_budgets) - host.resident())
+    cap = host.status("VmData") + max(ALWAYS, min(_budgets) - host.resident())
     resource.setrlimit(resource.RLIMIT_DATA, (cap if hard == resource.RLIM_INFINITY else min(cap, hard), hard))
 
 
@@ -197,11 +201,14 @@ def unlimited() -> Iterator[None]:
         return
     import resource
 
+    global _lifted
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+    _lifted += 1
     try:
         yield
     finally:
+        _lifted -= 1
         _limit_data()
 
 

@@ -18,6 +18,7 @@ from frugan.memory.host import Handling
 from frugan.memory.plan import Guarantee, Layout
 
 T = TypeVar("T")
+Cause = Literal["memory ran out", "the budget was exceeded", "memory suffices again"]
 PATIENCE = 64  # times that a phase ends well before a more expensive layout is tried again; doubled by each attempt that failed
 
 
@@ -32,7 +33,7 @@ class Change:
     phase: str
     change: str
     guarantee: Guarantee
-    cause: Literal["memory ran out", "the budget was exceeded", "memory suffices again"] = "memory ran out"
+    cause: Cause = "memory ran out"
 
 
 class Recovery:
@@ -71,6 +72,7 @@ class Recovery:
         before = planned or {}
         self._left = {p: [before[p]] if before.get(p, now) != now else [] for p, now in layouts.items()}  # to be tried again
         self._trying: set[str] = set()  # phases that went back and have not proved it yet
+        self._cheapest: set[str] = set()  # phases that exceed the budget, and for which nothing cheaper is left
 
     def run(self, phase: str, compute: Callable[[Layout], T]) -> T:
         """``compute`` with the layout of ``phase``; with cheaper ones if memory runs out.
@@ -99,8 +101,11 @@ class Recovery:
             if not self._make_cheaper(phase, "memory ran out") and not (last := not last):
                 layout = self.layouts[phase]
                 raise OutOfMemory(f"memory ran out in {phase}'s phase with {layout}, and there is nothing cheaper left")
-        if limit.went_over(self.device) is not None:
-            self._make_cheaper(phase, "the budget was exceeded")
+        if limit.went_over(self.device) is not None and phase not in self._cheapest:
+            exceeded: Cause = "the budget was exceeded"
+            if not self._make_cheaper(phase, exceeded):  # others hold it, such as the program that trains: said once
+                self._cheapest.add(phase)
+                self.changed(Change(phase, "the cheapest way there is, as before", Guarantee.BITWISE, exceeded))
         self._calm[phase] += 1
         return result
 
@@ -130,10 +135,11 @@ class Recovery:
         layout = self._left[phase].pop()
         self.layouts[phase], self._calm[phase] = layout, 0
         self._trying.add(phase)
+        self._cheapest.discard(phase)
         guarantee = Guarantee.APPROXIMATE if self.coupled and len(layout.sizes) > 1 else Guarantee.REASSOCIATION
         self.changed(Change(phase, str(layout), guarantee, "memory suffices again"))
 
-    def _make_cheaper(self, phase: str, cause: Literal["memory ran out", "the budget was exceeded"]) -> bool:
+    def _make_cheaper(self, phase: str, cause: Cause) -> bool:
         """Goes on in a way that needs less; whether there is one."""
         self._calm[phase] = 0
         if phase in self._trying:  # it does not suffice yet
