@@ -181,3 +181,18 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     for command in ("train", "plan", "generate", "evaluate", "report", "data", "summary"):
         assert f"• {command} " in said, command
+
+
+def test_a_flag_without_a_command_is_one_sentence_and_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--device", "cpu"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("frugan: a command comes before --device") and len(said.splitlines()) == 1
+    main(["--version"])
+    assert re.fullmatch(r"frugan \d+\.\d+.*\n", capsys.readouterr().out)
+
+
+def test_a_plan_refuses_arithmetic_that_the_device_has_not(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(few), "--precision", "tf32", "--device", "cpu"])
+    assert ended.value.code == 2 and "--precision tf32 is of NVIDIA GPUs" in capsys.readouterr().err

@@ -268,6 +268,12 @@ def test_what_an_engine_cannot_do_is_one_sentence() -> None:
     model = network()
     with pytest.raises(UserError, match="LBFGS asks for the loss"):
         Engine(model, squares, LBFGS(model.parameters()), batch=4)
+    with pytest.raises(UserError, match="at least one sample"):
+        Engine(model, squares, SGD(model.parameters(), lr=0.1), batch=0)
+    engine = Engine(model, squares, SGD(model.parameters(), lr=0.1), batch=4)
+    with pytest.raises(TypeError):  # one tensor is forgotten: no reason to say that the model cannot be followed
+        engine.plan(batches(1)[0][0])
+    assert engine.followed
     engine = planned(model, SGD(model.parameters(), lr=0.1), 4)
     (x, y), weights = batches(4)[0], [p.clone() for p in model.parameters()]
     squares(model, x, y).mean().backward()

@@ -43,14 +43,14 @@ def test_code_with_a_letter_is_for_one_gpu_alone() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-@pytest.mark.parametrize("name", ["cuda", "cuda:3", "mps", "xpu", "nonsense", "cuda:x"])
+@pytest.mark.parametrize("name", ["cuda", "cuda:3", "mps", "xpu", "nonsense", "cuda:x", "meta", "cpu:3", ""])
 def test_a_device_that_is_not_there_is_named_in_one_sentence(
     name: str, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["train", str(few), "--device", name, "--out", str(tmp_path / "r"), "--epochs", "1", "--memory", "1GiB"])
     said = capsys.readouterr().err
-    assert ended.value.code == 2 and len(said.splitlines()) == 1 and f"--device {name}" in said
+    assert ended.value.code == 2 and len(said.splitlines()) == 1 and f"--device {name or repr(name)}" in said
     assert not (tmp_path / "r").exists()
 
 
@@ -98,3 +98,14 @@ def test_a_run_with_more_threads_than_there_are_cores_says_that_it_is_slow(
     train(run, threads=None, epochs=2, quiet=False)
     said = capsys.readouterr().out
     assert f"With {many} threads, as it was started" in said and "slow" in said and "--threads" in said
+
+
+def test_what_does_nothing_or_is_slow_on_the_cpu_is_said(
+    train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path / "r", epochs=1, quiet=False, precision="fp16", offload_state="yes")
+    said = capsys.readouterr().out
+    assert "nothing to offload to" in said and "many times slower" in said
+    train(tmp_path / "plain", epochs=1, quiet=False)
+    said = capsys.readouterr().out
+    assert "nothing to offload to" not in said and "many times slower" not in said

@@ -9,6 +9,7 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
+from importlib.metadata import version
 from itertools import takewhile
 from typing import Annotated, Any
 
@@ -133,6 +134,7 @@ class Report:
     ] = None
 
 
+@dataclass
 class Images:
     """Packs images, or tells what is there: see frugan data --help."""
 
@@ -211,7 +213,11 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Recipe]:
     prog = "frugan"
     if arguments[0] == "data":
         arguments, verbs, prog = arguments[1:] or ["--help"], _data_verbs(), "frugan data"
-    if not arguments[0].startswith("-") and arguments[0] not in verbs:
+    if arguments[0] not in (*verbs, "-h", "--help"):
+        if arguments[0].startswith("-"):
+            raise UserError(
+                f"a command comes before {arguments[0]}: {prog} {'|'.join(verbs)}, as in {prog} {next(iter(verbs))} --help."
+            )
         raise UserError(f"there is no command {arguments[0]!r}: {nearest(arguments[0], verbs)}")
     if arguments[0] in verbs:
         _check_flags(arguments[1:], typing.get_type_hints(verbs[arguments[0]]))
@@ -246,6 +252,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; exits with 2 on an error of the user's, 130 or 143 when stopped by a signal."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if arguments[:1] == ["--version"]:
+            print(f"frugan {version('frugan')}")
+            return
         options, recipe = parse(arguments or ["--help"])
         verb = getattr(verbs, type(options).__name__.lower())
         if isinstance(options, (Train, Plan, Summary)):

@@ -18,15 +18,18 @@ def choose(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    missing = UserError(f"--device {name}: there is no such device here; use cpu, or auto to take the best there is.")
+    shown = name or "''"
+    missing = UserError(f"--device {shown}: there is no such device here; use cpu, or auto to take the best there is.")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise missing from None
+    if device.type == "meta" or (device.type == "cpu" and device.index):  # torch would take both
+        raise missing
     if device.type == "cuda" and not (torch.version.cuda or torch.version.hip):
         raise UserError(f"--device {name}: torch {torch.__version__} is built without CUDA; install one that has it, or use cpu.")
     try:
-        if device.type not in ("cpu", "meta") and ":" not in name:
+        if device.type != "cpu" and ":" not in name:
             # CUDA is not asked which is current before `meet` has looked, as that would begin with it: until then it is the first.
             begun = device.type != "cuda" or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
             asked = begun and device.type != "mps"

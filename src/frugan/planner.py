@@ -279,7 +279,11 @@ def notices(recipe: Recipe, plan: Plan, generator: Network, discriminator: Netwo
         told.append("Moments and the averaged generator wait on the host: the same bits, and copies in every update.")
     if recipe.memory.moments == "8bit":
         told.append("Approximate: Adam keeps its moments in 8 bits; --moments fp32 does not.")
+    if "yes" in (recipe.memory.offload_state, recipe.memory.offload_activations) and device.type == "cpu":
+        told.append("On the CPU there is nothing to offload to: --offload-state and --offload-activations do nothing.")
     precision = recipe.memory.precision
+    if precision == "fp16" and device.type == "cpu":
+        told.append("The CPU has no arithmetic of its own for fp16 and is many times slower in it: use --precision bf16 or fp32.")
     if precision in ("tf32", "bf16", "fp16"):
         told.append(f"Approximate: {precision} rounds inside the networks; --precision fp32 does not.")
     for name, network in (("discriminator", discriminator), ("generator", generator)):

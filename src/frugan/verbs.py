@@ -55,7 +55,8 @@ def plan(options: Any, recipe: Recipe) -> None:
     recipe = recipe.replace(image_size=data.image_size, channels=data.channels)
     if recipe.memory.precision == "auto":
         recipe = recipe.replace(precision=device.fast_precision(where))
-    keep = keepable(limit.budget(options.memory, where), where)
+    with device.arithmetic(recipe.memory.precision, where):  # which refuses what the device has not
+        keep = keepable(limit.budget(options.memory, where), where)
     batch = recipe.training.batch_size
     if isinstance(source, ShardSource):
         held = (2 * min(block_of(data), len(source)) + batch) * math.prod(data.shape)

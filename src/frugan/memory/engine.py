@@ -81,13 +81,15 @@ class Engine(AbstractContextManager["Engine"]):
         changed: is told of every change to go on when memory ran out.
 
     Raises:
-        UserError: the budget says nothing, or cannot be held on this device; or the optimizer needs a closure.
+        UserError: the budget says nothing, or cannot be held on this device; the batch is none, or the optimizer needs a closure.
     """
 
     def __init__(
         self, module: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, *, batch: int, memory: str | None = None,
         blocks: Sequence[nn.Module] = (), changed: Callable[[Change], None] = print,
     ) -> None:  # fmt: skip
+        if batch < 1:
+            raise UserError(f"the engine's batch must be at least one sample, not {batch}.")
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             raise UserError(
@@ -249,6 +251,7 @@ class Engine(AbstractContextManager["Engine"]):
                 ignore=inputs, device=self.device,
             )  # fmt: skip
 
+        reason = ""
         if self.followed:
             try:
                 mode = private.imitating()
@@ -261,13 +264,15 @@ class Engine(AbstractContextManager["Engine"]):
             except Exception as error:  # whatever a tracer cannot follow: values looked at, numpy, operators it does not know
                 if limit.is_out_of_memory(error):
                     raise
-                self.followed = False
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                print(f"The model cannot be followed without running it ({reason}): measured by running it instead.")
         buffers = [b.clone() for b in self.module.buffers()]
         back = drawn(self.device)
         try:
-            return run()
+            timeline = run()
+            if self.followed:  # what fails here too is no fault of following
+                self.followed = False
+                print(f"The model cannot be followed without running it ({reason}): measured by running it instead.")
+            return timeline
         finally:
             back()
             for buffer, value in zip(self.module.buffers(), buffers, strict=True):
