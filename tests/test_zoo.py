@@ -351,3 +351,30 @@ main(["train", "nobody/nothing", "--out", "r"])
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("frugan: there is no folder nobody/nothing, and as a data set on the hub it cannot be had")
     assert "parquet files" in last
+
+
+@pytest.mark.parametrize("where", ["in a header", "in an extended header", "between two members", "in an image"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_tar_that_is_cut_is_named_wherever_it_is_cut_and_what_is_before_is_used(
+    where: str, streamed: bool, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole.tar"
+    with tarfile.open(whole, "w", format=tarfile.PAX_FORMAT) as archive:
+        for i in range(6):
+            content = encoded("PNG")
+            member = tarfile.TarInfo(f"{'long' * 30}\u00e9{i}.png")  # which needs an extended header
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with tarfile.open(whole) as archive:
+        fourth = archive.getmembers()[3]
+    at = {
+        "in a header": fourth.offset_data - 400, "in an extended header": fourth.offset + 600,
+        "between two members": fourth.offset, "in an image": fourth.offset_data + fourth.size // 2,
+    }[where]  # fmt: skip
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(whole.read_bytes()[:at])
+    for path, images in ((whole, 6), (cut, 3)):
+        source = open_source(Data(data=str(path), stream=streamed))
+        said = " ".join(source.problems)
+        assert len(source) in (images, images + (path == cut and where == "in an image")), said
+        assert ("is cut short" in said and "fetch it again" in said) == (path == cut), said

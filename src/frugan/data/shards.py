@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
@@ -27,6 +27,33 @@ class Member:
     begin: int
     length: int
     path: str
+
+
+class _Header(tarfile.TarInfo):
+    """A header that tells its archive whether it is the mark of the end: `tarfile` takes a cut for one."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        """The next header."""
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            if isinstance(archive, Archive):
+                archive.whole = type(error).__name__ == "EOFHeaderError"
+            raise
+
+
+class Archive(tarfile.TarFile):
+    """A tar that keeps nothing of what was read, which would grow with the data, and knows whether it was read to its end."""
+
+    tarinfo = _Header
+    whole = False
+
+    def next(self) -> tarfile.TarInfo | None:
+        """The next member."""
+        member = super().next()
+        self.members.clear()  # type: ignore[attr-defined]
+        return member
 
 
 class TarSource(Source):
@@ -63,9 +90,8 @@ class TarSource(Source):
     def _scan(self, number: int, shard: Path, said: dict[tuple[int, str], str], label: str, problems: list[str]) -> None:
         length, before = shard.stat().st_size, len(self.members)
         try:
-            with tarfile.open(shard, "r:") as archive:
+            with Archive.open(shard, "r:") as archive:
                 while (member := archive.next()) is not None:
-                    archive.members = []  # type: ignore[attr-defined]  # which it would keep
                     path = PurePosixPath(member.name)
                     if outside(member.name) or member.issym() or member.islnk():
                         problems.append(f"{shown(member.name)} in {shard} points out of it: left out.")
@@ -81,6 +107,8 @@ class TarSource(Source):
                             said[number, _key(member.name)] = value
                     elif is_image(member.name):
                         self.members.append(Member(number, member.offset_data, member.size, member.name))
+                if not archive.whole:
+                    raise tarfile.ReadError
         except tarfile.TarError as error:
             here = len(self.members) - before
             if here or _is_tar(shard):

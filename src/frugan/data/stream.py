@@ -29,7 +29,7 @@ from torch import Tensor
 
 from frugan.data.decode import Pixels, background_colour, fit, flatten
 from frugan.data.images import Source, Tell, is_image, loaded, reason, shown, stamp_of
-from frugan.data.shards import TABLES, braced, file_in
+from frugan.data.shards import TABLES, Archive, braced, file_in
 from frugan.draws import Order, derive
 from frugan.errors import UserError
 from frugan.recipe import Data
@@ -61,11 +61,13 @@ class Shard:
         name: of it.
         images: how many it has.
         read: gives its images in order, all but the first so many.
+        problem: what a person should know of it.
     """
 
     name: str
     images: int
     read: Callable[[int], Iterator[Item]]
+    problem: str = ""
 
 
 def tar_shard(url: str) -> Shard:
@@ -75,9 +77,16 @@ def tar_shard(url: str) -> Shard:
         UserError: it cannot be read.
     """
 
-    def count() -> int:
+    def count() -> tuple[int, bool]:
+        images = 0
         with _opened(url) as archive:
-            return sum(1 for member in archive if member.isfile() and is_image(member.name))
+            try:
+                for member in archive:
+                    images += member.isfile() and is_image(member.name)
+            except tarfile.TarError:
+                if not images:
+                    raise
+            return images, archive.whole
 
     def read(skip: int) -> Iterator[Item]:
         with _opened(url) as archive:
@@ -90,24 +99,18 @@ def tar_shard(url: str) -> Shard:
                 file = archive.extractfile(member)
                 yield f"{url}/{shown(member.name)}", file.read() if file else b""
 
-    return Shard(url, _patiently(count, f"read the shard {url}"), read)
-
-
-class _Forgetful(tarfile.TarFile):
-    """A tar that does not keep what it has read: that would grow with the data."""
-
-    def next(self) -> tarfile.TarInfo | None:
-        """The next member."""
-        member = super().next()
-        self.members.clear()  # type: ignore[attr-defined]
-        return member
+    images, whole = _patiently(count, f"read the shard {url}")
+    if not whole:  # the connection may have ended too early
+        images, whole = max((images, whole), _patiently(count, f"read the shard {url}"))
+    cut = "" if whole else f"{url} is cut short: {images} images before the cut are used; fetch it again for the rest."
+    return Shard(url, images, read, cut)
 
 
 @contextmanager
-def _opened(url: str) -> Iterator[tarfile.TarFile]:
+def _opened(url: str) -> Iterator[Archive]:
     import fsspec
 
-    with fsspec.open(url, "rb") as file, _Forgetful.open(fileobj=file, mode="r|*") as archive:
+    with fsspec.open(url, "rb") as file, Archive.open(fileobj=file, mode="r|*") as archive:
         yield archive
 
 
@@ -222,6 +225,7 @@ def stream(data: Data) -> Source | None:
             if len(names) == 1:
                 raise
             problems.append(str(error))
+    problems += [shard.problem for shard in shards if shard.problem]
     if not shards:
         raise UserError(f"none of the {len(names)} shards of {data.data} can be read: {problems[0]}")
     name = re.sub(r"[-_.]?[*?{\[].*$", "", Path(data.data).name).removesuffix(".tar") or Path(data.data).parent.name
