@@ -401,3 +401,24 @@ def test_the_model_of_segments_reserves_what_the_allocator_does(moves: list[tupl
 
 def lines(run: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_what_is_on_the_host_already_stays_there_when_the_rest_is_offloaded() -> None:
+    seen: list[str] = []
+
+    class Scale(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor, factor: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
+            ctx.save_for_backward(x, factor)
+            return x * factor.item()
+
+        @staticmethod
+        def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def,override]
+            seen.extend(tensor.device.type for tensor in ctx.saved_tensors)
+            return grad * 3, None
+
+    x = torch.ones(4).to(DEVICE).requires_grad_()
+    with levers.offloading(DEVICE, True):
+        out = Scale.apply(x, torch.tensor(3.0))  # type: ignore[no-untyped-call]
+    out.sum().backward()
+    assert seen == [DEVICE.type, "cpu"]

@@ -71,19 +71,20 @@ def offloading(device: torch.device, wanted: bool, kept: Iterable[Tensor] = ()) 
     if not wanted or device.type == "cpu":
         return nullcontext()
     staying = {private.address(t) for t in kept}
-    pinned = device.type == "cuda" and not private.is_imitated(next(iter(kept), None))
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> Tensor | tuple[Tensor]:
         if tensor.device.type == "cpu" or not _is_dense(tensor) or private.address(tensor) in staying:
             return tensor
+        pinned = device.type == "cuda" and not private.is_imitated(tensor)
         host = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, pin_memory=pinned)
-        return host.copy_(tensor, non_blocking=pinned)
+        return (host.copy_(tensor, non_blocking=pinned),)
 
-    def unpack(packed: Tensor) -> Tensor:
-        if packed.device.type != "cpu":
+    def unpack(packed: Tensor | tuple[Tensor]) -> Tensor:
+        if isinstance(packed, Tensor):  # it stayed where it was, be that the host
             return packed
-        tensor = torch.empty_strided(packed.shape, packed.stride(), dtype=packed.dtype, device=device)
-        return tensor.copy_(packed, non_blocking=pinned)
+        (host,) = packed
+        tensor = torch.empty_strided(host.shape, host.stride(), dtype=host.dtype, device=device)
+        return tensor.copy_(host, non_blocking=True)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
