@@ -44,9 +44,8 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     from frugan.build import lay_out, make_step, optimizers
     from frugan.memory import limit
     from frugan.memory.plan import Layout, split
-    from frugan.memory.probe import allocations
     from frugan.memory.search import MARGIN
-    from frugan.memory.trace import highest
+    from frugan.memory.trace import allocations, highest
     from frugan.networks import build
     from frugan.planner import Planner
 
@@ -70,7 +69,9 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         for first in range(0, updates * batch, batch):
             begin = time.perf_counter()
             if layouts is None:
-                loop.update(pixels.to(dtype).div_(127.5).sub_(1), first)
+                loop.update(
+                    lambda row, n, first=first: pixels[row - first : row - first + n].to(dtype).div(127.5).sub(1), first, batch
+                )
             else:
                 for phase, name, optimizer in (
                     (step.discriminator_phase, "D", optimizer_d), (step.generator_phase, "G", optimizer_g)
@@ -101,7 +102,8 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     planner = Planner(recipe, device, memory=str(framework + 3 * MARGIN + int(cell["share"] * cell["plain"])))
     plan = planner.plan()
     del planner
-    with limit.held_to(plan.budget, plan.handling, device):
+    with limit.held_to(plan.budget, device, plan.reserved):
+        limit.handle(plan.handling, device)
         seconds, _ = trained(plan.layouts, 1 + cell["updates"])
         peak = limit.peak(device)
     return {

@@ -338,13 +338,16 @@ def measure_prediction(gpu: Gpu, cell: Cell) -> Found:
 
     recipe = recipe_of(cell)
     with arithmetic("fp32", gpu.device):
-        search = Search(jobs(Model(recipe, gpu.device)), gpu.device)
+        model = Model(recipe, gpu.device)
+        coupled = model.generator.couples_samples, model.discriminator.couples_samples
+        search = Search(jobs(recipe, gpu.device, coupled, model.growth), gpu.device)
         search.prepare()
+        del model
         layout = Layout.of(cell["batch"], cell["parts"])
         exact = {job.name: search.exact(job, layout) for job in search.jobs}
         allocated = max(e.moment.bytes for e in exact.values())
         held = search.holds([e.timeline for e in exact.values()], "reuse")
-        search.forget()
+        del search, exact
         framework = limit.baseline(gpu.device)
         begun = gpu.words.memory_allocated(gpu.device), gpu.words.memory_reserved(gpu.device)
         limit.forget_peak(gpu.device)

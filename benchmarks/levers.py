@@ -24,8 +24,7 @@ from frugan import recipes
 from frugan.build import lay_out, make_step
 from frugan.memory import host, levers
 from frugan.memory.plan import Layout
-from frugan.memory.probe import allocations
-from frugan.memory.trace import highest
+from frugan.memory.trace import allocations, highest
 from frugan.networks import build
 from frugan.objective import squared_norm
 

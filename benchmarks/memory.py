@@ -1,10 +1,13 @@
-"""What training allocates, and images/s, against a plain PyTorch loop with the same networks, at growing effective batches.
+"""What is left of frugan's advantage: one loop from the tutorials' to frugan, a step at a time.
 
-    python benchmarks/memory.py [--image-size 64] [--micro-batch 16] [--rounds 2]
+    python benchmarks/memory.py [--image-size 64] [--rounds 5] [--recipes dcgan r3] [--batches 64 512 4096]
 
-Allocated is everything from the first weight to the end of an update of both networks: weights, gradients, moments, average and
-activations, as the CPU allocator reports it. Each measurement is a process of its own; for speed the loops take turns, and the
-table has medians. Parity is checked first: in double precision both loops must train to the same weights.
+Each row adds one thing that a careful engineer would do to the row above; the last is ``frugan train`` as a user gets it, planner,
+trainer, console and files included, within the memory that the row above held (or the smallest that frugan names). Each
+measurement is a process of its own; the rows take turns, and the table has medians. *Allocates*: the most bytes of tensors that
+were alive at once in an update, as the CPU allocator reports. *Process*: the most that the process held, as the system counts it.
+Rows with a star train otherwise: batch norm sees micro-batches. Parity is checked first: in double precision both must train to
+the same weights.
 """
 
 import json
@@ -12,50 +15,65 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the command line does
 
 import tyro
-from plain import plain
+from plain import Tuned, plain
 from rich.console import Console
 from rich.table import Table
+
+MICRO = 16
+KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_ARENA_MAX": "1"}
+ROWS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "plain loop": ({}, {}),
+    "+ accumulation, micro-batches of 16": ({"micro_batch": MICRO}, {}),
+    "+ D frozen in G's phase": ({"micro_batch": MICRO, "frozen": True}, {}),
+    "+ channels-last": ({"micro_batch": MICRO, "frozen": True, "channels_last": True}, {}),
+    "+ fused Adam": ({"micro_batch": MICRO, "frozen": True, "channels_last": True, "fused": True}, {}),
+    "+ MALLOC_ settings": ({"micro_batch": MICRO, "frozen": True, "channels_last": True, "fused": True}, KEEPING),
+}
+FRUGAN = "frugan train"
 
 
 @dataclass
 class Options:
     image_size: int = 64
-    micro_batch: int = 16
+    recipes: tuple[str, ...] = ("dcgan", "r3")
     batches: tuple[int, ...] = (64, 512, 4096)
-    plain_most: int = 1024  # batches above this are not tried with the plain loop, which would need too much
-    rounds: int = 2
+    plain_most: int = 512  # batches above this are not tried as a whole, which would need too much
+    rounds: int = 5
+    updates: int = 2  # that are timed in each process, after one that is not
     cell: str | None = None  # used by the script itself: measures one
 
 
-def run(cell: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of an update, or bytes allocated, or final weights, of one loop."""
+def pictures(first: int, count: int, side: int) -> Any:
+    import torch
+
+    generator = torch.Generator().manual_seed(first)  # each row its own, however they are asked for
+    return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
+
+
+def looped(cell: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of an update, bytes allocated and held, of a loop without frugan."""
     import torch
 
     from frugan import recipes
-    from frugan.build import average, lay_out, make_step, optimizers
     from frugan.memory import host, private
-    from frugan.memory.plan import Layout
     from frugan.networks import build
 
-    side, batch, device = cell["side"], cell["batch"], torch.device("cpu")
-    dtype = torch.float64 if cell["what"] == "weights" else torch.float32
+    side, batch = cell["side"], cell["batch"]
     recipe = recipes.get(cell["recipe"]).replace(image_size=side, channels=3, batch_size=batch)
-
     live = most = 0
     moves: list[int] = []
     recording = ExitStack()
-
-    def record() -> None:
-        moves.clear()
-        recording.enter_context(private.recording(moves))
 
     def account() -> None:
         nonlocal live, most
@@ -63,106 +81,172 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         for move in moves:
             live += move
             most = max(most, live)
+        moves.clear()
 
-    def images(first: int, count: int) -> torch.Tensor:
+    def images(row: int, count: int) -> torch.Tensor:
         if cell["what"] == "bytes":  # after each micro-batch: of all of a large batch the record itself would take gigabytes
             account()
-            record()
-        generator = torch.Generator().manual_seed(first)  # each row its own, however they are asked for
-        return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
-
-    whole = images(0, batch) if cell["what"] == "weights" else None
-
-    def make() -> Any:
-        generator, discriminator = build(recipe.network, side, 3)
-        if cell["loop"] == "plain":
-            loop = plain(recipe, generator.to(dtype), discriminator.to(dtype))
-
-            def update(first: int) -> None:
-                batch_ = images(first, batch) if whole is None else whole
-                loop.update(batch_.to(dtype).div_(127.5).sub_(1), first)
-
-        else:
-            host.handle("reuse")  # as training does
-            lay_out(recipe, generator.to(dtype), discriminator.to(dtype))
-            optimizer_g, optimizer_d = optimizers(recipe, generator, discriminator, device)
-            step, ema = make_step(recipe, generator, discriminator), average(recipe, generator, device)
-            layout = Layout.of(batch, -(-batch // cell["micro_batch"]))
-
-            def update(first: int) -> None:
-                read = images if whole is None else (lambda row, n: whole[row - first : row - first + n])
-                for phase, optimizer in ((step.discriminator_phase, optimizer_d), (step.generator_phase, optimizer_g)):
-                    phase(read, first, layout)
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                if ema:
-                    ema.update(generator, batch, first + batch)
-
-        return update, generator, discriminator
+            recording.enter_context(private.recording(moves))
+        return pictures(row, count, side).float().div_(127.5).sub_(1)
 
     if cell["what"] == "bytes":
-        record()
-        make()[0](0)
+        recording.enter_context(private.recording(moves))
+    loop = plain(recipe, *build(recipe.network, side, 3), tuned=Tuned(**cell["tuned"]))
+    seconds = []
+    for i in range(1 + cell["updates"]):
+        begin = time.perf_counter()
+        loop.update(images, i * batch, batch)
+        seconds.append(time.perf_counter() - begin)
+    if cell["what"] == "bytes":
         account()
         return {"bytes": most}
-    update, generator, discriminator = make()
-    if cell["what"] == "weights":
-        for i in range(2):
-            update(i * batch)
-        return {"weights": [float(p.double().norm()) for n in (generator, discriminator) for p in n.parameters()]}
-    update(0)
-    seconds = []
-    for i in range(1, 1 + cell["updates"]):
-        begin = time.perf_counter()
-        update(i * batch)
-        seconds.append(time.perf_counter() - begin)
-    return {"seconds": statistics.median(seconds)}
+    return {"seconds": statistics.median(seconds[1:] or seconds), "process": host.status("VmHWM")}
 
 
-def measured(**cell: Any) -> dict[str, Any]:
+def through_frugan(cell: dict[str, Any]) -> dict[str, Any]:
+    """The same by `frugan.train`, within a budget."""
+    import frugan
+    from frugan.errors import UserError
+    from frugan.memory import host, limit
+
+    class Enough(Exception):
+        pass
+
+    clock: list[float] = []
+    most = host.status("VmHWM")
+
+    def count(images: int) -> None:
+        clock.append(time.perf_counter())
+        if len(clock) > cell["updates"] + 1:
+            raise Enough
+
+    with tempfile.TemporaryDirectory() as out:
+
+        def run(memory: str) -> None:
+            frugan.train(
+                cell["folder"], out=out, recipe=cell["recipe"], image_size=cell["side"], batch_size=cell["batch"], epochs=1000,
+                memory=memory, on_update=count, quiet=True, device="cpu", report_every=1000, sample_every=1000,
+            )  # fmt: skip
+
+        budget = f"{cell['process'] >> 20}MiB"
+        try:
+            run(budget)
+        except Enough:
+            pass
+        except UserError as error:
+            if "the smallest that works is --memory " not in str(error):
+                raise
+            budget = str(error).split("the smallest that works is --memory ")[1].split("MiB")[0] + "MiB"
+            try:
+                run(budget)
+            except Enough:
+                pass
+        plan = json.loads((Path(out) / "plan.json").read_text())
+    took = [b - a for a, b in pairwise(clock)]
+    return {
+        "seconds": statistics.median(took[1:] or took), "process": max(most, host.status("VmHWM"), limit.most()),
+        "bytes": plan["training_allocates"], "guarantee": plan["guarantee"], "budget": budget,
+        "plan": "; ".join(f"{n} {max(p['sizes'])}" for n, p in plan["layouts"].items()) + f", {plan['freed_memory']}",
+    }  # fmt: skip
+
+
+def parity(recipe_name: str) -> float:
+    """The largest relative difference of a weight tensor after two updates in double precision, tuned loop against frugan."""
+    import torch
+
+    from frugan import recipes
+    from frugan.build import lay_out, make_step, optimizers
+    from frugan.memory.plan import Layout
+    from frugan.networks import build
+
+    cut = 8 if recipe_name == "dcgan" else 3  # batch norm is compared whole: cut, its statistics are others
+    recipe = recipes.get(recipe_name).replace(image_size=32, channels=3, batch_size=8)
+    found = []
+    for ours in (False, True):
+        generator, discriminator = (n.double() for n in build(recipe.network, 32, 3))
+        if ours:
+            lay_out(recipe, generator, discriminator)
+            optimizer_g, optimizer_d = optimizers(recipe, generator, discriminator, torch.device("cpu"))
+            step, layout = make_step(recipe, generator, discriminator), Layout.of(8, -(-8 // cut))
+        else:
+            loop = plain(recipe, generator, discriminator, tuned=Tuned(cut, frozen=True, channels_last=True))
+        for first in (0, 8):
+            whole = pictures(first, 8, 32)
+            if not ours:
+                loop.update(lambda row, n: (whole[row - first : row - first + n].double() / 127.5).sub_(1), first, 8)  # noqa: B023
+                continue
+            for phase, optimizer in ((step.discriminator_phase, optimizer_d), (step.generator_phase, optimizer_g)):
+                phase(lambda row, n: whole[row - first : row - first + n], first, layout)  # noqa: B023
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        found.append([p.detach() for n in (generator, discriminator) for p in n.parameters()])
+    return max(float((a - b).norm() / a.norm().clamp_min(1e-12)) for a, b in zip(*found, strict=True))
+
+
+def measured(environment: dict[str, str], **cell: Any) -> dict[str, Any]:
     command = [sys.executable, __file__, "--cell", json.dumps(cell)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    if done.returncode:
+        sys.exit(done.stderr)
     found = json.loads(done.stdout.splitlines()[-1])
-    print(cell, {k: v for k, v in found.items() if k != "weights"}, file=sys.stderr, flush=True)
+    print(cell["name"], cell["recipe"], cell["batch"], found, file=sys.stderr, flush=True)
     return dict(found)
+
+
+def folder_of(images: int, side: int, where: Path) -> None:
+    from PIL import Image
+
+    for i in range(images):
+        Image.fromarray(pictures(i, 1, side)[0].permute(1, 2, 0).numpy()).save(where / f"{i:05d}.bmp")
 
 
 def main(options: Options) -> None:
     if options.cell:
-        print(json.dumps(run(json.loads(options.cell))))
+        cell = json.loads(options.cell)
+        print(json.dumps(through_frugan(cell) if cell["name"] == FRUGAN else looped(cell)))
         return
-    side, micro = options.image_size, options.micro_batch
-    for recipe, cut in (("dcgan", 8), ("r3", 3)):  # batch norm is compared whole: cut, its statistics are others
-        both = [
-            measured(what="weights", recipe=recipe, loop=loop, side=side, batch=8, micro_batch=cut) for loop in ("plain", "frugan")
-        ]
-        error = max(abs(a - b) / max(a, 1e-9) for a, b in zip(*(b["weights"] for b in both), strict=True))
-        print(f"parity of {recipe}: norms of weights after 2 updates in double precision agree to {error:.1e}")
+    for recipe in options.recipes:
+        error = parity(recipe)
+        print(f"parity of {recipe}: weights after 2 updates in double precision agree to {error:.1e}")
         assert error < 1e-6
-
-    table = Table(title=f"{side}x{side} colour, fp32, micro-batches of {micro}")
-    for heading in ("recipe", "batch", "plain MiB", "frugan MiB", "of plain", "plain images/s", "frugan images/s", "of plain"):
-        table.add_column(heading, justify="left" if heading == "recipe" else "right")
-    for recipe in ("dcgan", "r3"):
-        for batch in options.batches:
-            loops = ("plain", "frugan") if batch <= options.plain_most else ("frugan",)
-            common = {"recipe": recipe, "side": side, "batch": batch, "micro_batch": micro}
-            bytes_ = {loop: measured(what="bytes", loop=loop, **common)["bytes"] for loop in loops}
-            rates: dict[str, list[float]] = {loop: [] for loop in loops}
-            for _ in range(options.rounds if batch <= options.plain_most else 0):
-                for loop in loops:
-                    found = measured(what="seconds", loop=loop, updates=max(1, min(8, 512 // batch)), **common)
-                    rates[loop].append(batch / found["seconds"])
-            rate = {loop: statistics.median(r) for loop, r in rates.items() if r}
-            share = f"1/{bytes_['plain'] / bytes_['frugan']:.1f}" if "plain" in bytes_ else "-"
-            speed = f"{rate['frugan'] / rate['plain']:.2f}" if "plain" in rate else "-"
-            shown = [f"{bytes_[loop] / 2**20:,.0f}" if loop in bytes_ else "-" for loop in ("plain", "frugan")]
-            shown += [share, *(f"{rate[loop]:.0f}" if loop in rate else "-" for loop in ("plain", "frugan")), speed]
-            table.add_row(recipe, str(batch), *shown)
-    Console(width=120).print(table)
+    table = Table(title=f"{options.image_size}x{options.image_size} colour, fp32")
+    for heading in ("recipe", "batch", "loop", "allocates", "process", "s an update", "images/s", "of the tuned loop"):
+        table.add_column(heading, justify="left" if heading in ("recipe", "loop") else "right")
+    with tempfile.TemporaryDirectory() as folder:
+        folder_of(max(options.batches), options.image_size, Path(folder))
+        for recipe in options.recipes:
+            for batch in options.batches:
+                common = {"recipe": recipe, "side": options.image_size, "batch": batch}
+                common["updates"] = options.updates if batch <= 512 else 0 if batch > 2048 else 1
+                rows = {n: r for n, r in ROWS.items() if r[0] or batch <= options.plain_most}
+                found: dict[str, list[dict[str, Any]]] = {name: [] for name in (*rows, FRUGAN)}
+                bytes_ = {
+                    name: measured(env, name=name, what="bytes", tuned=tuned, **(common | {"updates": 0}))["bytes"]
+                    for name, (tuned, env) in rows.items()
+                }
+                for _ in range(options.rounds):
+                    for name, (tuned, env) in rows.items():
+                        found[name].append(measured(env, name=name, what="seconds", tuned=tuned, **common))
+                    held = int(statistics.median(f["process"] for f in found[list(rows)[-1]]))
+                    found[FRUGAN].append(measured({}, name=FRUGAN, folder=folder, process=held, **common))
+                tuned_seconds = statistics.median(f["seconds"] for f in found[list(rows)[-1]])
+                for name, runs in found.items():
+                    seconds, process = (statistics.median(f[k] for f in runs) for k in ("seconds", "process"))
+                    last = runs[-1]
+                    otherwise = recipe == "dcgan" and batch > MICRO and (last.get("guarantee") == "approximate" or name in ROWS)
+                    star = "*" if otherwise and name != "plain loop" else ""
+                    shown = f"{name} ({last['plan']}; {last['budget']})" if name == FRUGAN else name
+                    table.add_row(
+                        recipe, str(batch), shown + star, f"{bytes_.get(name, last.get('bytes', 0)) / 2**20:,.0f} MiB",
+                        f"{process / 2**20:,.0f} MiB", f"{seconds:.2f}", f"{batch / seconds:.0f}", f"{tuned_seconds / seconds:.2f}",
+                    )  # fmt: skip
+    Console(width=170).print(table)
     import torch
 
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {options.rounds} interleaved rounds")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {options.rounds} interleaved rounds; *: trains"
+    )
+    print("*: trains otherwise, as batch norm sees micro-batches.")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""The plain PyTorch loop that the benchmarks compare with: what the tutorials show, with frugan's networks and losses.
+"""The PyTorch loops that the benchmarks compare with, with frugan's networks and losses: the tutorials', and a tuned one.
 
-Single precision unless told otherwise, contiguous images, Adam as it comes, gradients for D computed (and thrown away) in G's
-phase, whole batches, gradient penalties by double backward. What it shares with frugan, noise included, makes parity checkable.
+As it comes: single precision, contiguous images, Adam's own kernel, gradients for D computed (and thrown away) in G's phase, whole
+batches, penalties by double backward. Each `Tuned` switch is what a careful engineer would write in an afternoon. What the loops
+share with frugan, noise included, makes parity checkable.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,18 @@ from frugan.draws import Draws, Rows
 from frugan.networks import Network
 from frugan.objective import LOSSES, squared_norm
 from frugan.recipe import Recipe
+
+Images = Callable[[int, int], Tensor]  # (row, count) to images [count, c, h, w] in [-1, 1]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What is done to the plain loop."""
+
+    micro_batch: int | None = None  # accumulate in micro-batches of so many
+    frozen: bool = False  # D takes no gradients in G's phase
+    channels_last: bool = False
+    fused: bool = False  # Adam in one kernel
 
 
 @dataclass
@@ -28,53 +41,78 @@ class Plain:
     optimizer_d: torch.optim.Optimizer
     draws: Draws
     bf16: bool = False
+    tuned: Tuned = Tuned()
 
-    def update(self, real: Tensor, first: int) -> None:
-        """One update of both by images ``[n, c, h, w]`` in [-1, 1]; noise as frugan draws it after ``first`` images."""
-        recipe, n = self.recipe, len(real)
-        objective, loss = recipe.objective, LOSSES[type(recipe.objective)]
-        cast: Callable[[], object] = (lambda: torch.autocast(real.device.type, torch.bfloat16)) if self.bf16 else nullcontext
-
-        def noise(purpose: str) -> Tensor:
-            return self.draws.normal(purpose, first, n, recipe.network.latent_dim).to(real)
-
-        def judge(images: Tensor, scope: str) -> Tensor:
-            with cast():
-                return self.discriminator(images, Rows(self.draws, scope, first, n)).to(real.dtype)
-
-        def penalty(logits: Tensor, images: Tensor) -> Tensor:
-            (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
-            return squared_norm(gradient)
-
+    def update(self, images: Images, first: int, batch: int) -> None:
+        """One update of both by ``batch`` images; noise as frugan draws it after ``first`` images."""
+        step = self.tuned.micro_batch or batch
+        parts = [(first + begin, min(step, batch - begin)) for begin in range(0, batch, step)]
         self.optimizer_d.zero_grad()
-        with cast():
-            fake = self.generator(noise("latent/d")).detach().to(real.dtype)
-        real, fake = real.detach().requires_grad_(objective.r1 > 0), fake.requires_grad_(objective.r2 > 0)
-        real_logits, fake_logits = judge(real, "real"), judge(fake, "fake")
-        terms = loss.discriminator(objective, real_logits, fake_logits)
-        if objective.r1:
-            terms = terms + objective.r1 * penalty(real_logits, real)
-        if objective.r2:
-            terms = terms + objective.r2 * penalty(fake_logits, fake)
-        terms.mean().backward()
+        for row, n in parts:
+            self._discriminator(images(row, n), row, n, batch)
         self.optimizer_d.step()
-
         self.optimizer_g.zero_grad()
-        with cast():
-            fake = self.generator(noise("latent/g"))
-        fake_logits = judge(fake.to(real.dtype), "g/fake")
-        real_logits = judge(real.detach(), "g/real") if loss.paired else None
-        loss.generator(objective, fake_logits, real_logits).mean().backward()
+        with self._still():
+            for row, n in parts:
+                self._generator(images, row, n, batch)
         self.optimizer_g.step()
 
+    def _discriminator(self, real: Tensor, row: int, n: int, batch: int) -> None:
+        objective, loss = self.recipe.objective, LOSSES[type(self.recipe.objective)]
+        with torch.no_grad():
+            fake = self._fake("latent/d", row, n)
+        real, fake = self._laid(real).requires_grad_(objective.r1 > 0), fake.requires_grad_(objective.r2 > 0)
+        real_logits, fake_logits = self._judge(real, "real", row, n), self._judge(fake, "fake", row, n)
+        terms = loss.discriminator(objective, real_logits, fake_logits)
+        for weight, logits, given in ((objective.r1, real_logits, real), (objective.r2, fake_logits, fake)):
+            if weight:
+                (gradient,) = torch.autograd.grad(logits.sum(), given, create_graph=True)
+                terms = terms + weight * squared_norm(gradient)
+        (terms.sum() / batch).backward()
 
-def plain(recipe: Recipe, generator: Network, discriminator: Network, *, bf16: bool = False) -> Plain:
-    """The plain loop of ``recipe`` on these networks."""
-    options = recipe.optimizer
+    def _generator(self, images: Images, row: int, n: int, batch: int) -> None:
+        loss = LOSSES[type(self.recipe.objective)]
+        fake_logits = self._judge(self._fake("latent/g", row, n), "g/fake", row, n)
+        real_logits = self._judge(self._laid(images(row, n)), "g/real", row, n) if loss.paired else None
+        (loss.generator(self.recipe.objective, fake_logits, real_logits).sum() / batch).backward()
+
+    def _fake(self, purpose: str, row: int, n: int) -> Tensor:
+        like = next(self.generator.parameters())
+        with self._cast():
+            fake = self.generator(self.draws.normal(purpose, row, n, self.recipe.network.latent_dim).to(like))
+        return self._laid(fake.to(like.dtype))
+
+    def _judge(self, images: Tensor, scope: str, row: int, n: int) -> Tensor:
+        with self._cast():
+            return self.discriminator(images, Rows(self.draws, scope, row, n)).to(images.dtype)
+
+    def _laid(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last) if self.tuned.channels_last else images
+
+    def _cast(self) -> torch.autocast | nullcontext[None]:
+        return torch.autocast(next(self.generator.parameters()).device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+    @contextmanager
+    def _still(self) -> Iterator[None]:
+        """While open, D takes no gradients, if that was asked for."""
+        if self.tuned.frozen:
+            self.discriminator.requires_grad_(False)
+        yield
+        self.discriminator.requires_grad_(True)
+
+
+def plain(
+    recipe: Recipe, generator: Network, discriminator: Network, *, bf16: bool = False, tuned: Tuned | None = None
+) -> Plain:  # fmt: skip
+    """The plain loop of ``recipe`` on these networks, ``tuned`` or not."""
+    options, tuned = recipe.optimizer, tuned or Tuned()
+    if tuned.channels_last:
+        generator.to(memory_format=torch.channels_last)
+        discriminator.to(memory_format=torch.channels_last)
     betas = (options.beta1, options.beta2)
     return Plain(
         recipe, generator, discriminator,
-        torch.optim.Adam(generator.parameters(), lr=options.lr_g, betas=betas),
-        torch.optim.Adam(discriminator.parameters(), lr=options.lr_d, betas=betas),
-        Draws(recipe.training.seed, next(generator.parameters()).device), bf16,
+        torch.optim.Adam(generator.parameters(), lr=options.lr_g, betas=betas, fused=tuned.fused or None),
+        torch.optim.Adam(discriminator.parameters(), lr=options.lr_d, betas=betas, fused=tuned.fused or None),
+        Draws(recipe.training.seed, next(generator.parameters()).device), bf16, tuned,
     )  # fmt: skip

@@ -18,16 +18,15 @@ from frugan import recipes
 from frugan.build import average, lay_out, make_step, optimizers
 from frugan.cli import main
 from frugan.errors import UserError
-from frugan.memory import Engine, limit
+from frugan.memory import Engine
 from frugan.memory.plan import Layout
-from frugan.memory.probe import allocations
 from frugan.memory.search import Search
-from frugan.memory.trace import highest
+from frugan.memory.trace import allocations, highest
 from frugan.networks import build
 from frugan.phases import Model, jobs
-from frugan.planner import Planner, find
-from frugan.plans import Remembered
+from frugan.planner import Planner
 from frugan.runs import RunFolder
+from frugan.traces import Apart, Traces, fingerprint
 
 from .conftest import final_state, write_idx
 
@@ -51,7 +50,8 @@ def test_what_is_predicted_is_what_the_allocator_gives_out(
 ) -> None:
     recipe = recipes.get(name).replace(image_size=side, channels=1, batch_size=24, flip=True, **memory)
     layout = Layout.of(24, parts, **used)
-    search = Search(jobs(Model(recipe, CPU)), CPU)
+    model = Model(recipe, CPU)
+    search = Search(jobs(recipe, CPU, (False, False), model.growth), CPU)
     predicted = max(search.exact(job, layout).moment.bytes for job in search.jobs)
 
     def training() -> None:
@@ -68,7 +68,8 @@ def test_what_is_predicted_is_what_the_allocator_gives_out(
         del ema
 
     measured = highest(allocations(training))
-    assert -0.01 < predicted / measured - 1 < 0.02, (predicted, measured)
+    # Small convolutions take other kernels for other sizes, which need up to a MiB more or less.
+    assert abs(predicted - measured) < max(0.01 * measured, 1 << 20), (predicted, measured)
 
 
 def frugan(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -96,7 +97,7 @@ def test_a_refused_budget_names_the_smallest_which_holds_while_less_is_refused(f
 
 def test_a_training_within_a_budget_is_the_training_without(few: Path, tmp_path: Path) -> None:
     plain, planned = tmp_path / "plain", tmp_path / "planned"
-    asked = f"train {few} --norm-g none --norm-d none --image-size 96 --batch-size 64 --epochs 1 --device cpu --quiet".split()
+    asked = f"train {few} --norm-g none --norm-d none --image-size 176 --batch-size 64 --epochs 1 --device cpu --quiet".split()
     assert frugan(*asked, "--out", plain).returncode == 0
     refused = frugan(*asked, "--out", planned, "--memory", "1MiB").stderr
     smallest = re.search(r"the smallest that works is --memory (\d+MiB)", refused)[1]  # type: ignore[index]
@@ -139,14 +140,14 @@ def test_a_device_that_cannot_be_limited_is_said() -> None:
 
 def test_the_plan_says_where_the_bytes_go(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["plan", str(few), "--recipe", "r3", "--image-size", "16", "--batch-size", "32", "--device", "cpu"]
-    main([*asked, "--plot", str(tmp_path / "plan.png")])
+    main([*asked, "--compare", "--plot", str(tmp_path / "plan.png")])
     said = capsys.readouterr().out
     for word in ("weights", "moments", "average", "activations", "workspaces", "framework", "data", "bitwise",
                  "reassociation", "arithmetic", "speed", "taken", "predicted"):  # fmt: skip
         assert word in said, word
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 
-    main([*asked, "--json"])
+    main([*asked, "--compare", "--json"])
     plan = json.loads(capsys.readouterr().out)
     assert plan["training_allocates"] == max(sum(parts.values()) for parts in plan["phases"].values())
     assert plan["predicted"] == plan["framework"] + plan["data"] + plan["training_holds"]
@@ -207,7 +208,7 @@ def test_a_resumed_run_keeps_its_plan(few: Path, tmp_path: Path, train: Callable
     assert json.loads((run / "plan.json").read_text())["layouts"]["D"] == plan["layouts"]["D"]
 
 
-def test_a_plan_is_remembered_for_the_next_start(few: Path, tmp_path: Path) -> None:
+def test_traces_are_remembered_and_torchs_compiler_is_never_imported(few: Path, tmp_path: Path) -> None:
     script = f"""
 import sys, torch
 import frugan
@@ -216,32 +217,62 @@ print("torch._dynamo" in sys.modules, hash(str(frugan.load(run).generate(4).toli
 """
     environment = os.environ | {"FRUGAN_CACHE": str(tmp_path / "cache"), "PYTHONHASHSEED": "0"}
     said = []
-    for name in ("planned", "remembered", "damaged"):
+    for name in ("traced", "remembered", "damaged"):
         command = [sys.executable, "-c", script, str(tmp_path / name)]
         said.append(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split())
         plans = list((tmp_path / "cache" / "plans").iterdir())
         assert len(plans) == 1
         if name == "remembered":
             plans[0].write_text(plans[0].read_text()[:-20])
-    assert [imports for imports, _ in said] == ["True", "False", "True"]
+    assert [imports for imports, _ in said] == ["False", "False", "False"]  # which holds 150 MiB
     assert len({images for _, images in said}) == 1
-    saved = [json.loads((tmp_path / name / "plan.json").read_text())["layouts"] for name in ("planned", "remembered")]
+    saved = [json.loads((tmp_path / name / "plan.json").read_text())["layouts"] for name in ("traced", "remembered")]
     assert saved[0] == saved[1]
 
 
-def test_a_remembered_plan_that_does_not_fit_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traces_of_another_machine_or_version_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipes.mlp().replace(image_size=16, channels=1, batch_size=8)
+    usual = fingerprint(recipe, CPU)
+    assert fingerprint(recipe.replace(seed=3, epochs=9, batch_size=64, accumulation_steps=2, lr_g=1.0), CPU) == usual
+    others = {fingerprint(recipe.replace(**change), CPU) for change in ({"precision": "bf16"}, {"image_size": 32}, {"width_g": 8})}
+    for owner, name, value in (
+        (torch, "__version__", "2.99"), (torch, "get_num_threads", lambda: 77), (os, "cpu_count", lambda: 77),
+        (torch.backends.cpu, "get_cpu_capability", lambda: "VSX"),
+    ):  # fmt: skip
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, value)
+            others.add(fingerprint(recipe, CPU))
+    assert len(others) == 7 and usual not in others
+
+
+def test_another_process_makes_the_same_traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipes.r3().replace(image_size=16, channels=1, batch_size=8)
+    made = []
+    for apart in (False, True):
+        monkeypatch.setenv("FRUGAN_CACHE", str(tmp_path / str(apart)))
+        traces = Traces(recipe, CPU, apart=apart)
+        made.append((traces.growth("D", {"separate_terms": True}), traces.facts.held, traces.facts.coupled_d))
+        traces.close()
+    assert made[0][1:] == made[1][1:]
+    assert [g.peaks([2, 7], several=True) for g, *_ in made[:1]] == [g.peaks([2, 7], several=True) for g, *_ in made[1:]]
+    known = Traces(recipe, CPU)  # from the cache, without running anything
+    assert known.knows("D", {"separate_terms": True}) and known.growth("D", {"separate_terms": True}).steps == made[1][0].steps
+
+
+def test_memory_that_runs_out_in_the_process_that_plans_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FRUGAN_CACHE", str(tmp_path))
-    recipe, device = recipes.mlp().replace(image_size=16, channels=1, batch_size=8), CPU
-    remembered = Remembered(recipe, device)
-    assert remembered.recall(0) is None
-    remembered.keep(find(recipe, device)[1])
-    assert remembered.recall(0) and not remembered.recall(limit.spare(device))
-    assert Remembered(recipe.replace(seed=3, epochs=9), device).recall(0)  # what a plan does not depend on
-    assert not Remembered(recipe.replace(batch_size=16), device).recall(0)
+    traces = Traces(recipes.mlp().replace(image_size=16, channels=1), CPU, apart=True)
+    maker = Apart(traces.recipe, CPU)
+    maker._process.kill()
+    traces._maker = maker
+    with pytest.raises(UserError, match=r"memory ran out while planning: close other programs.*nothing was written"):
+        traces.growth("D", {})
+    traces.close()
+    assert not list(tmp_path.rglob("*.json"))
 
 
-def test_networks_that_cannot_be_followed_are_run_instead(
-    few: Path, tmp_path: Path, train: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_networks_that_look_at_values_are_planned_like_any(
+    tmp_path: Path, train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Looking(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -254,14 +285,13 @@ def test_networks_that_cannot_be_followed_are_run_instead(
 
     monkeypatch.setattr("frugan.networks.build", looking)
     monkeypatch.setattr("frugan.trainer.build", looking)
-    run = train(tmp_path / "r", epochs=1, quiet=False)
-    assert "measured by running them instead" in capsys.readouterr().out
+    run = train(tmp_path / "r", epochs=1)
     assert json.loads((run / "plan.json").read_text())["training_allocates"] > 0
     looking_engine = Engine(
         nn.Sequential(nn.Linear(3, 1), Looking()), lambda m, x: m(x).square().sum(1), SGD(nn.Linear(1, 1).parameters()), batch=8
     )
     looking_engine.plan(torch.zeros(1, 3))
-    assert not looking_engine.followed
+    assert looking_engine.choice and looking_engine.choice.chosen["the step"].allocated > 0
 
 
 def test_the_engine_trains_any_module_the_same_in_pieces() -> None:
@@ -305,10 +335,11 @@ def test_pages_that_were_reserved_before_the_limit_are_seen_when_they_are_touche
     script = f"""
 import numpy as np
 import frugan
-from frugan.memory import host
+import torch
+from frugan.memory import limit
 
 there = np.empty(800 << 20, np.uint8)  # addresses alone
-budget = (host.resident() >> 20) + 700  # of which the framework takes more than half by itself
+budget = (limit.baseline(torch.device("cpu")) >> 20) + 700
 
 def touch(images):
     if images == 96:

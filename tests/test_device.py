@@ -183,7 +183,7 @@ def test_memory_that_runs_out_in_an_update_is_recovered_from(recipe: str, few: P
 
 def test_plans_are_shown_for_the_device(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--image-size", "32", "--batch-size", "64", "--separate-terms", "no", "--offload-activations", "no", "--device", NAME]
-    main(["plan", str(few), *asked, "--memory", "110MiB" if simulated else "4GiB"])
+    main(["plan", str(few), *asked, "--compare", "--memory", "110MiB" if simulated else "4GiB"])
     said = capsys.readouterr().out
     assert "images/s" in said
     assert not simulated or "micro-batches of" in said

@@ -271,9 +271,13 @@ def test_what_an_engine_cannot_do_is_one_sentence() -> None:
     with pytest.raises(UserError, match="at least one sample"):
         Engine(model, squares, SGD(model.parameters(), lr=0.1), batch=0)
     engine = Engine(model, squares, SGD(model.parameters(), lr=0.1), batch=4)
-    with pytest.raises(TypeError):  # one tensor is forgotten: no reason to say that the model cannot be followed
+    with pytest.raises(UserError, match=r"cannot be run on 2 samples, of shapes \[\[2, 6\]\]: squares\(\) missing"):
         engine.plan(batches(1)[0][0])
-    assert engine.followed
+    for shapeless in ((), (torch.tensor(1.0),), (torch.zeros(0, 6), torch.zeros(0, 2))):
+        with pytest.raises(UserError, match="cuts tensors along their first dimension"):
+            engine.plan(*shapeless)
+    with pytest.raises(UserError, match=r"shape \[\] for 2 samples"):
+        Engine(model, lambda m, x: m(x).sum(), SGD(model.parameters(), lr=0.1), batch=4).plan(batches(1)[0][0])
     engine = planned(model, SGD(model.parameters(), lr=0.1), 4)
     (x, y), weights = batches(4)[0], [p.clone() for p in model.parameters()]
     squares(model, x, y).mean().backward()

@@ -293,7 +293,7 @@ build = trainer.Trainer._build
 
 def taken_meanwhile(self, resuming):
     state = build(self, resuming)
-    trainer.room = limit.limited(host.resident() + (130 << 20), self.device)  # the plan had counted on all that is free
+    trainer.room = limit.limited(host.resident() + (60 << 20), self.device)  # the plan had counted on all that is free
     trainer.room.__enter__()
     return state
 

@@ -85,9 +85,12 @@ def test_any_levers_give_what_they_promise(
 def test_penalties_by_jvp_are_refused_with_batch_norm() -> None:
     asked = recipes.get("dcgan").replace(image_size=16, channels=1, r1=1.0, penalty="jvp")
     with pytest.raises(UserError, match="batch norm"):
-        jobs(Model(asked, torch.device("cpu")))
+        jobs(asked, torch.device("cpu"), (True, True), Model(asked, torch.device("cpu")).growth)
     auto = asked.replace(penalty="auto")
-    assert all(v["penalty"] == "double-backward" for v in jobs(Model(auto, torch.device("cpu")))[0].variants)
+    assert all(
+        v["penalty"] == "double-backward"
+        for v in jobs(auto, torch.device("cpu"), (True, True), Model(auto, torch.device("cpu")).growth)[0].variants
+    )
 
 
 @st.composite

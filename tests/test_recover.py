@@ -135,8 +135,9 @@ class Told:
         self.samples = torch.randn(16, 3, dtype=torch.float64)
         self.tried: list[Layout] = []
         self.told: list[Change] = []
-        options: dict[str, Any] = {"levers": {"D": {"checkpoint_blocks"}}, "smallest": {"D": 1}, "coupled": False, "prepare": None}
-        options |= {"prepare": lambda _, layout: needs(layout)} | named
+        options: dict[str, Any] = {"levers": {"D": {"checkpoint_blocks"}}, "smallest": {"D": 1}, "coupled": False, "needs": None}
+        known = named.pop("known", True)
+        options |= {"needs": lambda _, layout: needs(layout) if known else None} | named
         layouts = options.pop("layouts", {"D": Layout.of(16, 1)})
         self.recovery = Recovery(
             [self.module], torch.device("cpu"), layouts, "return", changed=self.told.append, **options
@@ -217,7 +218,7 @@ def test_what_saves_nothing_is_neither_tried_nor_told() -> None:
 
 @pytest.mark.usefixtures("_as_before")
 def test_where_nobody_knows_what_a_layout_needs_all_are_tried() -> None:
-    told = Told(halves, 25, prepare=lambda phase, layout: None)
+    told = Told(halves, 25, known=False)
     assert told.run() == Layout.of(16, 4, checkpoint_blocks=True)
 
 

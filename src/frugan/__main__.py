@@ -1,6 +1,6 @@
 """``python -m frugan``."""
 
-from frugan.cli import main
+from frugan.cli import run
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -4,10 +4,13 @@ Every field of a recipe is a flag, with the help, type and default that stand in
 ``--objective`` are read first, because they decide which fields there are. `frugan.verbs` does the work.
 """
 
+import atexit
 import os
 import sys
+import threading
 import typing
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, make_dataclass
 from importlib.metadata import version
 from itertools import takewhile
@@ -201,9 +204,11 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Recipe]:
     as_json = ("json", Annotated[bool, tyro.conf.arg(help="print the plan as JSON")], field(default=False))
     plot_arg = tyro.conf.arg(help="picture of memory over one update to write", help_behavior_hint="")
     plot = ("plot", Annotated[str | None, plot_arg], field(default=None))
+    compare_arg = tyro.conf.arg(help="also list every combination of levers, and time the one that was chosen")
+    compare = ("compare", Annotated[bool, compare_arg, tyro.conf.FlagCreatePairsOff], field(default=False))
     verbs: dict[str, Callable[..., Any]] = {
         "train": _recipe_options("Train", Train, recipe, *_described(Run), quiet),
-        "plan": _recipe_options("Plan", Plan, recipe, *shown, as_json, plot),
+        "plan": _recipe_options("Plan", Plan, recipe, *shown, as_json, compare, plot),
         "generate": Generate,
         "evaluate": Evaluate,
         "report": Report,
@@ -269,3 +274,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # nobody reads on, as in `frugan ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def run() -> None:
+    """Runs the command line and ends the process.
+
+    On Linux it ends at once, when all that was registered for the end has run: the end of CUDA's libraries, which importing torch
+    loads, touches 150 MiB of them that this process never needed, and would exceed its budget.
+    """
+    code: object = 0
+    try:
+        main()
+    except SystemExit as ended:
+        code = ended.code
+    if sys.platform != "linux":
+        sys.exit(code if isinstance(code, int) else 1)
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)

@@ -118,17 +118,23 @@ class Draws:
         fill: Callable[..., Tensor],
         block: int = BLOCK,
     ) -> Tensor:
-        pieces = []
+        rows: Tensor | None = None
         row, end = first, first + count
         while row < end:
             number, offset = divmod(row, block)
             last = self._blocks.get(purpose)
             if last is None or last[0] != number:
+                last = None
+                self._blocks.pop(purpose, None)  # before the next is drawn: never two of them are held
                 generator.manual_seed(derive(self.seed, purpose, number))
                 last = self._blocks[purpose] = (number, fill(allocate(), generator=generator))
-            pieces.append(last[1][offset : offset + end - row])
-            row += len(pieces[-1])
-        return torch.cat(pieces)
+            piece = last[1][offset : offset + end - row]
+            if rows is None:
+                rows = piece.new_empty(count, *piece.shape[1:])
+            rows[row - first : row - first + len(piece)] = piece
+            row += len(piece)
+        assert rows is not None, "no rows were asked for"
+        return rows
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class FrugalAdam(Adam):
     def _new_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         if not self.offload:
             return {name: torch.zeros_like(parameter) for name in self.moments}
-        pinned = parameter.device.type == "cuda" and not private.is_imitated(parameter)
+        pinned = parameter.device.type == "cuda"
         made = {}
         for name in self.moments:
             empty = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="cpu", pin_memory=pinned)
@@ -150,8 +150,7 @@ class LowBitAdam(FrugalAdam):
             return super()._new_moments(parameter)
         made = {}
         for name in self.moments:
-            with private.really():  # plans are made of tensors without numbers
-                levels = self.numerics.create_dynamic_map(signed=name == "exp_avg")
+            levels = self.numerics.create_dynamic_map(signed=name == "exp_avg")
             if name not in self.maps:
                 self.maps[name] = torch.tensor(levels, device=parameter.device)
             codes, scale = _names(name, parameter)

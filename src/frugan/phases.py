@@ -1,7 +1,8 @@
 """The phases of a training as the memory engine sees them: what they allocate, and which levers they have."""
 
+import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from frugan import generate, networks
 from frugan.build import average, freeze, lay_out, make_step, optimizers
 from frugan.errors import UserError
-from frugan.memory import private
+from frugan.memory import limit
+from frugan.memory.growth import SMALL, Growth, traced
 from frugan.memory.plan import Layout, split
 from frugan.memory.search import Job
-from frugan.memory.trace import Timeline, trace, without_memory
-from frugan.networks.blocks import Dropout
+from frugan.memory.trace import GRADIENTS, GRANULE, Timeline, trace
+from frugan.optim import FrugalAdam
 from frugan.recipe import Recipe, WganGp
 
 PHASES = {"D": "discriminator_phase", "G": "generator_phase"}
@@ -25,35 +27,25 @@ LEVERS = {"D": ("separate_terms", "checkpoint_blocks", "offload_activations"),
 
 
 class Model:
-    """Everything that a training of ``recipe`` (resolved) holds on ``device``, and traces of its phases.
+    """All that a training of ``recipe`` (resolved) holds on ``device``, as new, and traces of what it does on few samples."""
 
-    It is without memory; ``real`` gives it memory, for networks that cannot be followed without running them, and where this torch
-    has no tensors without memory.
-    """
-
-    def __init__(self, recipe: Recipe, device: torch.device, real: bool = False) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe = recipe
         self.device = device
-        mode = None if real else private.imitating()
-        real = mode is None
-        self.mode: AbstractContextManager[object] = mode or nullcontext()
-        self._offloaded = recipe.memory.offload_state == "yes" and device.type != "cpu"
         channels, size, _ = recipe.data.shape
-        with torch.device(device if real else "meta"):
-            self.generator, self.discriminator = networks.build(recipe.network, size, channels)
-            lay_out(recipe, self.generator, self.discriminator)
-            self.average = average(recipe, self.generator, torch.device("meta"))
+        self.generator, self.discriminator = networks.build(recipe.network, size, channels)
+        lay_out(recipe, self.generator, self.discriminator)
         freeze(recipe, self.discriminator)
-        with self.mode:
-            for module in (self.generator, self.discriminator, self.average):
-                if module is not None and not real:
-                    without_memory(module, torch.device("cpu") if module is self.average and self._offloaded else device)
-            self.optimizers = optimizers(recipe, self.generator, self.discriminator, device)
-            self.step = make_step(recipe, self.generator, self.discriminator)
-        self.coupled = self.generator.couples_samples or self.discriminator.couples_samples
+        self.generator.to(device)
+        self.discriminator.to(device)
+        networks_ = {"D": self.discriminator, "G": self.generator}
+        self._learning = {phase: [p for p in network.parameters() if p.requires_grad] for phase, network in networks_.items()}
+        self.average = average(recipe, self.generator, device)
+        self.optimizers = optimizers(recipe, self.generator, self.discriminator, device)
+        self.step = make_step(recipe, self.generator, self.discriminator)
         self._first = 0
-        self.real = real
-        self._draws_masks = any(isinstance(m, Dropout) for m in self.discriminator.modules())
+        self._granule = 1 if device.type == "cpu" else GRANULE
+        self._met = False
 
     def held(self) -> dict[str, list[Tensor | None]]:
         """What is there all the time, by what it is for."""
@@ -67,52 +59,74 @@ class Model:
             "average": [t for t in averaged if t.device.type == self.device.type],
         }
 
-    def trace(self, phase: str, layout: Layout, accumulated: bool) -> Timeline:
-        """What ``phase`` allocates; ``accumulated``: gradients of earlier micro-batches are there."""
-        if self._draws_masks:
-            self._draws_masks = False
-            for either in PHASES:  # masks that are drawn ahead are held from one phase to the other, so they must be there
-                self.trace(either, Layout(sizes=(2,)), False)
-        learning = list((self.discriminator if phase == "D" else self.generator).parameters())
+    def growth(self, phase: str, levers: dict[str, Any]) -> Growth:
+        """What a micro-batch of ``phase`` allocates with ``levers``; it finds gradients of an earlier one."""
+        if not self._met:
+            self.warm()
+        return traced(lambda count: self._trace(phase, Layout(sizes=(count,), **levers)), self._granule)
+
+    def warm(self, count: int = SMALL) -> None:
+        """Does all that a training does on ``count`` samples: libraries load what they need, and masks are drawn ahead."""
+        self._met = True
+        for phase, optimizer in zip(PHASES, reversed(self.optimizers), strict=True):
+            self._run(phase, Layout(sizes=(count,)), optimizer)
+        if self.average:
+            self.average.update(self.generator, count, count)
+        self.step.judge_generated(self._first, (count,))
+        generate.to_images(self.average.module if self.average else self.generator, self.step.latents("latent/g", 0, count), count)
+
+    def _trace(self, phase: str, layout: Layout) -> Timeline:
+        learning = self._learning[phase]
+        for parameter in learning:
+            parameter.grad = torch.zeros_like(parameter)
+        held: dict[str, list[Tensor | None]] = {GRADIENTS: [p.grad for p in learning], "noise": [*self.step.draws.kept()]}
+        made = {GRADIENTS: lambda: [p.grad for p in learning]}
+        return trace(lambda: self._run(phase, layout), held | self.held(), made, device=self.device)
+
+    def _run(self, phase: str, layout: Layout, optimizer: FrugalAdam | None = None) -> None:
         self._first += 1 << 20  # rows that were not drawn before
-        with self.mode:
-            if accumulated:
-                for parameter in learning:
-                    parameter.grad = torch.zeros_like(parameter)
-            held: dict[str, list[Tensor | None]] = {"gradients": [p.grad for p in learning], "noise": [*self.step.draws.kept()]}
-            held |= self.held()
-            run = getattr(self.step, PHASES[phase])
-            try:
-                gradients = {"gradients": lambda: [p.grad for p in learning]}
-                return trace(lambda: run(self._images, self._first, layout), held, gradients, device=self.device)
-            finally:
-                for parameter in [*self.generator.parameters(), *self.discriminator.parameters()]:
-                    parameter.grad = None
+        try:
+            getattr(self.step, PHASES[phase])(self._images, self._first, layout)
+            if optimizer:
+                optimizer.step()
+        finally:
+            for parameter in [*self.generator.parameters(), *self.discriminator.parameters()]:
+                parameter.grad = None
 
-    def sampling(self, images: int, chunk: int) -> Timeline:
-        """What making ``images`` images allocates, ``chunk`` at a time."""
+    def sampling(self) -> Growth:
+        """What making images allocates, in the number that is made at a time."""
         network = self.average.module if self.average else self.generator
-        with self.mode:
-            noise = torch.empty(images, self.recipe.network.latent_dim)
-            return trace(lambda: generate.to_images(network, noise, chunk), self.held(), device=self.device)
+        noise = torch.zeros(16, self.recipe.network.latent_dim)
+        return traced(
+            lambda n: trace(lambda: generate.to_images(network, noise[:n], n), self.held(), device=self.device), self._granule
+        )
 
-    def updating(self, phase: str) -> Timeline:
+    def updating(self, phase: str) -> Growth:
         """What Adam allocates in its update of the network that ``phase`` trains."""
         network, optimizer = (self.discriminator, self.optimizers[1]) if phase == "D" else (self.generator, self.optimizers[0])
-        with self.mode:
+
+        def update(_: int) -> Timeline:
             gradients = {p: torch.zeros_like(p) for p in network.parameters() if p.requires_grad}
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
             try:
-                return trace(optimizer.step, self.held() | {"gradients": [*gradients.values()]}, device=self.device)
+                return trace(optimizer.step, self.held() | {"updated": [*gradients.values()]}, device=self.device)
             finally:
                 network.zero_grad(set_to_none=True)
 
-    def judging(self, layout: Layout) -> Timeline:
-        """What D(G(z)) after an update allocates."""
-        self._first += 1 << 20
-        with self.mode:
-            return trace(lambda: self.step.judge_generated(self._first, layout.sizes), self.held(), device=self.device)
+        return traced(update, self._granule)
+
+    def seconds(self, phase: str, layout: Layout) -> float:
+        """How long ``phase`` takes here: run twice, the second time by the clock."""
+        short = replace(layout, sizes=layout.sizes[:1])
+        took = 0.0
+        for _ in range(2):
+            limit.wait(self.device)
+            begin = time.perf_counter()
+            self._run(phase, short)
+            limit.wait(self.device)
+            took = time.perf_counter() - begin
+        return took * sum(layout.sizes) / sum(short.sizes)
 
     def _images(self, first: int, count: int) -> Tensor:
         return torch.empty(count, *self.recipe.data.shape, dtype=torch.uint8)
@@ -166,23 +180,32 @@ def variants(recipe: Recipe, phase: str, device: torch.device, coupled_d: bool) 
     return sorted(made, key=lambda v: sum(x not in (False, "double-backward") for x in v.values()))
 
 
-def jobs(model: Model, trace: Callable[[str, Layout, bool], Timeline] | None = None) -> list[Job]:
-    """Both phases, for the search, traced by ``trace`` (default: the model's own).
+def jobs(
+    recipe: Recipe, device: torch.device, coupled: tuple[bool, bool], trace: Callable[[str, dict[str, Any]], Growth]
+) -> list[Job]:  # fmt: skip
+    """Both phases, for the search, traced by ``trace`` (`Model.growth`).
+
+    Args:
+        recipe: what is trained.
+        device: on what.
+        coupled: whether a sample's output depends on the others of its micro-batch, in the generator and in the discriminator.
+        trace: a phase and its levers to what a micro-batch allocates.
 
     Raises:
         UserError: batch norm was asked to work on single samples.
     """
-    memory, batch = model.recipe.memory, model.recipe.training.batch_size
+    memory, batch = recipe.memory, recipe.training.batch_size
+    either, coupled_d = any(coupled), coupled[1]
     parts = {"D": memory.accumulation_steps, "G": memory.generator_accumulation_steps or memory.accumulation_steps}
-    if model.coupled and min(min(split(batch, count or 1)) for count in parts.values()) < 2:
+    if either and min(min(split(batch, count or 1)) for count in parts.values()) < 2:
         raise UserError(
             "batch norm cannot train on micro-batches of 1: use a larger --batch-size or fewer --accumulation-steps, "
             "or --norm-g group --norm-d group."
         )
     return [
         Job(
-            phase, batch, variants(model.recipe, phase, model.device, model.discriminator.couples_samples),
-            partial(trace or model.trace, phase), coupled=model.coupled, smallest=2 if model.coupled else 1, parts=parts[phase],
+            phase, batch, variants(recipe, phase, device, coupled_d), partial(trace, phase), coupled=either,
+            smallest=2 if either else 1, parts=parts[phase],
         )
         for phase in PHASES
     ]  # fmt: skip

@@ -14,16 +14,18 @@ from frugan.memory import limit
 from frugan.memory.host import Handling
 from frugan.memory.limit import MIB
 from frugan.memory.plan import SMALLEST_COUPLED, Guarantee, Layout, size
-from frugan.memory.probe import seconds
 from frugan.memory.recover import Change, Recovery
-from frugan.memory.search import MARGIN, SLACK, Candidate, Choice, Search, shortened
+from frugan.memory.search import AHEAD, MARGIN, Candidate, Choice, Search
 from frugan.memory.trace import Timeline
 from frugan.networks import Network
 from frugan.phases import PHASES, Model, jobs, levers, penalised
-from frugan.pictures import FINAL, GRID, rehearse
+from frugan.pictures import GRID
 from frugan.plans import Plan
 from frugan.recipe import Recipe
 from frugan.step import Step
+from frugan.traces import Traces
+
+SIZES = 3  # of micro-batches, of which D and G have two each, that there is room for
 
 
 class TooLittle(UserError):
@@ -70,7 +72,7 @@ class Planner:
         memory: the budget, as said.
         approximate: whether batch norm may work on micro-batches below `SMALLEST_COUPLED`.
         let_go: is called where nothing fits beside images that are kept in memory; gives them up, and says whether there were any.
-        tell: is called with what a person should know.
+        apart: whether what must be run for a plan is run by another process (`Traces`).
 
     Raises:
         UserError: the budget says nothing, is more than the machine has, or cannot be held on this device.
@@ -78,7 +80,7 @@ class Planner:
 
     def __init__(
         self, recipe: Recipe, device: torch.device, *, data: int = 0, evaluation: int = 0, memory: str | None = None,
-        approximate: bool = False, let_go: Callable[[], bool] | None = None, tell: Callable[[str], None] = print,
+        approximate: bool = False, let_go: Callable[[], bool] | None = None, apart: bool = False,
     ) -> None:  # fmt: skip
         self.recipe = recipe
         self.device = device
@@ -86,23 +88,25 @@ class Planner:
         self.evaluation = evaluation
         self.named = limit.budget(memory, device)
         self.let_go = let_go
-        self.tell = tell
-        self.model = Model(recipe, device)
-        self.search = Search(jobs(self.model, self._trace), device, approximate=approximate)
+        self.approximate = approximate
+        self._before = limit.baseline(device)  # in this process, without what planning leaves in it
+        self._most = limit.most() if device.type == "cpu" else 0
+        self.traces = Traces(recipe, device, apart=apart and self.named is not None)
+        try:
+            self.facts = self.traces.facts
+            self.coupled = self.facts.coupled_g, self.facts.coupled_d
+            self.search = Search(jobs(recipe, device, self.coupled, self.traces.growth), device, approximate=approximate)
+        except BaseException:
+            self.traces.close()
+            raise
         self.choice = Choice("return", {}, {})  # of the newest plan
 
-    def _trace(self, phase: str, layout: Layout, accumulated: bool) -> Timeline:
-        try:
-            return self.model.trace(phase, layout, accumulated)
-        except UserError:
-            raise
-        except Exception as error:  # whatever a tracer cannot follow: values looked at, numpy, operators it does not know
-            if self.model.real or limit.is_out_of_memory(error):
-                raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.tell(f"The networks cannot be followed without running them ({reason}): measured by running them instead.")
-            self.model = Model(self.recipe, self.device, real=True)
-            return self.model.trace(phase, layout, accumulated)
+    def framework(self, sizes: int = SIZES) -> int:
+        """Bytes that the process holds besides what it trains, with what it will come to load for ``sizes`` of micro-batches."""
+        if self.device.type == "cpu":
+            return self._before + self.facts.loaded + (sizes - 1) * self.facts.loaded_each
+        self.traces.close()  # whose networks would be counted
+        return limit.baseline(self.device)
 
     def plan(self) -> Plan:
         """The fastest plan that fits.
@@ -110,68 +114,70 @@ class Planner:
         Raises:
             UserError: none does; names the smallest budget that would do, and what binds it.
         """
+        try:
+            return self._plan()
+        finally:
+            self.traces.close()
+
+    def _plan(self) -> Plan:
         if self.device.type != "cpu":
             build.rehearse(self.device)
+            self.search.prepare()
+        framework = self.framework()
         if self.named is None:
-            before, spare = limit.baseline(self.device), limit.spare(self.device)
-            available = spare - self.data - MARGIN
-            plain = self.search.plain(available)
-            choice = plain or self.search.choose(available)
+            spare = limit.spare(self.device)
+            choice = self.search.choose(spare - self.data - self.facts.loaded - MARGIN)
             if choice is None:
-                raise self._refusal(before + spare)
-            plan = self._describe(choice, before, before + spare)
-            rehearse()
-            self.search.forget()
-            framework = limit.baseline(self.device)
-            return replace(plan, framework=framework, loaded=max(0, framework - before), plain=plain is not None)
-
-        rehearse()
-        self.search.prepare()
-        framework = limit.baseline(self.device)
+                raise self._refusal(self._before + spare)
+            return self._describe(choice, framework, self._before + spare)
         held = self.data + MARGIN + sum(self._evaluating().values())
         if self.evaluation and framework + held > self.named:
-            needs = math.ceil(SLACK * framework + held)
+            needs = framework + held
             raise TooLittle(
                 f"--memory {size(self.named)} is too little to evaluate while training: that takes --memory "
                 f"{math.ceil(needs / MIB)}MiB; leave --evaluate-every out, and use frugan evaluate afterwards.",
                 needs,
             )
-        attempts = 2
-        while attempts:
+        if self.named < self._most:
+            raise self._refusal(self.named)
+        while True:
             choice = self.search.choose(self.named - framework - self.data - MARGIN)
-            if choice is None:
-                if not (self.let_go and self.let_go()):
-                    break
-                self.let_go, self.data, framework = None, 0, limit.baseline(self.device)
-                continue
-            attempts -= 1
-            plan = self._describe(choice, framework, self.named)
-            # Planning runs operators, which loads more of the libraries; what it keeps itself does not count.
-            self.search.forget()
-            plan = replace(plan, framework=limit.baseline(self.device))
-            if plan.predicted <= self.named - MARGIN // 4:
+            plan = choice and self._describe(choice, framework, self.named)
+            if plan and plan.predicted <= self.named:
                 return plan
-            framework = plan.framework
-        raise self._refusal(self.named)
+            if not (self.let_go and self.let_go()):
+                raise self._refusal(self.named)
+            self.let_go, self.data = None, 0
+            self._before = min(self._before, limit.baseline(self.device))
+            framework = self.framework()
+
+    def _ahead(self) -> int:
+        return AHEAD if self.device.type == "cpu" else 0  # an accelerator's context does not differ
+
+    def _begun(self) -> int:
+        """What the process has held already, on the CPU: importing torch takes more than some trainings do afterwards."""
+        return self._most + AHEAD if self._most else 0
 
     def with_layouts(self, layouts: Mapping[str, Layout], handling: Handling) -> Plan | None:
         """The plan with these layouts, if it fits."""
-        chosen = {job.name: self.search.candidate(job, layouts[job.name]) for job in self.search.jobs}
-        framework = limit.baseline(self.device)
-        budget = self.named or framework + limit.spare(self.device)
-        if any(c.needs(handling) > budget - framework - self.data - MARGIN for c in chosen.values()):
-            return None
-        return self._describe(Choice(handling, chosen, {}), framework, budget)
+        try:
+            chosen = {job.name: self.search.candidate(job, layouts[job.name]) for job in self.search.jobs}
+            framework = self.framework()
+            budget = self.named or self._before + limit.spare(self.device)
+            if any(c.needs(handling) > budget - framework - self.data - MARGIN for c in chosen.values()):
+                return None
+            return self._describe(Choice(handling, chosen, {}), framework, budget)
+        finally:
+            self.traces.close()
 
     def looked_at(self, plan: Plan) -> list[dict[str, Any]]:
         """For each combination of levers the largest micro-batch that fits, or if none does the smallest, beside what was taken."""
         available = plan.budget - plan.framework - plan.data - MARGIN
         rows = []
         for job in self.search.jobs:
-            every = list(self.search.candidates(job))
-            plain, taken = every[0], self.choice.chosen[job.name]
+            plain, taken = self.search.candidates(job, job.variants[0])[0], self.choice.chosen[job.name]
             for chosen in job.variants:
-                mine = [c for c in every if c.layout == replace(c.layout, **chosen)]
+                mine = self.search.candidates(job, chosen)
                 if taken.layout == replace(taken.layout, **chosen):
                     candidate = taken
                 else:
@@ -184,6 +190,7 @@ class Planner:
                     "speed": plain.seconds / candidate.seconds,
                     "taken": candidate is taken, "too_much": max(0, int(needs - available)),
                 })  # fmt: skip
+        self.traces.close()
         return rows
 
     def why(self, plan: Plan) -> list[str]:
@@ -200,71 +207,77 @@ class Planner:
         return {name: (self.search.exact(c.job, c.layout).timeline, len(c.layout.sizes)) for name, c in chosen.items()}
 
     def images_per_second(self, plan: Plan) -> float:
-        """About how fast ``plan`` trains here: each distinct operator of it is run and timed, alone."""
-        total = 0.0
+        """About how fast ``plan`` trains here: the first micro-batch of each phase is run and timed."""
+        model = Model(self.recipe, self.device)
         limit.handle(plan.handling, self.device)
-        for candidate in self.choice.chosen.values():
-            timeline, sizes = self.search.exact(candidate.job, candidate.layout).timeline, candidate.layout.sizes
-            total += seconds(timeline.calls(), self.device) * sum(sizes) / sum(shortened(sizes))
+        total = sum(model.seconds(name, layout) for name, layout in plan.layouts.items())
         limit.handle("return", self.device)
         return self.recipe.training.batch_size / total
 
     def smallest(self) -> tuple[int, int, Candidate]:
         """The smallest budget that would do, the framework's part of it, and what binds it."""
-        binding = max(self.search.smallest().values(), key=lambda c: c.least)
-        self.search.forget()
-        framework = limit.baseline(self.device)
-        return math.ceil((SLACK * framework + self.data + MARGIN + binding.least) / MIB) * MIB, framework, binding
+        binding = max(self.search.smallest().values(), key=lambda c: c.needs("return"))
+        framework = self.framework()
+        besides = [self.search.holds([t], "return") for t in self._besides(binding.layout.micro_batch).values()]
+        needs = max(framework + self.data + MARGIN + self._ahead() + max(binding.needs("return"), *besides), self._begun())
+        return math.ceil(needs / MIB) * MIB, framework, binding
+
+    def _besides(self, micro_batch: int) -> dict[str, Timeline]:
+        """What happens between phases, while no gradients are there, but for evaluations."""
+        found = {"samples": self.traces.sampling().timeline((micro_batch,))}
+        if self.recipe.memory.moments != "fp32":  # else Adam allocates nothing, offloaded moments have memory of their own
+            updates = [self.traces.updating(phase).timeline((1,)) for phase in PHASES]
+            found["update"] = max(updates, key=lambda t: t.peak().bytes)
+        return found
 
     def _describe(self, choice: Choice, framework: int, budget: int) -> Plan:
         self.choice = choice
+        sizes = len({size for c in choice.chosen.values() for size in c.layout.sizes})
+        framework -= max(0, SIZES - sizes) * self.facts.loaded_each
         phases, timelines = {}, []
         for name, candidate in choice.chosen.items():
             exact = self.search.exact(candidate.job, candidate.layout)
             phases[f"{name}'s phase"] = exact.moment.parts | {"workspaces": exact.moment.workspace}
             timelines.append(exact.timeline)
-        layout = choice.chosen["G"].layout
-        besides = {"judging": [self.model.judging(replace(layout, sizes=shortened(layout.sizes)))]}
-        if self.recipe.memory.moments != "fp32":  # else Adam allocates nothing, offloaded moments have memory of their own
-            besides["update"] = [self.model.updating(phase) for phase in PHASES]
-        besides["samples"] = [self.model.sampling(count, layout.micro_batch) for count in (GRID, FINAL)]
-        for name, traced in besides.items():
-            timelines += traced
-            for timeline in traced:
-                self.search.workspaces.measure(timeline.calls())
-            moment = max((t.peak(self.search.workspaces) for t in traced), key=lambda m: m.bytes)
+        # Before samples are made, what is free goes back: only phases follow one another in the same memory.
+        held = self.search.holds(timelines, choice.handling, budget - framework - self.data)
+        pictures = 2 * GRID * math.prod(self.recipe.data.shape) if self.device.type == "cpu" else 0
+        for name, timeline in self._besides(choice.chosen["G"].layout.micro_batch).items():
+            moment = timeline.peak()
             phases[name] = moment.parts | {"workspaces": moment.workspace}
+            held = max(held, self.search.holds([timeline], "return"))
+            if name == "samples":
+                phases[name]["pictures"] = pictures
+                held = max(held, moment.bytes + pictures)
         if self.evaluation:
             phases["evaluating"] = self._evaluating()
-        held = max(sum(parts.values()) for parts in phases.values())
-        # Before samples are made, what is free goes back: only phases follow one another in the same memory.
-        held = max(held, self.search.holds(timelines[: len(PHASES)], choice.handling, budget - framework - self.data))
-        held = max(held, *(self.search.holds([t], "return") for t in timelines[len(PHASES) :]))
+        held = max(held, *(sum(parts.values()) for parts in phases.values()))
         return Plan(
             {name: c.layout for name, c in choice.chosen.items()}, choice.handling, budget, self.named is not None,
-            framework, self.data, phases, held, choice.guarantee,
+            framework, self.data, phases, held, choice.guarantee, self.facts.reserved + (sizes + 1) * self.facts.reserved_each,
         )  # fmt: skip
 
     def _evaluating(self) -> dict[str, int]:
-        held = self.model.held().items()
-        there = {name: sum(t.numel() * t.element_size() for t in tensors if t is not None) for name, tensors in held}
-        return there | {"evaluation": self.evaluation}
+        return self.facts.held | {"evaluation": self.evaluation}
 
     def _refusal(self, budget: int) -> UserError:
         smallest, framework, binding = self.smallest()
         said = f"--memory {size(budget)}" if self.named else f"the {size(budget)} that are free"
         if budget < framework:
             why = f"the framework itself holds {size(framework)}"
+        elif smallest <= self._begun() + MIB:
+            why = f"importing torch and opening the images took {size(self._begun())}"
         else:
             parts = self.search.exact(binding.job, binding.layout).moment.parts
             state = sum(parts.get(k, 0) for k in ("weights", "moments", "average", "gradients"))
             why = (
                 f"the framework holds {size(framework)}, images {size(self.data)}, weights with gradients, moments and average "
-                f"{size(state)}, and {binding.job.name}'s phase, with {binding.layout}, {size(binding.least - state)}"
+                f"{size(state)}, {binding.job.name}'s phase, with {binding.layout}, {size(binding.needs('return') - state)}, and "
+                f"{size(MARGIN + self._ahead())} are left free"
             )
-        lifted = [f"micro-batches below {SMALLEST_COUPLED} under batch norm"] if self.model.coupled else []
+        lifted = [f"micro-batches below {SMALLEST_COUPLED} under batch norm"] if any(self.coupled) else []
         lifted += ["bf16"] if self.recipe.memory.precision == "fp32" else []
-        way = f" (--allow-approximate also takes {' and '.join(lifted)})" if lifted and not self.search.approximate else ""
+        way = f" (--allow-approximate also takes {' and '.join(lifted)})" if lifted and not self.approximate else ""
         return TooLittle(
             f"{said} is too little for this training: the smallest that works is --memory {smallest // MIB}MiB, "
             f"because {why}{way}.",
@@ -305,22 +318,20 @@ def recovery(recipe: Recipe, plan: Plan, step: Step, approximate: bool, changed:
     least = {p: min(SMALLEST_COUPLED, *layout.sizes) if coupled else 1 for p, layout in plan.layouts.items()}
     coupled_d = step.discriminator.couples_samples
 
+    traces = Traces(recipe, device)
+    known = Search(jobs(recipe, device, (step.generator.couples_samples, coupled_d), traces.growth), device)
+
     @cache
-    def prepare(phase: str, layout: Layout) -> int | None:
-        model = Model(recipe, device)
-        if model.real:
+    def needs(phase: str, layout: Layout) -> int | None:
+        """What a layout allocates, if it is known: now is no time to find out."""
+        if not traces.knows(phase, {k: v for k, v in vars(layout).items() if k != "sizes"}):
             return None
-        job = next(job for job in jobs(model) if job.name == phase)
-        try:
-            return Search([job], device).exact(job, layout).moment.bytes
-        except Exception as error:  # networks that cannot be followed have nothing prepared
-            if limit.is_out_of_memory(error):
-                raise
-            return None
+        job = next(job for job in known.jobs if job.name == phase)
+        return known.exact(job, layout).moment.bytes
 
     usable = {p: {k for k, v in levers(recipe, p, device, coupled_d).items() if len(v) > 1} for p in PHASES}
     return Recovery(
         [step.generator, step.discriminator], device, plan.layouts, plan.handling, levers=usable,
-        smallest=dict.fromkeys(PHASES, 2) if coupled and approximate else least, coupled=coupled, changed=changed, prepare=prepare,
+        smallest=dict.fromkeys(PHASES, 2) if coupled and approximate else least, coupled=coupled, changed=changed, needs=needs,
         planned=plan.planned,
     )  # fmt: skip

@@ -136,7 +136,7 @@ class Step:
                 del fake, fake_logits, terms
                 with levers.still_statistics(self.generator):
                     fake = self._generate("latent/g", row, count, learns=True, layout=layout)
-                torch.autograd.backward(fake, gradient, inputs=self._generating)
+                levers.backward_from(fake, gradient, self._generating)
         return total
 
     @torch.no_grad()

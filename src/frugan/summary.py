@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frugan.networks import BUILDERS, Network
+from frugan.networks import Network, build
 from frugan.recipe import Recipe
 
 
@@ -24,13 +24,12 @@ class Row:
 def summarise(recipe: Recipe, there: tuple[Network, Network] | None = None) -> dict[str, list[Row]]:
     """The layers of generator and discriminator of a recipe whose image size and channels are known.
 
-    They are built for it without memory, for which torch imports its compiler (1.2 s, 150 MiB), unless they are ``there`` already:
-    then one image runs through them.
+    One image runs through them, or through those that are ``there`` already. (Without memory, on torch's device ``meta``, torch
+    would import its compiler: 1.2 s, 150 MiB.)
     """
     channels, size, _ = recipe.data.shape
-    where = next(there[0].parameters()).device if there else torch.device("meta")
-    with where, torch.no_grad():
-        generator, discriminator = there or BUILDERS[type(recipe.network)](recipe.network, size, channels)
+    generator, discriminator = there or build(recipe.network, size, channels)
+    with next(generator.parameters()).device, torch.no_grad():
         noise = torch.zeros(1, recipe.network.latent_dim)
         images = torch.zeros(1, *recipe.data.shape)
         width = 2 if recipe.memory.precision in ("bf16", "fp16") else 4

@@ -32,7 +32,7 @@ from frugan.networks import Network, build
 from frugan.observe import Observer
 from frugan.optim import rate_factor
 from frugan.planner import Planner, find, notices, recovery
-from frugan.plans import Plan, Remembered
+from frugan.plans import Plan
 from frugan.recipe import Recipe, Run
 from frugan.runs import RunFolder
 from frugan.signals import Signals, Stopped
@@ -211,7 +211,8 @@ class Trainer:
             self.plan = self._plan(resuming=folder.newest_checkpoint() is not None)
             gc.collect()
             self._freeze()  # planning imports much
-            with limit.held_to(self.plan.budget if self.plan.named else None, self.plan.handling, self.device):
+            budget = self.plan.budget if self.plan.named else None
+            with limit.held_to(budget, self.device, self.plan.reserved):
                 return self._train_within(self._about())
 
     def _train_within(self, about: dict[str, Any]) -> Path:
@@ -441,12 +442,8 @@ class Trainer:
     def _plan(self, resuming: bool) -> Plan:
         """The plan of this run: the one it was started with if that still fits, so that it goes on as it was."""
         options: dict[str, Any] = {"data": self.loader.ahead(self.batch), "memory": self.run.memory}
-        options |= {"evaluation": self.observer.needs(), "approximate": self.run.allow_approximate, "tell": self.console.tell}
+        options |= {"evaluation": self.observer.needs(), "approximate": self.run.allow_approximate, "apart": True}
         saved = self.folder.saved_plan() if resuming else {}
-        remembered = Remembered(self.recipe, self.device)
-        known = remembered.recall(options["data"]) if self.run.memory is None and not self.run.evaluate_every else None
-        if known and saved.get("layouts", known.as_dict()["layouts"]) == known.as_dict()["layouts"]:
-            return known
         if "layouts" in saved:
             layouts = {name: Layout.from_dict(layout) for name, layout in saved["layouts"].items()}
             if all(sum(layout.sizes) == self.batch for layout in layouts.values()):
@@ -458,8 +455,6 @@ class Trainer:
         let_go = None if isinstance(self.loader, StreamLoader) else self.loader.let_go
         planner, plan = find(self.recipe, self.device, let_go=let_go, **options)
         self.recipe = planner.recipe
-        if not self.run.evaluate_every:
-            remembered.keep(plan)
         return plan
 
     def _introduce(self) -> None:
@@ -468,8 +463,7 @@ class Trainer:
         classes = f" in {self.classes} classes" if self.classes else ""
         kind = "grey" if data.channels == 1 else "colour"
         tell(f"{len(self.loader):,} images of {self.name}{classes}, {kind}, {data.image_size}x{data.image_size}.")
-        there = (self.state.generator, self.state.discriminator)
-        self.console.networks(summarise(recipe, None if self.plan.named else there))  # a limit would hold here
+        self.console.networks(summarise(recipe, (self.state.generator, self.state.discriminator)))
         tell(
             f"Recipe {recipe.recipe}, {recipe.training.epochs} epochs, {memory.precision} on {self.device} with "
             f"{torch.get_num_threads()} threads, into {self.folder.path}."

@@ -35,6 +35,7 @@ def plan(options: Any, recipe: Recipe) -> None:
     if options.plot and Path(options.plot).suffix.lower() not in (".png", ".jpg", ".jpeg", ".svg", ".pdf"):
         raise UserError(f"--plot {options.plot}: pictures are written as .png, .jpg, .svg or .pdf.")
     _spin_briefly()
+    import frugan.trainer  # noqa: F401  # what a training imports is part of what it needs
     from frugan import device, pictures
     from frugan.console import Console
     from frugan.data.loader import bytes_of, keepable, resolve
@@ -63,24 +64,25 @@ def plan(options: Any, recipe: Recipe) -> None:
     else:
         held = bytes_of(len(source), data, keep)
     let_go = None if isinstance(source, ShardSource) or not held else lambda: True
-    planner, found = find(
-        recipe, where, data=held, memory=options.memory, approximate=options.allow_approximate, let_go=let_go, tell=console.tell
-    )
-    looked_at, speed = planner.looked_at(found), planner.images_per_second(found)
+    planner, found = find(recipe, where, data=held, memory=options.memory, approximate=options.allow_approximate, let_go=let_go)
+    looked_at = planner.looked_at(found) if options.compare else []
+    speed = planner.images_per_second(found) if options.compare else None
     if options.json:
         about = {"precision": planner.recipe.memory.precision, "candidates": looked_at, "images_per_second": speed}
         print(json.dumps(found.as_dict() | about))
     else:
         console.bytes(found)
-        console.candidates(looked_at)
+        if looked_at:
+            console.candidates(looked_at)
         for reason in planner.why(found):
             console.tell(reason)
         console.plan(found, recipe.training.batch_size)
         precision = planner.recipe.memory.precision
-        console.tell(f"Speed: about {speed:,.0f} images/s in {precision}, from its operators run and timed one by one.")
+        if speed is not None:
+            console.tell(f"Speed: about {speed:,.0f} images/s in {precision}: one micro-batch of each phase was run and timed.")
     if options.plot:
         courses = {
-            f"{name}: {min(2, parts)} of {parts} micro-batches" if parts > 1 else name: timeline.course(planner.search.workspaces)
+            f"{name}: {min(2, parts)} of {parts} micro-batches" if parts > 1 else name: timeline.course()
             for name, (timeline, parts) in planner.timelines(found).items()
         }
         title = f"{recipe.recipe}, {data.image_size}x{data.image_size}, batch {recipe.training.batch_size}: {size(found.allocated)}"

@@ -6,8 +6,8 @@ the bottom:
 - `plan`: what layouts there are, and what each guarantees.
 - `limit`: the memory of this process: how much it is, was at most, and may be.
 - `levers`: the same gradients in less memory.
-- `trace`: what a computation would allocate, found without allocating it; `heap`: what the process holds for that.
-- `probe`: what only running an operator tells.
+- `trace`: what a computation allocates; `growth`: what it would with any number of samples, from two small traces.
+- `heap`, `segments`: what the process holds for that.
 - `search`: the fastest layout that fits.
 - `recover`: goes on in a cheaper way when memory runs out.
 - `engine`: all of that for one module and one loss.

@@ -10,23 +10,23 @@ with engine:
 import inspect
 import math
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from frugan.errors import UserError
-from frugan.memory import levers, limit, private
+from frugan.memory import host, levers, limit, private
 from frugan.memory.accelerator import drawn
+from frugan.memory.growth import SMALL, Growth, traced
 from frugan.memory.limit import MIB
 from frugan.memory.plan import Layout, size, slices, split
 from frugan.memory.recover import Change, Recovery
-from frugan.memory.search import MARGIN, SLACK, Choice, Job, Search
-from frugan.memory.trace import Timeline, trace
+from frugan.memory.search import AHEAD, MARGIN, Choice, Job, Search
+from frugan.memory.trace import GRADIENTS, GRANULE, Event, Timeline, trace
 
 Loss = Callable[..., Tensor]
 STEP = "the step"
@@ -105,10 +105,10 @@ class Engine(AbstractContextManager["Engine"]):
         self.coupled = any(isinstance(m, private.batch_norm()) for m in module.modules())
         self.draws = False  # whether it draws from torch's global generators
         self.changed = changed
-        self.followed = True  # whether the module could be traced without running it
         self.choice: Choice | None = None
         self.predicted = 0
         self._reserved: list[Tensor] = []  # for the optimizer's state, until its first update
+        self._loads = 0  # bytes of addresses that libraries reserve for a new size
         self._open = ExitStack()
 
     def plan(self, *tensors: Tensor) -> Choice:
@@ -121,45 +121,70 @@ class Engine(AbstractContextManager["Engine"]):
             return self._plan(tensors)
 
     def _plan(self, tensors: Sequence[Tensor]) -> Choice:
+        counts = {len(t) if t.dim() else 0 for t in tensors}
+        if not counts or min(counts) < 1:
+            raise UserError(
+                f"the engine cuts tensors along their first dimension, the samples: it needs at least one tensor, each of at "
+                f"least one sample, not shapes {[list(t.shape) for t in tensors]}."
+            )
+        limit.handle("return", self.device)
+        before = limit.baseline(self.device)
         update = self._reserve()
         least = min(2, self.batch)
-        self.draws = any(call.random for call in self._trace(tensors, Layout(sizes=(least,)), False).calls())
         variants = [{"checkpoint_blocks": False}] + ([{"checkpoint_blocks": True}] if self.blocks else [])
         smallest = least if self.coupled else 1
-        job = Job(STEP, self.batch, variants, partial(self._trace, tensors), self.coupled, smallest, draws=self.draws)
+        cpu = self.device.type == "cpu"
+        # The first meets what libraries load, and the second what they load for one more size: what the training's own will take.
+        self._trace(tensors, {}, SMALL)
+        first, data = limit.at_rest(self.device), host.status("VmData")
+        growths = {False: self._growth(tensors, {})}
+        size_loads = max(0, limit.at_rest(self.device) - first) if cpu else 0
+        reserved = max(0, host.status("VmData") - data - size_loads) if cpu else 0
+        self.draws = growths[False].random
+
+        def growth(levers: dict[str, Any]) -> Growth:
+            recomputed = bool(levers.get("checkpoint_blocks"))
+            if recomputed not in growths:
+                growths[recomputed] = self._growth(tensors, levers)
+            return growths[recomputed]
+
+        job = Job(STEP, self.batch, variants, growth, self.coupled, smallest, draws=self.draws)
         search = Search([job], self.device)
-        search.prepare()
         state = sum(t.untyped_storage().nbytes() for t in self._held() if t.device.type == self.device.type)
-        framework = limit.baseline(self.device) - state  # the state is there already, and is part of every timeline
-        updating = 0
-        if update:
-            search.workspaces.measure(update.calls())
-            updating = search.holds([update], "return")
+        # The state is there already, and is part of every timeline.
+        framework = limit.at_rest(self.device) - state + size_loads
+        updating = search.holds([update], "return") if update else 0
         available = (self.budget or framework + limit.spare(self.device)) - framework - MARGIN
         choice = search.choose(available) if updating <= available else None
         if choice is None:
             binding = search.smallest()[STEP]
-            needs = max(binding.least, updating)
+            needs = max(binding.needs("return"), updating)
             what = f"{binding.layout} allocates {size(needs)}" if needs > updating else f"the update allocates {size(updating)}"
             raise UserError(
-                f"{size(self.budget or 0)} are too little for this training: the smallest that works is "
-                f"{math.ceil((SLACK * framework + MARGIN + needs) / MIB)}MiB, because "
-                f"the framework holds {size(framework)}, and {what}."
+                f"{size(self.budget or limit.spare(self.device))} are too little for this training: the smallest that works is "
+                f"{math.ceil(max(framework + MARGIN + AHEAD + needs, before) / MIB)}MiB, because "
+                f"the framework holds {size(framework)}, {what}, and {size(MARGIN + AHEAD)} are left free."
             )
         self.choice = choice
         self.predicted = framework + max(choice.chosen[STEP].needs(choice.handling), updating)
+        self._loads = reserved
         self.recovery = Recovery(
             [self.module], self.device, {STEP: choice.chosen[STEP].layout}, choice.handling, coupled=self.coupled or self.draws,
             levers={STEP: {"checkpoint_blocks"} if self.blocks else set()}, smallest={STEP: smallest},
-            changed=self.changed, prepare=lambda _, layout: search.exact(job, layout).moment.bytes,
+            changed=self.changed, needs=lambda _, layout: self._known(search, job, layout, growths),
         )  # fmt: skip
         return choice
+
+    @staticmethod
+    def _known(search: Search, job: Job, layout: Layout, growths: dict[bool, Growth]) -> int | None:
+        """What ``layout`` allocates, if it has been traced: where memory has run out is no place to do that."""
+        return search.exact(job, layout).moment.bytes if layout.checkpoint_blocks in growths else None
 
     def __enter__(self) -> Self:
         if self.choice is None:
             raise UserError("the engine has no plan yet: call plan() with a few samples first.")
         self._open.enter_context(limit.as_before())
-        self._open.enter_context(limit.held_to(self.budget, self.choice.handling, self.device))
+        self._open.enter_context(limit.held_to(self.budget, self.device, 2 * self._loads))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -201,83 +226,92 @@ class Engine(AbstractContextManager["Engine"]):
             return accumulate(self.loss, self.module, tensors, layout.sizes)
 
     def _reserve(self) -> Timeline | None:
-        """What an update of the optimizer allocates, or None where it cannot be followed; keeps memory for the state it will make.
+        """What an update of the optimizer allocates, or None where it cannot be tried; keeps memory for the state it will make.
 
-        A copy of the optimizer makes two updates of parameters without memory, so that its own state is left to begin as it would.
+        Copies of the optimizer make two updates of one parameter of each kind, so that its own state is left to begin as it would.
         """
         learning = [p for group in self.optimizer.param_groups for p in group["params"]]
-        sizes = [p.untyped_storage().nbytes() for p in learning for _ in range(2)]  # where nothing is known: as Adam's
-        update = None
-        if (mode := private.imitating()) is not None:
-            try:
-                with mode:
-                    twin = _twin(self.optimizer)
-                    weights = [p for group in twin.param_groups for p in group["params"]]
-                    for p in weights:
-                        p.grad = torch.zeros_like(p)
-                    type(twin).step(twin)
-                    state = _tensors(twin)
-                    held: dict[str, list[Tensor | None]] = {"weights": [*weights], "moments": [*state]}
-                    held["gradients"] = [p.grad for p in weights]
-                    update = trace(lambda: type(twin).step(twin), held, device=self.device)
-                    sizes = [t.untyped_storage().nbytes() for t in state if t.device.type == self.device.type]
-            except Exception as error:  # what an optimizer of somebody's own does with numbers that are not there
-                if limit.is_out_of_memory(error):
-                    raise
+        made: dict[tuple[Any, ...], tuple[list[int], int]] = {}
+        sizes: list[int] = []
+        most = together = 0
+        try:
+            for parameter in learning:
+                kind = (tuple(parameter.shape), parameter.dtype, parameter.stride())
+                if kind not in made:
+                    made[kind] = self._tried([parameter])
+                sizes += made[kind][0]
+                most, together = max(most, made[kind][1]), together + made[kind][1]
+            largest = max(learning, key=lambda p: p.numel())
+            thrice = self._tried([largest] * 3)[1]  # what one after the other leaves lasts until the next at most
+            most = together if thrice > 2.5 * most else max(most, thrice)
+        except limit.SHORTAGE as error:
+            if limit.is_out_of_memory(error):
+                raise
+            sizes, most = [p.untyped_storage().nbytes() for p in learning for _ in range(2)], 0  # as Adam's
+        except Exception:  # what an optimizer of somebody's own may do with a parameter alone
+            sizes, most = [p.untyped_storage().nbytes() for p in learning for _ in range(2)], 0
         if not self.optimizer.state:
             self._reserved = [torch.empty(n, dtype=torch.uint8, device=self.device).fill_(0) for n in sizes if n]
-        return update
+        if not most:
+            return None
+        state = sum(sizes) + 2 * sum(p.untyped_storage().nbytes() for p in learning)  # weights and gradients too
+        return Timeline({0: state}, {0: "moments"}, {0}, [Event([], [most, -most])])
+
+    def _tried(self, parameters: Sequence[Tensor]) -> tuple[list[int], int]:
+        """Bytes of each tensor of state that the optimizer makes for copies of ``parameters``, and what an update allocates."""
+        twin = _twin(self.optimizer, parameters)
+        weights = [p for group in twin.param_groups for p in group["params"]]
+        for p in weights:
+            p.grad = torch.zeros_like(p)
+        type(twin).step(twin)
+        there = [*weights, *(p.grad for p in weights), *_tensors(twin)]
+        timeline = trace(lambda: type(twin).step(twin), {}, ignore=there, device=self.device)
+        return [t.untyped_storage().nbytes() for t in _tensors(twin) if t.device.type == self.device.type], timeline.peak().bytes
 
     def _held(self) -> list[Tensor]:
         return [*self.module.parameters(), *self.module.buffers(), *_tensors(self.optimizer), *self._reserved]
 
-    def _trace(self, tensors: Sequence[Tensor], layout: Layout, accumulated: bool) -> Timeline:
-        moments = [*_tensors(self.optimizer), *self._reserved]
+    def _growth(self, tensors: Sequence[Tensor], levers: dict[str, Any]) -> Growth:
+        granule = 1 if self.device.type == "cpu" else GRANULE
+        return traced(lambda count: self._trace(tensors, levers, count), granule)
 
-        def run() -> Timeline:
-            weights = [*self.module.parameters(), *self.module.buffers()]
-            learning = [p for p in self.module.parameters() if p.requires_grad]
-            for parameter in learning:
-                parameter.grad = torch.zeros_like(parameter) if accumulated else None
-            count = sum(layout.sizes)
-            inputs = [torch.zeros(count, *t.shape[1:], dtype=t.dtype) for t in tensors]
-            held: dict[str, list[Tensor | None]] = {
-                "weights": [*weights],
-                "moments": [*moments],
-                "gradients": [p.grad for p in learning],
-            }
-            return trace(
-                lambda: self._compute(layout, inputs, draws=False), held, {"gradients": lambda: [p.grad for p in learning]},
-                ignore=inputs, device=self.device,
-            )  # fmt: skip
+    def _trace(self, tensors: Sequence[Tensor], levers: dict[str, Any], count: int) -> Timeline:
+        """What ``count`` samples allocate, whose gradients are thrown away; statistics and generators are as before.
 
-        reason = ""
-        if self.followed:
-            try:
-                mode = private.imitating()
-                if mode is None:
-                    raise NotImplementedError("this torch has no tensors without memory")
-                with imitated(self.module, mode), mode:
-                    return run()
-            except UserError:
-                raise
-            except Exception as error:  # whatever a tracer cannot follow: values looked at, numpy, operators it does not know
-                if limit.is_out_of_memory(error):
-                    raise
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        Raises:
+            UserError: the module or the loss cannot take so many.
+        """
+        learning = [p for p in self.module.parameters() if p.requires_grad]
+        inputs = [t[torch.arange(count) % len(t)] for t in tensors]
         buffers = [b.clone() for b in self.module.buffers()]
         back = drawn(self.device)
+        own = [p.grad for p in learning]
+        for parameter in learning:
+            parameter.grad = torch.zeros_like(parameter)
+        held: dict[str, list[Tensor | None]] = {
+            "weights": [*self.module.parameters(), *self.module.buffers()],
+            "moments": [*_tensors(self.optimizer), *self._reserved],
+            GRADIENTS: [p.grad for p in learning],
+        }
+        layout = Layout(sizes=(count,), **levers)
         try:
-            timeline = run()
-            if self.followed:  # what fails here too is no fault of following
-                self.followed = False
-                print(f"The model cannot be followed without running it ({reason}): measured by running it instead.")
-            return timeline
+            return trace(
+                lambda: self._compute(layout, inputs, draws=False), held, {GRADIENTS: lambda: [p.grad for p in learning]},
+                ignore=[*inputs, *buffers], device=self.device,
+            )  # fmt: skip
+        except Exception as error:
+            if isinstance(error, UserError) or limit.is_out_of_memory(error):
+                raise
+            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+            shapes = [list(t.shape) for t in inputs]
+            raise UserError(f"the module and its loss cannot be run on {count} samples, of shapes {shapes}: {reason}") from error
         finally:
             back()
-            for buffer, value in zip(self.module.buffers(), buffers, strict=True):
-                buffer.copy_(value)
-            self.module.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for buffer, value in zip(self.module.buffers(), buffers, strict=True):
+                    buffer.copy_(value)
+            for parameter, gradient in zip(learning, own, strict=True):
+                parameter.grad = gradient
 
 
 def fitted(layout: Layout, count: int, smallest: int = 1) -> Layout:
@@ -288,12 +322,13 @@ def fitted(layout: Layout, count: int, smallest: int = 1) -> Layout:
     return replace(layout, sizes=tuple(split(count, parts)))
 
 
-def _twin(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """A copy of ``optimizer`` as new, on copies of its parameters; without its hooks, nor what was hung on its ``step``."""
+def _twin(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """A copy of ``optimizer`` as new, on copies of ``parameters``; without its hooks, nor what was hung on its ``step``."""
     twin: torch.optim.Optimizer = object.__new__(type(optimizer))
     twin.__dict__.update({name: value for name, value in vars(optimizer).items() if name != "step"})
     twin.state = defaultdict(dict)
-    twin.param_groups = [group | {"params": [_imitation(p) for p in group["params"]]} for group in optimizer.param_groups]
+    of = next(group for group in optimizer.param_groups if any(p is parameters[0] for p in group["params"]))
+    twin.param_groups = [of | {"params": [nn.Parameter(p.detach().clone(), p.requires_grad) for p in parameters]}]
     for name in vars(twin):
         if name.endswith("_hooks"):
             setattr(twin, name, OrderedDict())
@@ -302,35 +337,3 @@ def _twin(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
-
-
-def _imitation(tensor: Tensor) -> Tensor:
-    """One of the same layout, made in whatever mode is open."""
-    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
-
-
-@contextmanager
-def imitated(module: nn.Module, mode: AbstractContextManager[object]) -> Iterator[None]:
-    """While open, ``module`` has tensors in the place of its own that are without memory, made in ``mode``."""
-    own = [
-        (part, [*part.named_parameters(recurse=False, remove_duplicate=False)], [*part.named_buffers("", False, False)])
-        for part in module.modules()
-    ]
-    fakes: dict[int, Tensor] = {}
-
-    def imitate(tensor: Tensor) -> Tensor:
-        if id(tensor) not in fakes:
-            fakes[id(tensor)] = _imitation(tensor)
-        return fakes[id(tensor)]
-
-    try:
-        with mode:
-            for part, parameters, buffers in own:
-                for name, tensor in [*parameters, *buffers]:
-                    setattr(part, name, imitate(tensor))
-        yield
-    finally:
-        for part, parameters, buffers in own:
-            for name, tensor in [*parameters, *buffers]:
-                setattr(part, name, tensor)

@@ -7,23 +7,64 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from frugan.memory import private
+from frugan.memory.accelerator import drawn
 
 
 def recomputed(block: nn.Module, function: Callable[..., Any], *inputs: Any, draws: bool = False) -> Any:
     """``function(*inputs)``, which passes samples through ``block``: keeps its inputs alone, and computes it again in backward.
 
     Bitwise the same: running statistics take part in the first pass only. ``draws``: ``function`` draws from torch's global
-    generators, which then draw the same again.
+    generators, which then draw the same again. (`torch.utils.checkpoint` imports torch's compiler, which holds 150 MiB.)
     """
     layers = _batch_norms(block)
     tracked = [m.track_running_stats for m in layers]
-    return checkpoint(
-        function, *inputs, use_reentrant=False, preserve_rng_state=draws,
-        context_fn=lambda: (nullcontext(), _as_before(layers, tracked)),
-    )  # fmt: skip
+    first = next((t for t in inputs if isinstance(t, Tensor)), None)
+    device = first.device if first is not None else torch.device("cpu")
+    kind = device.type
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    before = drawn(device) if draws else None
+    count = 0  # of what the first pass would have kept
+    found: dict[int, Tensor] = {}  # what the second has found, until it is fetched
+
+    def pack(_: Tensor) -> int:
+        nonlocal count
+        count += 1
+        return count - 1
+
+    def unpack(number: int) -> Tensor:
+        if number not in found:
+            again()
+        return found.pop(number)
+
+    def again() -> None:
+        found.clear()
+        place = 0
+
+        def keep(tensor: Tensor) -> None:
+            nonlocal place
+            found[place] = tensor.detach()
+            place += 1
+
+        after = drawn(device) if before else None
+        if before:
+            before()
+        fresh = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in inputs]
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, _never), torch.enable_grad(), torch.autocast(kind, dtype, enabled),
+            _as_before(layers, tracked),
+        ):  # fmt: skip
+            function(*fresh)
+        if after:
+            after()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return function(*inputs)
+
+
+def _never(_: object) -> Tensor:
+    raise AssertionError("nothing goes backward through what is only computed again")
 
 
 @contextmanager
@@ -62,6 +103,25 @@ def directional(blocks: Sequence[nn.Module], x: Tensor, v: Tensor, *inputs: Any,
     return x, v
 
 
+class _From(torch.autograd.Function):
+    """A number whose gradient with respect to a tensor is given."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return tensor.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0], None
+
+
+def backward_from(tensor: Tensor, gradient: Tensor | None, leaves: Sequence[Tensor]) -> None:
+    """``torch.autograd.backward(tensor, gradient, inputs=leaves)``, for which torch would import SymPy (20 MiB)."""
+    assert gradient is not None
+    torch.autograd.backward(_From.apply(tensor, gradient), inputs=leaves)
+
+
 def offloading(device: torch.device, wanted: bool, kept: Iterable[Tensor] = ()) -> AbstractContextManager[object]:
     """While open, what backward needs of the forward pass waits on the host, but for ``kept``, which stays on the device anyway.
 
@@ -75,7 +135,7 @@ def offloading(device: torch.device, wanted: bool, kept: Iterable[Tensor] = ()) 
     def pack(tensor: Tensor) -> Tensor | tuple[Tensor]:
         if tensor.device.type == "cpu" or not _is_dense(tensor) or private.address(tensor) in staying:
             return tensor
-        pinned = device.type == "cuda" and not private.is_imitated(tensor)
+        pinned = device.type == "cuda"
         host = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, pin_memory=pinned)
         return (host.copy_(tensor, non_blocking=pinned),)
 

@@ -15,16 +15,17 @@ import numpy as np
 import torch
 
 from frugan.errors import UserError
-from frugan.memory import host, private
+from frugan.memory import host
 from frugan.memory.accelerator import accelerator
 from frugan.memory.host import Handling
 from frugan.memory.plan import parse_bytes, size
 
 MIB = 1 << 20
 ALWAYS = 8 << 20  # bytes that are never refused: Python, and libraries that end the process where they are
+EXCEEDED = 128 << 20  # the same where others hold more than the budget already: enough for small micro-batches to go on
 LEFT = 0.9  # of what is free, to be taken where no budget is named
 _budgets: list[int] = []  # what this process's memory is limited to now, on the CPU
-_lifted = 0  # how many `unlimited` are open
+_beyond = _reserved = 0  # bytes of addresses that libraries may take beyond the budget: when they meet something new, and now
 _most = 0  # the most that was held on the CPU until `went_over` last looked
 
 # What says that memory ran out, where only words tell: of torch's CPU allocator, oneDNN, CUDA, cuDNN and cuBLAS, MPS, the system.
@@ -132,10 +133,21 @@ def budget(memory: str | None, device: torch.device) -> int | None:
 
 def baseline(device: torch.device) -> int:
     """Bytes that this process holds now, with all given back that it does not need."""
-    private.forget_imitations()
+    if device.type == "cpu":
+        host.drop_code()
+    return at_rest(device)
+
+
+def at_rest(device: torch.device) -> int:
+    """Bytes that this process holds now, without tensors that nobody has any more."""
     gc.collect()
     release(device)
     return held(device)
+
+
+def most() -> int:
+    """The most bytes that this process has held on the host since it began (`getrusage` would include the process it came from)."""
+    return max(_most, host.status("VmHWM"))
 
 
 def spare(device: torch.device) -> int:
@@ -166,7 +178,7 @@ def limited(budget: int, device: torch.device) -> Iterator[None]:
         return
     import resource
 
-    _ = np.ones((64, 64)) @ np.ones((64, 64))  # numpy's BLAS ends the process when it cannot reserve its buffers later
+    np.linalg.inv(np.ones((64, 64)) @ np.eye(64) + np.eye(64))  # numpy's BLAS ends the process when it cannot reserve its buffers
     before = resource.getrlimit(resource.RLIMIT_DATA)
     baseline(device)
     _budgets.append(budget)
@@ -179,50 +191,49 @@ def limited(budget: int, device: torch.device) -> Iterator[None]:
 
 
 def _limit_data() -> None:
-    """Lets the process's data grow by what is left of its budget now, and by `ALWAYS` even where nothing is left."""
+    """Lets the process's data grow by what is left of its budget now, and by a little even where nothing is left."""
     import resource
 
-    if _lifted:
-        return
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    cap = host.status("VmData") + max(ALWAYS, min(_budgets) - host.resident())
+    left = min(_budgets) - host.resident()
+    cap = host.status("VmData") + _reserved + (max(ALWAYS, left) if left > 0 else EXCEEDED)
     resource.setrlimit(resource.RLIMIT_DATA, (cap if hard == resource.RLIM_INFINITY else min(cap, hard), hard))
 
 
-@contextmanager
-def unlimited() -> Iterator[None]:
-    """While open, `limited` does not hold: for what libraries load, who may end the process when they are refused memory.
+def settle() -> None:
+    """Holds the budget without what libraries reserve: to be called once everything that is done over and over has been done."""
+    global _reserved
+    if _reserved and _budgets:
+        _reserved = 0
+        host.drop_code()  # that only the beginning needed
+        _limit_data()
 
-    oneDNN reserves memory for the code of every convolution it has not met before, does not look whether it got it, and
-    runs it. Little of what it reserves is ever held. On accelerators it holds all the same.
-    """
-    if not _budgets:
-        yield
-        return
-    import resource
 
-    global _lifted
-    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
-    _lifted += 1
-    try:
-        yield
-    finally:
-        _lifted -= 1
+def loosen() -> None:
+    """Lets libraries reserve again what they do when they meet something new, until `settle`."""
+    global _reserved
+    _reserved = _beyond
+    if _budgets:
         _limit_data()
 
 
 @contextmanager
-def held_to(budget: int | None, handling: Handling, device: torch.device) -> Iterator[None]:
-    """While open, freed memory is handled as ``handling`` says, and the process is `limited` to ``budget`` if there is one."""
-    if budget is not None:
-        baseline(device)  # lets go of what planning has left
-    handle(handling, device)
+def held_to(budget: int | None, device: torch.device, reserved: int = 0) -> Iterator[None]:
+    """While open, the process is `limited` to ``budget`` if there is one; freed memory goes back at first.
+
+    Until `settle`, libraries may reserve ``reserved`` bytes of addresses beyond that, which they do not touch: oneDNN does for the
+    code of every convolution it has not met before, does not look whether it got them, and runs it.
+    """
+    global _beyond, _reserved
+    baseline(device)  # lets go of what planning has left
+    handle("return", device)
     forget_peak(device)
+    _beyond = _reserved = reserved
     try:
         with limited(budget, device) if budget is not None else nullcontext():
             yield
     finally:
+        _beyond = _reserved = 0
         release(device)
 
 

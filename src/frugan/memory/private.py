@@ -7,7 +7,7 @@ sentence that says so; ``tests/test_private.py`` takes them away in turn. Where 
 import pkgutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -28,8 +28,6 @@ def find(path: str) -> Any:
 
 # Each is looked up when it is needed, and no import of torch._dynamo (1.2 s, 150 MiB) happens before.
 PARTS = {
-    "fake": "torch._subclasses.fake_tensor.FakeTensorMode",
-    "unset_fake": "torch._subclasses.fake_tensor.unset_fake_temporarily",
     "profiler_on": "torch.autograd._enable_profiler_legacy",
     "profiler_off": "torch.autograd._disable_profiler_legacy",
     "profiler_config": "torch._C._profiler._ExperimentalConfig",
@@ -49,29 +47,6 @@ PARTS = {
 def part(name: str) -> Any:
     """The part of torch called ``name`` in `PARTS`, or None where this torch has none."""
     return find(PARTS[name])
-
-
-def imitating() -> AbstractContextManager[object] | None:
-    """A mode in which tensors have no memory, or None: then a computation is measured by running it."""
-    mode = part("fake")
-    return mode() if mode else None
-
-
-def is_imitated(tensor: Tensor | None) -> bool:
-    """Whether ``tensor`` is one of `imitating`."""
-    return tensor is not None and type(tensor.detach()).__name__ == "FakeTensor"
-
-
-def really() -> AbstractContextManager[object]:
-    """While open, tensors have memory even within `imitating`."""
-    outside = part("unset_fake")
-    return outside() if outside else nullcontext()
-
-
-def forget_imitations() -> None:
-    """Lets go of what torch remembers of operators on tensors without memory."""
-    if part.cache_info().currsize and (mode := part("fake")) and hasattr(mode, "cache_clear"):
-        mode.cache_clear()
 
 
 def can_record() -> bool:

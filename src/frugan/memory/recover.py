@@ -48,15 +48,14 @@ class Recovery:
         smallest: for each phase what a micro-batch must not be smaller than.
         coupled: whether a sample's output depends on the others of its micro-batch.
         changed: is told of every change.
-        prepare: is called with a phase and a new layout before that is used, while nothing is limited, so that libraries load
-            what they need for it; gives the bytes that it will allocate, or None if it cannot be told.
+        needs: of a phase and a layout the bytes that it allocates, or None if it is not known.
         planned: of each phase the layout to come back to, if it is another than that of ``layouts``.
     """
 
     def __init__(
         self, modules: Sequence[nn.Module], device: torch.device, layouts: Mapping[str, Layout], handling: Handling, *,
         levers: Mapping[str, Collection[str]], smallest: Mapping[str, int], coupled: bool, changed: Callable[[Change], None],
-        prepare: Callable[[str, Layout], int | None], planned: Mapping[str, Layout] | None = None,
+        needs: Callable[[str, Layout], int | None], planned: Mapping[str, Layout] | None = None,
     ) -> None:  # fmt: skip
         self.modules = modules
         self.device = device
@@ -66,12 +65,14 @@ class Recovery:
         self.smallest = smallest
         self.coupled = coupled
         self.changed = changed
-        self.prepare = prepare
+        self.needs = needs
         self.patience = dict.fromkeys(layouts, PATIENCE)
         self._calm = dict.fromkeys(layouts, 0)  # how often each phase has ended well since the last change
         before = planned or {}
         self._left = {p: [before[p]] if before.get(p, now) != now else [] for p, now in layouts.items()}  # to be tried again
         self._trying: set[str] = set()  # phases that went back and have not proved it yet
+        self._met: set[tuple[str, Layout]] = set()  # what has been computed once
+        self._settled = False  # whether all has that is done now
         self._cheapest: set[str] = set()  # phases that exceed the budget, and for which nothing cheaper is left
 
     def run(self, phase: str, compute: Callable[[Layout], T]) -> T:
@@ -107,6 +108,11 @@ class Recovery:
                 self._cheapest.add(phase)
                 self.changed(Change(phase, "the cheapest way there is, as before", Guarantee.BITWISE, exceeded))
         self._calm[phase] += 1
+        self._met.add((phase, self.layouts[phase]))
+        if not self._settled and all(each in self._met for each in self.layouts.items()):
+            self._settled = True
+            limit.settle()
+            limit.handle(self.handling, self.device)  # not before: what libraries keep would lie between tensors for ever
         return result
 
     def again(self, action: Callable[[], T]) -> T:
@@ -118,6 +124,11 @@ class Recovery:
                 raise
         self._give_back()
         return action()
+
+    def _loosen(self) -> None:
+        """Lets libraries load what the next layout needs."""
+        self._settled = False
+        limit.loosen()
 
     def _give_back(self) -> None:
         gc.collect()
@@ -134,6 +145,7 @@ class Recovery:
             return
         layout = self._left[phase].pop()
         self.layouts[phase], self._calm[phase] = layout, 0
+        self._loosen()
         self._trying.add(phase)
         self._cheapest.discard(phase)
         guarantee = Guarantee.APPROXIMATE if self.coupled and len(layout.sizes) > 1 else Guarantee.REASSOCIATION
@@ -155,6 +167,7 @@ class Recovery:
             return False
         self._left[phase].append(before)
         self.layouts[phase] = cheaper
+        self._loosen()
         new = {name: guarantee for name, guarantee in cheaper.named().items() if name not in before.named()}
         cut = self.coupled and cheaper.sizes != before.sizes
         guarantee = Guarantee.APPROXIMATE if cut else max(new.values())
@@ -163,15 +176,15 @@ class Recovery:
 
     def _cheaper(self, phase: str, before: Layout) -> Layout | None:
         """The first layout of the ladder that needs less than ``before``, without levers that save nothing on the way to it."""
-        needed = self._needs(phase, before)
+        needed = self.needs(phase, before)
         levers = set(self.levers[phase])
         refused: set[Layout] = set()
         while True:
             for layout in before.cheaper(levers, self.smallest[phase], self.coupled):
                 if layout in refused:
                     continue
-                needs = self._needs(phase, layout)
-                if needed is None or (needs is not None and needs < needed):
+                needs = self.needs(phase, layout)
+                if needed is None or needs is None or needs < needed:
                     return layout
                 refused.add(layout)
                 if useless := {lever for lever in levers if getattr(layout, lever) != getattr(before, lever)}:
@@ -179,13 +192,3 @@ class Recovery:
                     break  # the ladder without it
             else:
                 return None
-
-    def _needs(self, phase: str, layout: Layout) -> int | None:
-        with limit.unlimited():
-            try:
-                return self.prepare(phase, layout)
-            except limit.SHORTAGE as error:
-                if not limit.is_out_of_memory(error):
-                    raise
-        limit.release(self.device)
-        return None

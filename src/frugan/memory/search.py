@@ -1,35 +1,34 @@
 """The search for a plan: which layouts there are, what each would allocate and how long it would take, and the fastest that fits.
 
-Bytes are exact (`frugan.memory.trace`, `frugan.memory.probe`). Whatever a phase allocates grows evenly with its micro-batch, so two
-small traces of each combination of levers give a straight line for every event, and with it the peak at any size; what is
-about to be chosen is traced as it is. Times come from arithmetic and traffic at fixed rates, not from a clock: the same command
-makes the same plan.
+Two small traces of each combination of levers say what micro-batches of any size allocate (`frugan.memory.growth`); nothing is run
+here. Combinations are looked at when they may be of use: where micro-batches alone are hardly slower than the whole batch, nothing
+is traced but these. Times come from arithmetic and traffic at fixed rates, not from a clock: the same command makes the same plan.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
-from frugan.memory import limit
+from frugan.memory.growth import Growth
 from frugan.memory.heap import Heap
 from frugan.memory.host import Handling
 from frugan.memory.plan import SMALLEST_COUPLED, Guarantee, Layout, split
 from frugan.memory.private import UNMEASURED, can_record
-from frugan.memory.probe import Workspaces
 from frugan.memory.segments import LEAST, ROUND, SMALL_SEGMENT, Full, Segments
-from frugan.memory.trace import CALLS, Moment, Timeline
+from frugan.memory.trace import Timeline
 
-SMALL, LARGE = 4, 16  # micro-batches through which the lines are drawn
-REUSE_MARGIN = 1.06  # of what the heap is predicted to hold: the prediction was up to 5% short (docs/LOG.md)
+REUSE_MARGIN = 1.05  # of what the heap is predicted to hold: the prediction was up to 5% short (docs/LOG.md)
 SEGMENTS_MARGIN = 1.02  # the same of an accelerator's segments: a guess, until `make gpu` has measured it
-MARGIN = 24 << 20  # bytes of a budget left for what libraries load on their first use
-SLACK = 1.05  # on the framework in what is named as smallest: it is not the same in every process, and planning loads more of it
+MARGIN = 12 << 20  # bytes of a budget left free: the framework differs by a few from process to process
+AHEAD = 8 << 20  # bytes that what is named as smallest has above what would do: the next process may hold a little more
+SLOWER = 1.05  # micro-batches alone that take no longer than this, of the whole batch's time, are not bettered by levers
 
+PLAIN = {k: v for k, v in vars(Layout(sizes=(1,))).items() if k != "sizes"}
 M = TypeVar("M", Heap, Segments)
 
 
@@ -56,7 +55,7 @@ class Job:
         name: of the phase.
         batch: its samples.
         variants: the combinations of levers there are, the plainest first: arguments of `Layout`.
-        trace: a layout to what it allocates; ``True``: gradients are there from an earlier micro-batch.
+        trace: levers to what a micro-batch allocates with them.
         coupled: whether a sample's output depends on the others of its micro-batch.
         smallest: what a micro-batch must not be smaller than.
         parts: how many micro-batches, if that was asked for.
@@ -66,7 +65,7 @@ class Job:
     name: str
     batch: int
     variants: Sequence[dict[str, Any]]
-    trace: Callable[[Layout, bool], Timeline]
+    trace: Callable[[dict[str, Any]], Growth]
     coupled: bool = False
     smallest: int = 1
     parts: int | None = None
@@ -85,7 +84,7 @@ class Job:
 @dataclass(frozen=True)
 class Candidate:
     """A layout for a job, with what it would allocate at its peak, hold for that if freed memory is kept (``held``) or goes back
-    (``least``), and cost in an update."""
+    (``least``), both estimated, and cost in an update."""
 
     job: Job
     layout: Layout
@@ -95,6 +94,7 @@ class Candidate:
     flops: int
     seconds: float
     fresh: int  # bytes allocated anew in one update
+    exact: "Exact | None" = None  # if it is no estimate
 
     @property
     def guarantee(self) -> Guarantee:
@@ -103,6 +103,8 @@ class Candidate:
 
     def needs(self, handling: Handling) -> int:
         """Bytes of the process."""
+        if self.exact:
+            return self.exact.held if handling == "reuse" else self.exact.least
         return self.held if handling == "reuse" else self.least
 
     def time(self, handling: Handling, rates: Rates) -> float:
@@ -110,32 +112,23 @@ class Candidate:
         return self.seconds + (self.fresh / rates.fresh if handling == "return" else 0)
 
 
-class Line:
-    """What a combination of levers costs, as straight lines in the size of the micro-batch."""
-
-    def __init__(self, low: Timeline, high: Timeline, workspaces: Workspaces, rates: Rates) -> None:
-        self.low, self.high = (np.array([most for _, most in t.levels(workspaces)], float) for t in (low, high))
-        if len(self.low) != len(self.high):  # the operators depend on the size: the larger alone must do
-            self.low = self.high * (SMALL / LARGE)
-        self.flops = high.flops / LARGE
-        seconds = [t.seconds(rates) for t in (low, high)]
-        self.each = max(0.0, (seconds[1] - seconds[0]) / (LARGE - SMALL))
-        self.once = max(0.0, seconds[0] - SMALL * self.each)
-        self.fresh = high.fresh / LARGE
-
-    def peak(self, size: int) -> int:
-        """Bytes at micro-batches of ``size``."""
-        return math.ceil(float((self.low + (self.high - self.low) * ((size - SMALL) / (LARGE - SMALL))).max()))
-
-
-@dataclass(frozen=True)
 class Exact:
-    """What a layout allocates, traced as it is."""
+    """What a layout allocates, as its timeline says."""
 
-    timeline: Timeline
-    moment: Moment
-    held: int
-    least: int
+    def __init__(self, timeline: Timeline, holds: Callable[[Handling], int]) -> None:
+        self.timeline = timeline
+        self.moment = timeline.peak()
+        self._holds = holds
+
+    @cached_property
+    def held(self) -> int:
+        """Bytes of the process where freed memory is kept."""
+        return self._holds("reuse")
+
+    @cached_property
+    def least(self) -> int:
+        """The same where it goes back."""
+        return self._holds("return")
 
 
 @dataclass(frozen=True)
@@ -165,45 +158,38 @@ class Search:
         self.device = device
         self.approximate = approximate  # whether coupled samples may be cut as small as one likes
         self.rates = RATES.get(device.type, RATES["cuda"])
-        limit.handle("return", device)  # what probing frees must not stay in the heap, where a limit would not count it again
-        self.workspaces = Workspaces(device)
-        self._lines: dict[tuple[str, str], Line] = {}
+        self._growths: dict[tuple[str, str], Growth] = {}
         self._exact: dict[tuple[str, Layout], Exact] = {}
-        self._timelines: dict[tuple[str, Layout], Timeline] = {}
+        self._estimates: dict[tuple[str, str], list[Candidate]] = {}
 
     @property
     def handlings(self) -> tuple[Handling, ...]:
         """What can become of freed memory, the faster first."""
         return ("reuse", "return")
 
-    def forget(self) -> None:
-        """Lets go of traces and measurements; they are made anew when they are asked for."""
-        self._exact.clear()
-        self._timelines.clear()
-        self.workspaces.clear()
-        CALLS.clear()
+    def growth(self, job: Job, layout: Layout) -> Growth:
+        """What a micro-batch of ``job`` allocates with the levers of ``layout``."""
+        return self._growth(job, {k: v for k, v in vars(layout).items() if k != "sizes"})
+
+    def _growth(self, job: Job, levers: dict[str, Any]) -> Growth:
+        key = (job.name, repr(sorted((PLAIN | levers).items())))
+        if key not in self._growths:
+            self._growths[key] = job.trace(levers)
+        return self._growths[key]
 
     def exact(self, job: Job, layout: Layout) -> Exact:
-        """Traces ``layout`` as it is."""
+        """What ``layout`` allocates, its last and smaller micro-batch too; more than two of a size are as two."""
         key = (job.name, layout)
         if key not in self._exact:
-            timeline = self._timeline(job, layout)
-            self.workspaces.measure(timeline.calls())
-            moment = timeline.peak(self.workspaces)
-            held, least = self.holds([timeline], "reuse"), self.holds([timeline], "return")
-            if self.device.type == "cpu":
-                held = int(held * REUSE_MARGIN)
-            else:
-                held, least = int(held * SEGMENTS_MARGIN), int(least * SEGMENTS_MARGIN)
-            self._exact[key] = Exact(timeline, moment, held, least)
+            timeline = self.growth(job, layout).timeline(shortened(layout.sizes))
+            self._exact[key] = Exact(timeline, partial(self._with_margin, timeline))
         return self._exact[key]
 
-    def _timeline(self, job: Job, layout: Layout) -> Timeline:
-        """What ``layout`` allocates but for workspaces; more than two micro-batches of a size are as two."""
-        key = (job.name, layout)
-        if key not in self._timelines:
-            self._timelines[key] = job.trace(replace(layout, sizes=shortened(layout.sizes)), False)
-        return self._timelines[key]
+    def _with_margin(self, timeline: Timeline, handling: Handling) -> int:
+        held = self.holds([timeline], handling)
+        if self.device.type == "cpu":
+            return int(held * REUSE_MARGIN) if handling == "reuse" else held
+        return int(held * SEGMENTS_MARGIN)
 
     def holds(self, timelines: Sequence[Timeline], handling: Handling, available: int | None = None) -> int:
         """What is held for two updates in which ``timelines`` follow each other, whose first says what is there from the start.
@@ -211,7 +197,7 @@ class Search:
         Where freed memory goes back, that is the least that will do; on an accelerator, whose allocator gives segments back only if
         it needs others, what it comes to hold within ``available`` bytes, if those are said.
         """
-        most = max(timeline.peak(self.workspaces).bytes for timeline in timelines)
+        most = max(max((m for _, m in t.levels()), default=sum(t.sizes[s] for s in t.held)) for t in timelines)
         if self.device.type == "cpu" and not can_record():
             most = int(most * UNMEASURED)
         if self.device.type == "cpu":
@@ -235,8 +221,8 @@ class Search:
     def _replayed(self, timelines: Sequence[Timeline], memory: M) -> M:
         for size in (timelines[0].sizes[s] for s in sorted(timelines[0].held)):
             memory.allocate(size)
-        for timeline in [*timelines, *timelines]:
-            memory.replay(timeline.moves(self.workspaces))
+        for timeline in timelines if isinstance(memory, Heap) else [*timelines, *timelines]:  # the heap is empty after a phase
+            memory.replay(timeline.moves())
         return memory
 
     def candidate(self, job: Job, layout: Layout) -> Candidate:
@@ -244,47 +230,53 @@ class Search:
         exact = self.exact(job, layout)
         timeline, cut = exact.timeline, sum(layout.sizes) / sum(shortened(layout.sizes))
         return Candidate(
-            job, layout, exact.moment.bytes, exact.held, exact.least, int(timeline.flops * cut),
-            timeline.seconds(self.rates) * cut, int(timeline.fresh * cut),
+            job, layout, exact.moment.bytes, exact.moment.bytes, exact.moment.bytes, int(timeline.flops * cut),
+            timeline.seconds(self.rates) * cut, int(timeline.fresh * cut), exact,
         )  # fmt: skip
 
-    def candidates(self, job: Job) -> Iterator[Candidate]:
-        """All layouts of ``job``, estimated."""
-        apart = 0 if self.device.type == "cpu" else LEAST
-        for levers in job.variants:
-            line = self._line(job, levers)
-            for parts in job.counts:
-                layout = Layout.of(job.batch, parts, **levers)
-                peak = line.peak(layout.micro_batch)
-                yield Candidate(
-                    job, layout, peak, int(1.15 * REUSE_MARGIN * peak) + apart, peak + apart, int(line.flops * job.batch),
-                    line.each * job.batch + line.once * len(layout.sizes), int(line.fresh * job.batch),
-                )  # fmt: skip
+    def candidates(self, job: Job, levers: dict[str, Any]) -> list[Candidate]:
+        """All layouts of ``job`` with ``levers``, estimated; few micro-batches first."""
+        key = (job.name, repr(levers))
+        if key not in self._estimates:
+            growth = self._growth(job, levers)
+            apart = 0 if self.device.type == "cpu" else LEAST
+            layouts = [Layout.of(job.batch, parts, **levers) for parts in job.counts]
+            alone = growth.peaks([x.micro_batch for x in layouts], several=False)
+            several = growth.peaks([x.micro_batch for x in layouts], several=True)
+            few, many = (growth.timeline((n,), accumulated=True) for n in (4, 16))
+            each = max(0.0, (many.seconds(self.rates) - few.seconds(self.rates)) / 12)
+            once = max(0.0, few.seconds(self.rates) - 4 * each)
+            found = []
+            for layout, one, more in zip(layouts, alone, several, strict=True):
+                peak = one if len(layout.sizes) == 1 else more
+                found.append(Candidate(
+                    job, layout, peak, int(1.15 * REUSE_MARGIN * peak) + apart, peak + apart, int(many.flops / 16 * job.batch),
+                    each * job.batch + once * len(layout.sizes), int(many.fresh / 16 * job.batch),
+                ))  # fmt: skip
+            self._estimates[key] = found
+        return self._estimates[key]
 
     def prepare(self) -> None:
-        """Runs every operator of the plainest layouts once, small, so that all libraries have loaded what they need."""
+        """Traces every job as plainly as may be, so that all libraries have loaded what they need."""
         for job in self.jobs:
-            self._line(job, job.variants[0])
+            self._growth(job, job.variants[0])
 
     def plain(self, available: float) -> Choice | None:
         """Everything as plainly as it may be done, if that fits into ``available`` bytes without a doubt."""
         chosen = {}
         for job in self.jobs:
-            layout = Layout.of(job.batch, job.counts[0], **job.variants[0])
-            if self._timeline(job, layout).peak().bytes > available:
+            estimate = self.candidates(job, job.variants[0])[0]
+            if estimate.allocated > available:
                 return None
-            chosen[job.name] = self.candidate(job, layout)
-        return (
-            Choice(self.handlings[0], chosen, {}) if all(c.needs(self.handlings[0]) <= available for c in chosen.values()) else None
-        )
+            chosen[job.name] = self.candidate(job, estimate.layout)
+            if chosen[job.name].needs(self.handlings[0]) > available:
+                return None
+        return Choice(self.handlings[0], chosen, {})
 
     def choose(self, available: float) -> Choice | None:
         """The fastest that fits into ``available`` bytes, exact layouts before approximate ones; None if nothing does."""
-        plain = [Layout.of(job.batch, job.counts[0], **job.variants[0]) for job in self.jobs]
-        if all(self._line(job, job.variants[0]).peak(p.micro_batch) <= available for job, p in zip(self.jobs, plain, strict=True)):
-            chosen = {job.name: self.candidate(job, p) for job, p in zip(self.jobs, plain, strict=True)}
-            if all(c.needs(self.handlings[0]) <= available for c in chosen.values()):
-                return Choice(self.handlings[0], chosen, {})
+        if plain := self.plain(available):
+            return plain
         choices = [c for handling in self.handlings if (c := self._best(available, handling))]
         return min(
             choices,
@@ -297,38 +289,49 @@ class Search:
         return {job.name: self._leanest(job) for job in self.jobs}
 
     def _leanest(self, job: Job) -> Candidate:
-        return self.candidate(job, min(self._allowed(job), key=lambda c: (c.least, c.seconds)).layout)
+        every = [c for levers in job.variants for c in self._allowed(job, levers)]
+        return self.candidate(job, min(every, key=lambda c: (c.least, c.seconds)).layout)
 
     def _best(self, available: float, handling: Handling) -> Choice | None:
         chosen: dict[str, Candidate] = {}
         refused: dict[str, Candidate] = {}
         for job in self.jobs:
-            ranked = sorted(self._allowed(job), key=lambda c: (c.guarantee == Guarantee.APPROXIMATE, c.time(handling, self.rates)))
-            short = 1.0  # by how much the estimates were short
-            for estimate in ranked:
-                if estimate.needs(handling) * short <= available:
-                    candidate = self.candidate(job, estimate.layout)
-                    if candidate.needs(handling) <= available:
-                        chosen[job.name] = candidate
-                        break
-                    short = candidate.needs(handling) / estimate.needs(handling)
-                refused[job.name] = estimate
-            else:  # the estimates may be too high: what would be named as smallest is looked at as it is
-                chosen[job.name] = self._leanest(job)
-                if chosen[job.name].needs(handling) > available:
+            found = self._fitting(job, available, handling, refused)
+            if found is None:  # the estimates may be too high: what would be named as smallest is looked at as it is
+                found = self._leanest(job)
+                if found.needs(handling) > available:
                     return None
+            chosen[job.name] = found
         return Choice(handling, chosen, refused)
 
-    def _allowed(self, job: Job) -> list[Candidate]:
+    def _fitting(self, job: Job, available: float, handling: Handling, refused: dict[str, Candidate]) -> Candidate | None:
+        """The fastest layout of ``job`` that fits; what would have been faster goes into ``refused``."""
+        plain = self._first(self._allowed(job, job.variants[0]), available, handling, refused)
+        whole = self.candidates(job, job.variants[0])[0]
+        if (
+            plain
+            and plain.guarantee != Guarantee.APPROXIMATE
+            and plain.time(handling, self.rates) <= SLOWER * whole.time(handling, self.rates)
+        ):
+            return plain
+        return self._first([c for levers in job.variants for c in self._allowed(job, levers)], available, handling, refused)
+
+    def _first(
+        self, candidates: Sequence[Candidate], available: float, handling: Handling, refused: dict[str, Candidate]
+    ) -> Candidate | None:
+        ranked = sorted(candidates, key=lambda c: (c.guarantee == Guarantee.APPROXIMATE, c.time(handling, self.rates)))
+        short = 1.0  # by how much the estimates were short
+        for estimate in ranked:
+            if estimate.needs(handling) * short <= available:
+                candidate = self.candidate(estimate.job, estimate.layout)
+                if candidate.needs(handling) <= available:
+                    return candidate
+                short = candidate.needs(handling) / estimate.needs(handling)
+            refused[estimate.job.name] = estimate
+        return None
+
+    def _allowed(self, job: Job, levers: dict[str, Any]) -> list[Candidate]:
         """Coupled samples are cut to `SMALLEST_COUPLED` at least, unless it was asked for otherwise."""
         least = 0 if self.approximate or job.parts or not job.coupled else SMALLEST_COUPLED
-        return [c for c in self.candidates(job) if len(c.layout.sizes) == 1 or min(c.layout.sizes) >= least]
-
-    def _line(self, job: Job, levers: dict[str, Any]) -> Line:
-        key = (job.name, repr(levers))
-        if key not in self._lines:
-            low, high = (job.trace(Layout(sizes=(n,), **levers), True) for n in (SMALL, LARGE))
-            for timeline in (low, high):
-                self.workspaces.measure(timeline.calls())
-            self._lines[key] = Line(low, high, self.workspaces, self.rates)
-        return self._lines[key]
+        every = self.candidates(job, levers)
+        return [c for c in every if len(c.layout.sizes) == 1 or min(c.layout.sizes) >= least]

@@ -1,11 +1,10 @@
-"""What a computation would allocate, found without allocating it.
+"""What a computation allocates: every storage that comes and goes while it runs once, on few samples.
 
-In a ``FakeTensorMode`` tensors are fake: they have shapes, dtypes and an autograd graph, but no memory. A dispatch mode sees every
-operator, forward and backward, and every storage that comes and goes. What an operator needs inside (its workspace) is not
-visible to fake tensors; `frugan.memory.probe` measures it once for each distinct call, and `Timeline.peak` adds it.
+A dispatch mode sees every operator, forward and backward, and what the allocator gives out inside it (its workspace). Two such
+runs, of two sizes, tell what any size would allocate (`frugan.memory.growth`).
 
-torch's dispatch modes and trees of tensors, which have no other name than one with an underscore, are used here and in `probe` as
-they are: without them nothing could be followed, and nothing planned.
+torch's dispatch modes and trees of tensors, which have no other name than one with an underscore, are used here as they are:
+without them nothing could be followed, and nothing planned.
 """
 
 import weakref
@@ -15,62 +14,40 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from frugan.memory import private
+from frugan.memory.accelerator import accelerator
 
 OTHER = "activations"  # what no label says otherwise of
+GRADIENTS = "gradients"
 CPU = torch.device("cpu")
 GRANULE = 512  # bytes of which accelerators' allocators give out whole ones
 
 
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """What of a tensor decides how an operator treats it."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: str
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "Spec":
-        """The spec of ``tensor``."""
-        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, str(tensor.device))
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One distinct call of an operator: equal calls need equal workspaces."""
-
-    operator: Any
-    arguments: Any  # as they were, with a Spec for each tensor
-    key: str
-    here: bool = True  # whether it works on the device that is looked at, not on the host beside it
-    random: bool = False  # whether it draws from a generator
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Call) and self.key == other.key
-
-
-CALLS: dict[str, Call] = {}  # one of each, however often it is traced
-
-
 @dataclass(slots=True)
 class Event:
-    """A call with the storages that it made, its arithmetic, the bytes it reads and writes, and those among them that it copies
-    between host and device; without a call, what went."""
+    """A call, or what went.
 
-    call: Call | None
+    Args:
+        storages: those that the call made, or that went.
+        inside: what the call allocated (> 0) and freed (< 0), its results included, in order; None: what went.
+        flops: of convolutions and matrix products.
+        moved: bytes that the call reads and writes.
+        crossed: those among them that it copies between host and device.
+        random: whether it draws from torch's global generators.
+        into: a gradient, and what was added to it in place; without gradients the latter becomes the gradient.
+    """
+
     storages: list[int]
+    inside: list[int] | None = None
     flops: int = 0
     moved: int = 0
     crossed: int = 0
+    random: bool = False
+    into: tuple[int, int] | None = None
 
 
 @dataclass
@@ -81,9 +58,6 @@ class Moment:
     parts: dict[str, int]
     workspace: int
     index: int
-
-
-Workspaces = Mapping[Call, "list[int]"]  # what a call allocates (> 0) and frees (< 0), in order
 
 
 @dataclass
@@ -102,9 +76,10 @@ class Timeline:
     held: set[int] = field(default_factory=set)
     events: list[Event] = field(default_factory=list)
 
-    def calls(self) -> Counter[Call]:
-        """How often each distinct call was made."""
-        return Counter(e.call for e in self.events if e.call is not None)
+    @property
+    def random(self) -> bool:
+        """Whether something draws from torch's global generators."""
+        return any(e.random for e in self.events)
 
     @property
     def flops(self) -> int:
@@ -114,29 +89,29 @@ class Timeline:
     @property
     def fresh(self) -> int:
         """Bytes of all storages that were made."""
-        return sum(self.sizes[s] for e in self.events if e.call is not None for s in e.storages)
+        return sum(self.sizes[s] for e in self.events if e.inside is not None for s in e.storages)
 
     def seconds(self, rates: Any) -> float:
         """What it would take at these rates (`frugan.memory.search.Rates`)."""
-        calls = [e for e in self.events if e.call is not None]
+        calls = [e for e in self.events if e.inside is not None]
         return float(sum(max(e.flops / rates.flops, e.moved / rates.bytes, e.crossed / rates.crossing) + rates.call for e in calls))
 
-    def levels(self, workspaces: Workspaces | None = None) -> list[tuple[int, int]]:
+    def levels(self) -> list[tuple[int, int]]:
         """For each event the bytes that are live after it, and the most that were live during it."""
         live = sum(self.sizes[s] for s in self.held)
         levels = []
         for event in self.events:
             size = sum(self.sizes[s] for s in event.storages)
-            if event.call is None:
+            if event.inside is None:
                 live -= size
                 levels.append((live, live))
             else:
-                most = live + max(size, highest(workspaces.get(event.call, ())) if workspaces else 0)
+                most = live + max(size, highest(event.inside))
                 live += size
                 levels.append((live, most))
         return levels
 
-    def course(self, workspaces: Workspaces) -> list[Counter[str]]:
+    def course(self) -> list[Counter[str]]:
         """For each event the bytes that are live during it, by what they are for; what a call needs inside as workspaces."""
         now = Counter[str]()
         for storage in self.held:
@@ -144,20 +119,20 @@ class Timeline:
         course = []
         for event in self.events:
             for storage in event.storages:
-                now[self.labels.get(storage, OTHER)] += self.sizes[storage] * (1 if event.call else -1)
+                now[self.labels.get(storage, OTHER)] += self.sizes[storage] * (-1 if event.inside is None else 1)
             made = sum(self.sizes[s] for s in event.storages)
-            inside = highest(workspaces.get(event.call, ())) - made if event.call else 0
+            inside = highest(event.inside) - made if event.inside else 0
             course.append(now + Counter(workspaces=max(0, inside)))
         return course
 
-    def moves(self, workspaces: Workspaces) -> Iterator[tuple[object, int]]:
+    def moves(self) -> Iterator[tuple[object, int]]:
         """Every allocation after the first event, those inside calls included: which, and its bytes; 0 bytes give it back."""
         for number, event in enumerate(self.events):
-            if event.call is None:
+            if event.inside is None:
                 yield from ((storage, 0) for storage in event.storages)
                 continue
             results = list(event.storages)
-            inside = workspaces.get(event.call, [])
+            inside = event.inside
             stays = Counter(m for m in inside if m > 0) - Counter(-m for m in inside if m < 0)
             made: dict[int, list[object]] = {}
             for i, move in enumerate(inside):
@@ -176,13 +151,13 @@ class Timeline:
             yield from ((storage, self.sizes[storage]) for storage in results)
             yield from ((key, 0) for keys in made.values() for key in keys)
 
-    def peak(self, workspaces: Workspaces | None = None) -> Moment:
+    def peak(self) -> Moment:
         """The moment at which most is live."""
-        levels = self.levels(workspaces)
+        levels = self.levels()
         index, most = max(enumerate(level[1] for level in levels), key=lambda pair: pair[1], default=(-1, 0))
         live = set(self.held)
         for event in self.events[: index + 1]:
-            (live.difference_update if event.call is None else live.update)(event.storages)
+            (live.difference_update if event.inside is None else live.update)(event.storages)
         parts: Counter[str] = Counter()
         for storage in live:
             parts[self.labels.get(storage, OTHER)] += self.sizes[storage]
@@ -199,6 +174,14 @@ def highest(moves: Iterable[int]) -> int:
     return most
 
 
+def allocations(computation: Callable[[], Any]) -> list[int]:
+    """What ``computation`` allocates (> 0) and frees (< 0) of the CPU allocator's bytes, in order."""
+    moves: list[int] = []
+    with private.recording(moves):
+        computation()
+    return moves
+
+
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records a `Timeline` of what happens on ``device`` while it is active; what lies on the host beside it has no bytes there."""
 
@@ -206,41 +189,61 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.timeline = Timeline()
         self.device = device
-        self._granule = 1 if device.type == "cpu" else GRANULE
+        self._there = accelerator(device)
         self._known: dict[int, weakref.ref[Any]] = {}  # by address; the reference says when it is gone
         self._numbers: dict[int, int] = {}
         self._next = 0
-        self._sum: Event | None = None  # what was done last, if it was such a sum
+        self._sum: Event | None = None  # what was done last, if it was a sum that autograd made
         self._summands: set[int] = set()  # the storages of its summands that are no views
         self._stands_for: dict[int, int] = {}  # a sum: the summand whose storage it really is in
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Calls ``func`` and writes down which storages are new."""
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         if func.is_view or func.namespace == "prim":
-            return result
-        arguments = tree_map_only(Tensor, Spec.of, (args, kwargs))
-        key = f"{func} {arguments}"
+            return func(*args, **kwargs)
+        result, inside, apart = self._watched(func, args, kwargs)
         tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
-        inside = [t.numel() * t.element_size() for t in tensors if t.device.type == self.device.type]
+        here = [t.numel() * t.element_size() for t in tensors if t.device.type == self.device.type]
         outside = [t.numel() * t.element_size() for t in tensors if t.device.type != self.device.type]
-        call = CALLS.setdefault(key, Call(func, arguments, key, bool(inside), torch.Tag.nondeterministic_seeded in func.tags))
         event = Event(
-            call, [], flops=private.flops(func, *args, result=result, **kwargs), moved=sum(inside),
-            crossed=max(outside, default=0) if inside else 0,
+            [], inside, flops=private.flops(func, *args, result=result, **kwargs), moved=sum(here),
+            crossed=max(outside, default=0) if here else 0, random=torch.Tag.nondeterministic_seeded in func.tags,
         )  # fmt: skip
         self.timeline.events.append(event)  # before the storages: what the result replaces goes afterwards
         event.storages += [n for t in tree_leaves(result) if isinstance(t, Tensor) and (n := self._meet(t)) is not None]
-        if func.overloadpacket.__name__ == "_efficientzerotensor":
-            self.timeline.sizes.update(dict.fromkeys(event.storages, 0))  # zeros of forward-mode, which are nowhere
+        if self._there:  # what it kept first, then what it needed besides: the order in which convolutions ask
+            event.inside = [*(self.timeline.sizes[s] for s in event.storages), *([apart, -apart] if apart > 0 else [])]
+        if func.overloadpacket.__name__ == "_efficientzerotensor":  # zeros of forward-mode, which are nowhere
+            self.timeline.sizes.update(dict.fromkeys(event.storages, 0))
+            event.inside = []
         # Autograd sums gradients that meet in place, where it holds the last reference to one that is no view; but not while a
         # mode looks on.
         self._sum = event if func is torch.ops.aten.add.Tensor and private.in_backward() else None
         if self._sum:
             summands = [t for t in args if isinstance(t, Tensor) and not private.is_view(t)]
             self._summands = {self._numbers.get(private.address(t), -1) for t in summands}
+        if func is torch.ops.aten.add_.Tensor:
+            summands = [t for t in args if isinstance(t, Tensor)]
+            numbers = [self._stands_for.get(n, n) for t in summands if (n := self._numbers.get(private.address(t))) is not None]
+            if len(numbers) == 2 and self.timeline.labels.get(numbers[0]) == GRADIENTS:
+                event.into = numbers[0], numbers[1]
         return result
+
+    def _watched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[int], int]:
+        """The result of ``func``, what it allocated and freed on the CPU, and what it needed besides its results elsewhere."""
+        inside: list[int] = []
+        if self._there is None:
+            with private.recording(inside):
+                result = func(*args, **kwargs)
+            return result, inside, 0
+        there = self._there
+        there.wait()
+        there.forget_peak()
+        before = there.allocated()
+        result = func(*args, **kwargs)
+        there.wait()
+        return result, [], there.most_allocated() - max(before, there.allocated())
 
     def hold(self, label: str, tensors: "Tensors") -> None:
         """Says that ``tensors`` are there already, and what for."""
@@ -276,28 +279,18 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             in_place = self._sum and events[-1] is self._sum and self._sum.storages and number in self._summands
             if in_place and self._sum and sizes[self._sum.storages[0]] == sizes[real]:
                 self._stands_for[self._sum.storages.pop()] = real
-                self._sum.call = None  # what happens in place needs nothing
+                self._sum.inside = []  # what happens in place needs nothing
             else:
-                events.append(Event(None, [real]))
+                events.append(Event([real]))
 
         self._known[address] = weakref.ref(storage, gone)
         self._numbers[address] = number
-        self.timeline.sizes[number] = -(-storage.nbytes() // self._granule) * self._granule
+        self.timeline.sizes[number] = storage.nbytes()
         return number
 
 
-def without_memory(module: nn.Module, device: torch.device) -> nn.Module:
-    """Replaces what ``module`` holds by fake tensors of the same layout on ``device``; to be called in a ``FakeTensorMode``."""
-
-    def imitate(tensor: Tensor) -> Tensor:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-
-    for part in module.modules():
-        for name, parameter in part.named_parameters(recurse=False):
-            part.register_parameter(name, nn.Parameter(imitate(parameter), parameter.requires_grad))
-        for name, buffer in part.named_buffers(recurse=False):
-            setattr(part, name, imitate(buffer))
-    return module
+# torch has its compiler leave this alone, for which it would import it: 1.5 s and 150 MiB.
+Tracer.__torch_dispatch__ = private.unwrapped(Tracer.__torch_dispatch__)  # type: ignore[method-assign]
 
 
 Tensors = Iterable[Tensor | None]
@@ -310,7 +303,7 @@ def trace(
     ignore: Tensors = (),
     device: torch.device = CPU,
 ) -> Timeline:
-    """What ``computation`` allocates, on tensors that are fake already, or on real ones.
+    """What ``computation`` allocates.
 
     Args:
         computation: is run once; its result is dropped at its end.

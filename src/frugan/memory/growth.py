@@ -1,0 +1,228 @@
+"""What micro-batches of any size allocate, told by two small ones.
+
+Whatever a phase allocates grows evenly with its micro-batch: two traces of different sizes give a straight line for every storage,
+and for what operators need inside. From them the timeline of any layout is made without running it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from frugan.memory.trace import GRADIENTS, OTHER, Event, Timeline
+
+SMALL, LARGE = 2, 3  # samples of the two traces; a single one is computed by other operators
+
+
+Line = tuple[float, float]  # at no sample, and for each
+
+
+@dataclass
+class Step:
+    """One `Event`, as lines."""
+
+    storages: list[int]
+    inside: list[Line] | None
+    flops: Line
+    moved: Line
+    crossed: Line
+    random: bool
+    into: tuple[int, int] | None
+
+
+@dataclass
+class Growth:
+    """A micro-batch that finds gradients of earlier ones, as lines in the number of its samples.
+
+    Args:
+        sizes: bytes of each storage.
+        labels: what each is for, if not for activations.
+        held: the storages that are there before.
+        steps: what happens, in order.
+        granule: bytes of which the allocator gives out whole ones.
+    """
+
+    sizes: dict[int, Line]
+    labels: dict[int, str]
+    held: list[int]
+    steps: list[Step]
+    granule: int = 1
+
+    @classmethod
+    def between(cls, low: Timeline, high: Timeline, granule: int = 1, *, small: int = SMALL, large: int = LARGE) -> Self:
+        """Through two traces of the same computation, of ``small`` and of ``large`` samples."""
+        if not alike(low, high):  # the operators depend on the size: the larger alone must do
+            low = _shrunk(high, small / large)
+
+        def line(a: float, b: float) -> Line:
+            each = (b - a) / (large - small)
+            return (a - small * each, each)
+
+        sizes: dict[int, Line] = {}
+        pairs = list(zip(sorted(low.held), sorted(high.held), strict=True))
+        for a, b in zip(low.events, high.events, strict=True):
+            pairs += [(x, y) for x, y in zip(a.storages, b.storages, strict=True)] if b.inside is not None else []
+        for x, y in pairs:
+            sizes[y] = line(low.sizes[x], high.sizes[y])
+        steps = []
+        for a, b in zip(low.events, high.events, strict=True):
+            inside = None
+            if b.inside is not None:
+                first = a.inside or []
+                same = len(first) == len(b.inside) and all(x * y > 0 for x, y in zip(first, b.inside, strict=True))
+                results = {high.sizes[s]: sizes[s] for s in b.storages}
+                # Another kernel for another size: what is no result of it is taken to stay as it is.
+                inside = [line(x, y) for x, y in zip(first, b.inside, strict=True)] if same else [
+                    (sign * base, sign * each) for y in b.inside
+                    for sign, (base, each) in [(1 if y > 0 else -1, results.get(abs(y), (float(abs(y)), 0.0)))]
+                ]  # fmt: skip
+            steps.append(Step(
+                [s for s in b.storages if s in sizes], inside, line(a.flops, b.flops), line(a.moved, b.moved),
+                line(a.crossed, b.crossed), b.random, b.into,
+            ))  # fmt: skip
+        labels = {s: label for s, label in high.labels.items() if s in sizes and label != OTHER}
+        return cls(sizes, labels, sorted(high.held), steps, granule)
+
+    @property
+    def random(self) -> bool:
+        """Whether something draws from torch's global generators."""
+        return any(step.random for step in self.steps)
+
+    def timeline(self, sizes: Sequence[int], *, accumulated: bool = False) -> Timeline:
+        """What micro-batches of ``sizes`` allocate one after the other; ``accumulated``: the first finds gradients already.
+
+        Where it finds none, what it would add to them becomes the gradients.
+        """
+        timeline = Timeline()
+        constant = {s for s in self.held if accumulated or self.labels.get(s) != GRADIENTS}
+        for storage in constant:
+            timeline.held.add(storage)
+            timeline.sizes[storage] = self._bytes(self.sizes[storage], 0)
+            timeline.labels[storage] = self.labels.get(storage, OTHER)
+        offset = max(self.sizes, default=0) + 1
+        seen: set[int] = set()  # gradients that are there
+        seen |= {s for s in constant if self.labels.get(s) == GRADIENTS}
+        for turn, count in enumerate(sizes):
+            shift = offset * (turn + 1)
+            kept: set[int] = set()  # what became a gradient in this micro-batch
+            for step in self.steps:
+                if step.inside is None:
+                    gone = [s if s in constant else s + shift for s in step.storages if s not in kept]
+                    if gone:
+                        timeline.events.append(Event(gone))
+                    continue
+                if step.into and step.into[0] not in seen:
+                    seen.add(step.into[0])
+                    kept.add(step.into[1])
+                    timeline.labels[step.into[1] + shift] = GRADIENTS
+                    continue
+                for s in step.storages:
+                    timeline.sizes[s + shift] = self._bytes(self.sizes[s], count)
+                    if s in self.labels:
+                        timeline.labels[s + shift] = self.labels[s]
+                timeline.events.append(Event(
+                    [s + shift for s in step.storages], [self._move(line, count) for line in step.inside],
+                    int(at(step.flops, count)), int(at(step.moved, count)), int(at(step.crossed, count)), step.random,
+                ))  # fmt: skip
+        return timeline
+
+    def peaks(self, counts: Sequence[int], *, several: bool) -> list[int]:
+        """The most that is live at micro-batches of each of ``counts``: of ``several``, or of one alone."""
+        rows = self._rows(several)
+        return [int(np.ceil((rows[:, 0] + rows[:, 1] * count).max())) for count in counts]
+
+    def _rows(self, several: bool) -> np.ndarray[Any, Any]:
+        key = "_several" if several else "_alone"
+        if key not in self.__dict__:
+            self.__dict__[key] = np.array(self._levels(several), float).reshape(-1, 2)
+        found: np.ndarray[Any, Any] = self.__dict__[key]
+        return found
+
+    def _levels(self, several: bool) -> list[Line]:
+        """For each moment what is live, of a micro-batch that finds gradients (``several``) or of one alone."""
+        begin = [self.sizes[s] for s in self.held if several or self.labels.get(s) != GRADIENTS]
+        base, each = sum(line[0] for line in begin), sum(line[1] for line in begin)
+        rows = [(base, each)]
+        seen = {s for s in self.held if self.labels.get(s) == GRADIENTS} if several else set[int]()
+        kept: set[int] = set()
+        for step in self.steps:
+            if step.inside is not None and step.into and step.into[0] not in seen:
+                seen.add(step.into[0])
+                kept.add(step.into[1])
+                continue
+            if step.inside is not None:
+                a, b = base, each
+                for line in step.inside:
+                    a, b = a + line[0], b + line[1]
+                    rows.append((a, b))
+            sign = -1 if step.inside is None else 1
+            for s in step.storages:
+                if s not in kept:
+                    base, each = base + sign * self.sizes[s][0], each + sign * self.sizes[s][1]
+            rows.append((base, each))
+        return rows
+
+    def _bytes(self, line: Line, count: int) -> int:
+        return -(-max(0, round(at(line, count))) // self.granule) * self.granule
+
+    def _move(self, line: Line, count: int) -> int:
+        value = round(at(line, count))
+        return -self._bytes((-line[0], -line[1]), count) if value < 0 else self._bytes(line, count)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "sizes": [[s, *line] for s, line in self.sizes.items()], "labels": [[s, label] for s, label in self.labels.items()],
+            "held": self.held, "granule": self.granule,
+            "steps": [
+                [s.storages, s.inside, s.flops, s.moved, s.crossed, s.random, s.into] for s in self.steps
+            ],
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, known: dict[str, Any]) -> Self:
+        """What `as_dict` gave."""
+        steps = [
+            Step(
+                storages, None if inside is None else [(a, b) for a, b in inside], tuple(flops), tuple(moved), tuple(crossed),
+                random, tuple(into) if into else None,
+            )
+            for storages, inside, flops, moved, crossed, random, into in known["steps"]
+        ]  # fmt: skip
+        return cls({s: (a, b) for s, a, b in known["sizes"]}, dict(known["labels"]), known["held"], steps, known["granule"])
+
+
+def alike(low: Timeline, high: Timeline) -> bool:
+    """Whether the same happens in both."""
+    low_, high_ = ([(len(e.storages), e.inside is None) for e in t.events] for t in (low, high))
+    return low_ == high_ and len(low.held) == len(high.held)
+
+
+def traced(trace: Callable[[int], Timeline], granule: int) -> Growth:
+    """The growth of what ``trace`` runs on so many samples; where few are computed otherwise than more, of more."""
+    low, high = trace(SMALL), trace(LARGE)
+    if not alike(low, high):
+        low = trace(SMALL)  # what ran for the first time met other things
+    if alike(low, high):
+        return Growth.between(low, high, granule)
+    small, large = 2 * LARGE, 3 * LARGE
+    return Growth.between(trace(small), trace(large), granule, small=small, large=large)
+
+
+def at(line: Line, count: float) -> float:
+    """The value of ``line`` at ``count`` samples."""
+    return line[0] + line[1] * count
+
+
+def _shrunk(timeline: Timeline, share: float) -> Timeline:
+    """``timeline`` with all that it makes, but not what is there before, at ``share`` of its size."""
+    sizes = {s: size if s in timeline.held else int(size * share) for s, size in timeline.sizes.items()}
+    events = [
+        Event(
+            e.storages, None if e.inside is None else [int(m * share) for m in e.inside], int(e.flops * share),
+            int(e.moved * share), int(e.crossed * share), e.random, e.into,
+        )
+        for e in timeline.events
+    ]  # fmt: skip
+    return Timeline(sizes, timeline.labels, timeline.held, events)

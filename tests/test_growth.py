@@ -1,0 +1,82 @@
+"""What micro-batches of any size allocate is told by two small ones."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from frugan import recipes
+from frugan.memory import host, limit
+from frugan.memory.growth import Growth, traced
+from frugan.memory.plan import Layout
+from frugan.memory.trace import GRADIENTS, Timeline, trace
+from frugan.phases import PHASES, Model
+
+CPU = torch.device("cpu")
+
+
+def near(count: int) -> object:
+    """Small convolutions take other kernels for other sizes, which need up to a MiB more or less."""
+    return pytest.approx(count, rel=0.015, abs=1 << 20)
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_growth_is_what_is_traced_at_any_size_with_gradients_and_without(name: str, phase: str) -> None:
+    model = Model(recipes.get(name).replace(image_size=32, channels=3, flip=True), CPU)
+    growth = model.growth(phase, {})
+    for count in (2, 5, 24):
+        exact = model._trace(phase, Layout(sizes=(count,)))
+        ours = growth.timeline((count,), accumulated=True)
+        assert ours.peak().bytes == near(exact.peak().bytes)
+        assert growth.peaks([count], several=True)[0] == near(ours.peak().bytes)
+    for sizes in ((6,), (6, 6), (6, 5)):  # the first finds no gradients: what it would add to them becomes them
+        held = {GRADIENTS: [], "noise": [*model.step.draws.kept()]} | model.held()
+        exact = trace(lambda sizes=sizes: model._run(phase, Layout(sizes=sizes)), held)  # type: ignore[misc]
+        assert growth.timeline(sizes).peak().bytes == near(exact.peak().bytes)
+
+
+def test_a_growth_comes_back_from_json_as_it_was() -> None:
+    growth = Model(recipes.r3().replace(image_size=16, channels=1), CPU).growth("D", {"separate_terms": True})
+    again = Growth.from_dict(json.loads(json.dumps(growth.as_dict())))
+    assert again.timeline((3, 2)).levels() == growth.timeline((3, 2)).levels()
+
+
+def test_where_few_samples_are_computed_otherwise_more_are_traced() -> None:
+    counts: list[int] = []
+
+    def run(count: int) -> Timeline:
+        counts.append(count)
+        return trace(lambda: [torch.ones(count * 100).exp() for _ in range(2 if count == 2 else 1)], {})
+
+    growth = traced(run, 1)
+    assert counts == [2, 3, 2, 6, 9]
+    assert growth.timeline((100,), accumulated=True).peak().bytes == 2 * 4 * 100 * 100
+
+
+def test_planning_imports_no_compiler() -> None:
+    """It would stay in the process, with 150 MiB; this process may have it from other tests."""
+    import subprocess
+
+    script = """
+import sys, torch
+from frugan import recipes
+from frugan.phases import Model
+model = Model(recipes.r3().replace(image_size=16, channels=1), torch.device("cpu"))
+model.growth("D", {"penalty": "jvp", "checkpoint_blocks": True, "separate_terms": True})
+model.growth("G", {"recompute_generator": True, "checkpoint_blocks": True})
+print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.skipif(host.libc() is None, reason="of Linux with glibc")
+def test_code_that_was_let_go_comes_back() -> None:
+    before = host.status("RssFile")
+    host.drop_code()
+    dropped = host.status("RssFile")
+    assert dropped < before
+    assert float(torch.nn.functional.conv2d(torch.ones(2, 3, 8, 8), torch.ones(4, 3, 3, 3)).sum()) == 2 * 4 * 36 * 27
+    assert limit.most() >= before
