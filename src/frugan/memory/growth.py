@@ -67,16 +67,9 @@ class Growth:
             sizes[y] = line(low.sizes[x], high.sizes[y])
         steps = []
         for a, b in zip(low.events, high.events, strict=True):
-            inside = None
-            if b.inside is not None:
-                first = a.inside or []
-                same = len(first) == len(b.inside) and all(x * y > 0 for x, y in zip(first, b.inside, strict=True))
-                results = {high.sizes[s]: sizes[s] for s in b.storages}
-                # Another kernel for another size: what is no result of it is taken to stay as it is.
-                inside = [line(x, y) for x, y in zip(first, b.inside, strict=True)] if same else [
-                    (sign * base, sign * each) for y in b.inside
-                    for sign, (base, each) in [(1 if y > 0 else -1, results.get(abs(y), (float(abs(y)), 0.0)))]
-                ]  # fmt: skip
+            inside = (
+                None if b.inside is None else _inside(a.inside or [], b.inside, {high.sizes[s]: sizes[s] for s in b.storages}, line)
+            )
             steps.append(Step(
                 [s for s in b.storages if s in sizes], inside, line(a.flops, b.flops), line(a.moved, b.moved),
                 line(a.crossed, b.crossed), b.random, b.into,
@@ -213,6 +206,17 @@ def traced(trace: Callable[[int], Timeline], granule: int) -> Growth:
 def at(line: Line, count: float) -> float:
     """The value of ``line`` at ``count`` samples."""
     return line[0] + line[1] * count
+
+
+def _inside(first: list[int], second: list[int], results: dict[int, Line], line: Callable[[float, float], Line]) -> list[Line]:
+    """Lines through what a call allocated and freed in two traces; ``results`` are those of its results, by their bytes there."""
+    if len(first) == len(second) and all(a * b > 0 for a, b in zip(first, second, strict=True)):
+        return [line(a, b) for a, b in zip(first, second, strict=True)]
+    found = []
+    for move in second:  # another kernel for another size: what is no result of it is taken to stay as it is
+        base, each = results.get(abs(move), (float(abs(move)), 0.0))
+        found.append((base, each) if move > 0 else (-base, -each))
+    return found
 
 
 def _shrunk(timeline: Timeline, share: float) -> Timeline:
