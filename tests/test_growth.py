@@ -17,8 +17,8 @@ CPU = torch.device("cpu")
 
 
 def near(count: int) -> object:
-    """Small convolutions take other kernels for other sizes, which need up to a MiB more or less."""
-    return pytest.approx(count, rel=0.015, abs=1 << 20)
+    """Small convolutions take other kernels for other sizes, which need up to a MiB, or 3%, more or less."""
+    return pytest.approx(count, rel=0.03, abs=1 << 20)
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
