@@ -4,8 +4,8 @@
 
 Each cell is a process of its own. *Allocator*: everything a training allocates from its first weight to the end of one update of
 both networks, as the CPU allocator reports it, against the prediction made from two and three samples. *Adds*: the most that the
-process holds during four updates (VmHWM) beyond what it held before, against the prediction of that (heap, and what libraries
-load), with freed memory reused or given back as the cell says.
+process holds during four updates (VmHWM) beyond what it held before, against the prediction of that (with what libraries load),
+with freed memory reused or given back as the cell says.
 """
 
 import json
@@ -67,9 +67,9 @@ def measure(cell: dict[str, Any]) -> dict[str, int]:
 
     from frugan import recipes
     from frugan.build import average, lay_out, make_step, optimizers
-    from frugan.memory import host, limit
+    from frugan.memory import host, limit, pool
     from frugan.memory.plan import Layout
-    from frugan.memory.search import REUSE_MARGIN, Search
+    from frugan.memory.search import Search
     from frugan.memory.trace import allocations, highest
     from frugan.networks import build
     from frugan.phases import jobs
@@ -87,9 +87,8 @@ def measure(cell: dict[str, Any]) -> dict[str, int]:
     search = Search(jobs(recipe, device, (facts.coupled_g, facts.coupled_d), traces.growth), device)
     exact = {job.name: search.exact(job, layout) for job in search.jobs}
     predicted = max(e.moment.bytes for e in exact.values())
-    held = search.holds([e.timeline for e in exact.values()], cell["handling"])
-    held = int(held * REUSE_MARGIN) if cell["handling"] == "reuse" else held
-    held += facts.loaded + (len(set(layout.sizes)) - 1) * facts.loaded_each
+    tensors = search.holds([e.timeline for e in exact.values()], cell["handling"])
+    held = tensors + facts.loaded + (len(set(layout.sizes)) - 1) * facts.loaded_each
     traces.close()
 
     def training(updates: int) -> None:
@@ -110,7 +109,7 @@ def measure(cell: dict[str, Any]) -> dict[str, int]:
     limit.forget_peak(device)
     training(1)
     rehearse()
-    host.handle(cell["handling"])
+    host.handle(cell["handling"], pool.state().used + tensors)
     training(3)
     process = limit.peak(device) or 0
     allocated = highest(allocations(lambda: training(1)))

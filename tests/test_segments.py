@@ -1,4 +1,4 @@
-"""The models of two allocators, the C library's heap and an accelerator's segments, whatever is asked of them."""
+"""The model of an accelerator's allocator, whatever is asked of it."""
 
 from itertools import pairwise
 
@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frugan.memory.heap import ALIGNMENT, Chunk, Heap
 from frugan.memory.segments import GRANULE, LARGE_SEGMENT, MIB, ROUND, SMALL_SEGMENT, Full, Segments
 
 # Around everything that the rules tell apart: granules, the pool of small ones, 10 MiB, 20 MiB.
@@ -107,28 +106,3 @@ def test_more_cap_is_not_always_enough() -> None:
         return True
 
     assert fits(98 * MIB) and not fits(100 * MIB) and fits(126 * MIB)
-
-
-@given(moves=MOVES)
-def test_the_heap_gives_every_tensor_its_own_bytes_and_is_whole_when_all_are_free(moves: list[int | float]) -> None:
-    heap = Heap()
-    taken: list[list[Chunk]] = []
-    top = 0
-    for move in moves:
-        if isinstance(move, float):
-            if taken:
-                for chunk in taken.pop(int(move * len(taken))):
-                    heap.free(chunk)
-        else:
-            taken.append(heap.allocate(move))
-            begin, length = taken[-1][0]
-            assert length >= move + 8 and (begin + 16) % ALIGNMENT == 0
-        spans = [(begin, begin + length) for chunks in taken for begin, length in chunks]
-        assert_apart(spans)
-        assert max((end for _, end in spans), default=0) <= heap.top
-        assert heap.top >= top  # it never shrinks
-        top = heap.top
-    for chunks in taken:
-        for chunk in chunks:
-            heap.free(chunk)
-    assert heap._end == 0 and not heap._free

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from frugan import generate, networks
 from frugan.build import average, freeze, lay_out, make_step, optimizers
@@ -27,13 +28,14 @@ LEVERS = {"D": ("separate_terms", "checkpoint_blocks", "offload_activations"),
 
 
 class Model:
-    """All that a training of ``recipe`` (resolved) holds on ``device``, as new, and traces of what it does on few samples."""
+    """All that a training of ``recipe`` (resolved) holds on ``device``, weights zero, and traces of what it does on few samples."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe = recipe
         self.device = device
         channels, size, _ = recipe.data.shape
-        self.generator, self.discriminator = networks.build(recipe.network, size, channels)
+        with _Undrawn():
+            self.generator, self.discriminator = networks.build(recipe.network, size, channels)
         lay_out(recipe, self.generator, self.discriminator)
         freeze(recipe, self.discriminator)
         self.generator.to(device)
@@ -74,6 +76,13 @@ class Model:
             self.average.update(self.generator, count, count)
         self.step.judge_generated(self._first, (count,))
         generate.to_images(self.average.module if self.average else self.generator, self.step.latents("latent/g", 0, count), count)
+
+    def multiply(self, rows: int = 16) -> None:
+        """Runs every dense layer on enough rows for the library of matrix products to make the buffers that it keeps."""
+        for network in (self.generator, self.discriminator):
+            for layer in (m for m in network.modules() if isinstance(m, nn.Linear)):
+                layer(torch.zeros(rows, layer.in_features, device=self.device, requires_grad=True)).sum().backward()
+            network.zero_grad(set_to_none=True)
 
     def _trace(self, phase: str, layout: Layout) -> Timeline:
         learning = self._learning[phase]
@@ -130,6 +139,16 @@ class Model:
 
     def _images(self, first: int, count: int) -> Tensor:
         return torch.empty(count, *self.recipe.data.shape, dtype=torch.uint8)
+
+
+class _Undrawn(TorchFunctionMode):
+    """While open, zeros are written where random numbers would be drawn: that takes time, and what is allocated does not change."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See `TorchFunctionMode`."""
+        if func in (Tensor.uniform_, Tensor.normal_):
+            return args[0].zero_()
+        return func(*args, **(kwargs or {}))
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -232,8 +232,8 @@ class Planner:
 
     def _describe(self, choice: Choice, framework: int, budget: int) -> Plan:
         self.choice = choice
-        sizes = len({size for c in choice.chosen.values() for size in c.layout.sizes})
-        framework -= max(0, SIZES - sizes) * self.facts.loaded_each
+        sizes = {size for c in choice.chosen.values() for size in c.layout.sizes}
+        framework -= max(0, SIZES - len(sizes)) * self.facts.loaded_each
         phases, timelines = {}, []
         for name, candidate in choice.chosen.items():
             exact = self.search.exact(candidate.job, candidate.layout)
@@ -254,7 +254,7 @@ class Planner:
         held = max(held, *(sum(parts.values()) for parts in phases.values()))
         return Plan(
             {name: c.layout for name, c in choice.chosen.items()}, choice.handling, budget, self.named is not None,
-            framework, self.data, phases, held, choice.guarantee, self.facts.reserved + (sizes + 1) * self.facts.reserved_each,
+            framework, self.data, phases, held, choice.guarantee, self.facts.reserved + (len(sizes) + 1) * self.facts.reserved_each,
         )  # fmt: skip
 
     def _evaluating(self) -> dict[str, int]:

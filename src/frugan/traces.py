@@ -4,6 +4,7 @@ Traces are made by running phases on two and three samples (`frugan.phases.Model
 budget another one does that (``python -m frugan.traces``), so that nothing of it is left in the one that trains.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -89,11 +91,16 @@ class Here:
             model = self._model()
             return Facts(model.generator.couples_samples, model.discriminator.couples_samples, _bytes(model), 0, 0, 0, 0)
         found = [(limit.baseline(self.device), host.status("VmData"))]
-        model = self._model()
+        with ThreadPoolExecutor(1) as plots:
+            drawn = plots.submit(rehearse)
+            model = self._model()
+            model.warm(SMALL)
+            model.multiply()
+            drawn.result()
         tensors = sum(_bytes(model).values())
         for size in (SMALL, LARGE):
-            model.warm(size)
-            rehearse()
+            if size == LARGE:
+                model.warm(size)
             found.append((limit.at_rest(self.device) - tensors, host.status("VmData") - tensors))
         (loaded, reserved), (loaded_each, reserved_each) = (
             (max(0, b[0] - a[0]), b[1] - b[0] - a[1] + a[0]) for a, b in pairwise(found)
@@ -276,6 +283,8 @@ def serve() -> None:
     torch.set_num_threads(about["threads"])
     device = torch.device(about["device"])
     limit.handle("return", device)
+    gc.collect()
+    gc.freeze()  # so that later collections, of which there are many, do not look at all that was imported
     maker = Here(Recipe.from_toml(about["recipe"], "the recipe"), device)
     for line in sys.stdin:
         what, arguments = json.loads(line)

@@ -212,7 +212,7 @@ class Trainer:
             gc.collect()
             self._freeze()  # planning imports much
             budget = self.plan.budget if self.plan.named else None
-            with limit.held_to(budget, self.device, self.plan.reserved):
+            with limit.held_to(budget, self.device, self.plan.reserved, self.plan.held):
                 return self._train_within(self._about())
 
     def _train_within(self, about: dict[str, Any]) -> Path:

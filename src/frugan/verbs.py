@@ -1,5 +1,6 @@
 """What each verb of the command line does. torch is imported only once there is work to do."""
 
+import gc
 import json
 import math
 import os
@@ -64,6 +65,8 @@ def plan(options: Any, recipe: Recipe) -> None:
     else:
         held = bytes_of(len(source), data, keep)
     let_go = None if isinstance(source, ShardSource) or not held else lambda: True
+    gc.collect()
+    gc.freeze()  # as training does: collections, of which planning makes many, need not look at what was imported
     planner, found = find(recipe, where, data=held, memory=options.memory, approximate=options.allow_approximate, let_go=let_go)
     looked_at = planner.looked_at(found) if options.compare else []
     speed = planner.images_per_second(found) if options.compare else None

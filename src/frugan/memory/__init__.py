@@ -7,7 +7,7 @@ the bottom:
 - `limit`: the memory of this process: how much it is, was at most, and may be.
 - `levers`: the same gradients in less memory.
 - `trace`: what a computation allocates; `growth`: what it would with any number of samples, from two small traces.
-- `heap`, `segments`: what the process holds for that.
+- `pool`: where tensors of the CPU lie; `segments`: what an accelerator holds for tensors.
 - `search`: the fastest layout that fits.
 - `recover`: goes on in a cheaper way when memory runs out.
 - `engine`: all of that for one module and one loss.

@@ -109,6 +109,7 @@ class Engine(AbstractContextManager["Engine"]):
         self.predicted = 0
         self._reserved: list[Tensor] = []  # for the optimizer's state, until its first update
         self._loads = 0  # bytes of addresses that libraries reserve for a new size
+        self._more = 0  # bytes that a step takes at most
         self._open = ExitStack()
 
     def plan(self, *tensors: Tensor) -> Choice:
@@ -168,6 +169,7 @@ class Engine(AbstractContextManager["Engine"]):
         self.choice = choice
         self.predicted = framework + max(choice.chosen[STEP].needs(choice.handling), updating)
         self._loads = reserved
+        self._more = self.predicted - framework - state
         self.recovery = Recovery(
             [self.module], self.device, {STEP: choice.chosen[STEP].layout}, choice.handling, coupled=self.coupled or self.draws,
             levers={STEP: {"checkpoint_blocks"} if self.blocks else set()}, smallest={STEP: smallest},
@@ -184,7 +186,7 @@ class Engine(AbstractContextManager["Engine"]):
         if self.choice is None:
             raise UserError("the engine has no plan yet: call plan() with a few samples first.")
         self._open.enter_context(limit.as_before())
-        self._open.enter_context(limit.held_to(self.budget, self.device, 2 * self._loads))
+        self._open.enter_context(limit.held_to(self.budget, self.device, 2 * self._loads, self._more))
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from frugan.memory import pool
+
 Handling = Literal["reuse", "return"]
 # Of mallopt (malloc.h), with the environment's name for each and glibc's default.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
@@ -31,19 +33,22 @@ def libc() -> ctypes.CDLL | None:
     return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None  # another one lacks them
 
 
-def handle(how: Handling) -> None:
+def handle(how: Handling, most: int | None = None) -> None:
     """Says what becomes of freed memory on the CPU; other C libraries than glibc do as they like.
 
     ``return`` gives every tensor of more than 64 KiB back at once, so that the process holds what is live and no more; each new
     tensor then costs the system a page fault every 4 KiB. ``reuse`` keeps what is free for the next tensor, which is much
-    faster, and holds somewhat more than is live (`frugan.memory.heap` says how much).
+    faster: in a pool, so that tensors and what is free between them take no more than ``most`` bytes if tensors alone do not
+    (`frugan.memory.pool`), or where there is none in the C library's heap, which comes to hold up to half as much again.
     """
     global _handled
     if not (library := libc()):
         return
     _handled = True
     library.mallopt(M_ARENA_MAX, 1)  # threads that start from now on share one heap: what one frees, another can use
-    if how == "reuse":
+    if pool.available():
+        pool.use(most if how == "reuse" else 0)
+    if how == "reuse" and not pool.available():
         library.mallopt(M_MMAP_MAX, 0)
         library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     else:
@@ -64,12 +69,14 @@ def restore() -> None:
             said = os.environ.get(name, "")
             library.mallopt(parameter, int(said) if said.isdigit() else value)
         library.malloc_trim(0)
+        pool.end()
         _handled = False
 
 
 def trim() -> None:
     """Gives memory that is free inside the process back to the system."""
     if library := libc():
+        pool.trim()
         library.malloc_trim(0)
 
 

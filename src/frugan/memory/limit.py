@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from frugan.errors import UserError
-from frugan.memory import host
+from frugan.memory import host, pool
 from frugan.memory.accelerator import accelerator
 from frugan.memory.host import Handling
 from frugan.memory.plan import parse_bytes, size
@@ -26,6 +26,7 @@ EXCEEDED = 128 << 20  # the same where others hold more than the budget already:
 LEFT = 0.9  # of what is free, to be taken where no budget is named
 _budgets: list[int] = []  # what this process's memory is limited to now, on the CPU
 _beyond = _reserved = 0  # bytes of addresses that libraries may take beyond the budget: when they meet something new, and now
+_kept: int | None = None  # bytes that the pool may keep, with its tensors
 _most = 0  # the most that was held on the CPU until `went_over` last looked
 
 # What says that memory ran out, where only words tell: of torch's CPU allocator, oneDNN, CUDA, cuDNN and cuBLAS, MPS, the system.
@@ -47,7 +48,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def handle(how: Handling, device: torch.device) -> None:
     """Says what becomes of freed memory on the CPU (`frugan.memory.host.handle`); on accelerators torch's allocator decides."""
     if device.type == "cpu":
-        host.handle(how)
+        host.handle(how, _kept)
         if how == "return" and _budgets:
             _limit_data()  # the system counts the gaps of the heap as held for ever, but tensors do not go there any more
 
@@ -218,14 +219,17 @@ def loosen() -> None:
 
 
 @contextmanager
-def held_to(budget: int | None, device: torch.device, reserved: int = 0) -> Iterator[None]:
+def held_to(budget: int | None, device: torch.device, reserved: int = 0, more: int | None = None) -> Iterator[None]:
     """While open, the process is `limited` to ``budget`` if there is one; freed memory goes back at first.
+
+    Later (`handle`) it is kept for new tensors, up to what is there now and ``more`` bytes, those of tensors counted.
 
     Until `settle`, libraries may reserve ``reserved`` bytes of addresses beyond that, which they do not touch: oneDNN does for the
     code of every convolution it has not met before, does not look whether it got them, and runs it.
     """
-    global _beyond, _reserved
+    global _beyond, _reserved, _kept
     baseline(device)  # lets go of what planning has left
+    _kept = None if more is None else pool.state().used + more
     handle("return", device)
     forget_peak(device)
     _beyond = _reserved = reserved
@@ -233,7 +237,7 @@ def held_to(budget: int | None, device: torch.device, reserved: int = 0) -> Iter
         with limited(budget, device) if budget is not None else nullcontext():
             yield
     finally:
-        _beyond = _reserved = 0
+        _beyond, _reserved, _kept = 0, 0, None
         release(device)
 
 

@@ -10,26 +10,25 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
+from frugan.memory import pool
 from frugan.memory.growth import Growth
-from frugan.memory.heap import Heap
 from frugan.memory.host import Handling
 from frugan.memory.plan import SMALLEST_COUPLED, Guarantee, Layout, split
 from frugan.memory.private import UNMEASURED, can_record
 from frugan.memory.segments import LEAST, ROUND, SMALL_SEGMENT, Full, Segments
 from frugan.memory.trace import Timeline
 
-REUSE_MARGIN = 1.05  # of what the heap is predicted to hold: the prediction was up to 5% short (docs/LOG.md)
+KEPT = 1.4  # times what is live is what the C library's heap holds where there is no pool: 1.08 to 1.6 were seen (docs/LOG.md)
 SEGMENTS_MARGIN = 1.02  # the same of an accelerator's segments: a guess, until `make gpu` has measured it
 MARGIN = 12 << 20  # bytes of a budget left free: the framework differs by a few from process to process
 AHEAD = 8 << 20  # bytes that what is named as smallest has above what would do: the next process may hold a little more
 SLOWER = 1.05  # micro-batches alone that take no longer than this, of the whole batch's time, are not bettered by levers
 
 PLAIN = {k: v for k, v in vars(Layout(sizes=(1,))).items() if k != "sizes"}
-M = TypeVar("M", Heap, Segments)
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ class Search:
     @property
     def handlings(self) -> tuple[Handling, ...]:
         """What can become of freed memory, the faster first."""
-        return ("reuse", "return")
+        return ("reuse",) if self.device.type == "cpu" and pool.available() else ("reuse", "return")
 
     def growth(self, job: Job, layout: Layout) -> Growth:
         """What a micro-batch of ``job`` allocates with the levers of ``layout``."""
@@ -187,21 +186,19 @@ class Search:
 
     def _with_margin(self, timeline: Timeline, handling: Handling) -> int:
         held = self.holds([timeline], handling)
-        if self.device.type == "cpu":
-            return int(held * REUSE_MARGIN) if handling == "reuse" else held
-        return int(held * SEGMENTS_MARGIN)
+        return held if self.device.type == "cpu" else int(held * SEGMENTS_MARGIN)
 
     def holds(self, timelines: Sequence[Timeline], handling: Handling, available: int | None = None) -> int:
         """What is held for two updates in which ``timelines`` follow each other, whose first says what is there from the start.
 
-        Where freed memory goes back, that is the least that will do; on an accelerator, whose allocator gives segments back only if
-        it needs others, what it comes to hold within ``available`` bytes, if those are said.
+        Where freed memory goes back, and in a pool, that is the least that will do; on an accelerator, whose allocator gives
+        segments back only if it needs others, what it comes to hold within ``available`` bytes, if those are said.
         """
         most = max(max((m for _, m in t.levels()), default=sum(t.sizes[s] for s in t.held)) for t in timelines)
         if self.device.type == "cpu" and not can_record():
             most = int(most * UNMEASURED)
         if self.device.type == "cpu":
-            return self._replayed(timelines, Heap()).top if handling == "reuse" else most
+            return most if handling == "return" or pool.available() else int(KEPT * most)
         held = self._replayed(timelines, Segments()).top
         if handling == "return":
             if available is not None:
@@ -218,10 +215,10 @@ class Search:
             held = high * ROUND
         return held + SMALL_SEGMENT  # for what a trace does not see, such as the numbers that are reported
 
-    def _replayed(self, timelines: Sequence[Timeline], memory: M) -> M:
+    def _replayed(self, timelines: Sequence[Timeline], memory: Segments) -> Segments:
         for size in (timelines[0].sizes[s] for s in sorted(timelines[0].held)):
             memory.allocate(size)
-        for timeline in timelines if isinstance(memory, Heap) else [*timelines, *timelines]:  # the heap is empty after a phase
+        for timeline in [*timelines, *timelines]:
             memory.replay(timeline.moves())
         return memory
 
@@ -240,6 +237,7 @@ class Search:
         if key not in self._estimates:
             growth = self._growth(job, levers)
             apart = 0 if self.device.type == "cpu" else LEAST
+            kept = 1.15 * SEGMENTS_MARGIN if apart else 1 if pool.available() else KEPT
             layouts = [Layout.of(job.batch, parts, **levers) for parts in job.counts]
             alone = growth.peaks([x.micro_batch for x in layouts], several=False)
             several = growth.peaks([x.micro_batch for x in layouts], several=True)
@@ -250,7 +248,7 @@ class Search:
             for layout, one, more in zip(layouts, alone, several, strict=True):
                 peak = one if len(layout.sizes) == 1 else more
                 found.append(Candidate(
-                    job, layout, peak, int(1.15 * REUSE_MARGIN * peak) + apart, peak + apart, int(many.flops / 16 * job.batch),
+                    job, layout, peak, int(kept * peak) + apart, peak + apart, int(many.flops / 16 * job.batch),
                     each * job.batch + once * len(layout.sizes), int(many.fresh / 16 * job.batch),
                 ))  # fmt: skip
             self._estimates[key] = found
@@ -308,12 +306,11 @@ class Search:
         """The fastest layout of ``job`` that fits; what would have been faster goes into ``refused``."""
         plain = self._first(self._allowed(job, job.variants[0]), available, handling, refused)
         whole = self.candidates(job, job.variants[0])[0]
-        if (
-            plain
-            and plain.guarantee != Guarantee.APPROXIMATE
-            and plain.time(handling, self.rates) <= SLOWER * whole.time(handling, self.rates)
-        ):
-            return plain
+        if plain and plain.time(handling, self.rates) <= SLOWER * whole.time(handling, self.rates):
+            if plain.guarantee != Guarantee.APPROXIMATE:
+                return plain
+            if self.candidates(job, job.variants[-1])[0].needs(handling) > available:  # all levers do not help it to be exact
+                return plain
         return self._first([c for levers in job.variants for c in self._allowed(job, levers)], available, handling, refused)
 
     def _first(
