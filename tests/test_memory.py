@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from frugan.memory import pool
+
 SCRIPT = """
 import json, sys
 import psutil
@@ -38,6 +40,7 @@ import numpy as np
 import psutil
 import torch
 import frugan
+from frugan.memory import pool
 
 def resident():
     return psutil.Process().memory_info().rss
@@ -47,6 +50,11 @@ def given_back():
     held = resident()
     del many
     return (held - resident()) / 2**20
+
+def pooled():
+    before = pool.state().used
+    tensor = torch.ones(1 << 18)
+    return pool.state().used > before
 
 def found():
     places = [torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul, torch.backends]
@@ -70,11 +78,11 @@ before = found()
 within = []
 
 def note(images):
-    within[:] = [found(), given_back()]
+    within[:] = [found(), pooled()]
 
 settings = dict(batch_size=16, epochs=1, width_g=8, width_d=8, threads=1, device="cpu", quiet=True)
 frugan.train(sys.argv[2], out=sys.argv[1], on_update=note, memory=f"{(resident() >> 20) + 600}MiB", **settings)
-trained = [found(), given_back()]
+trained = [found(), given_back(), pooled()]
 try:
     frugan.train(sys.argv[2], out=sys.argv[1] + "-refused", memory="20MiB", **settings)
 except frugan.UserError as error:
@@ -89,6 +97,7 @@ def test_a_training_leaves_the_program_that_called_it_as_it_was(tmp_path: Path, 
     before, within, trained, after, refused = json.loads(done.stdout)
     for name in ("threads", "frozen", "precision", "data", "signals"):
         assert within[0][name] != before[name], name  # so it was something to put back
-    assert within[1] < 10 and trained[1] > 60 and after[1] > 60  # MiB of 64 that go back to the system at once
+    assert within[1] == pool.available() and not trained[2]  # tensors come from the pool while training goes on
+    assert trained[1] > 60 and after[1] > 60  # MiB of 64 that go back to the system at once
     assert trained[0] == before and after[0] == before
     assert "--memory 20.0 MiB is too little" in refused

@@ -156,7 +156,10 @@ static void *take(size_t bytes) {
     }
     if (!furnish(from, pages)) { /* a limit of the system: what is free elsewhere may do */
         give_back(pages, from, from + pages);
-        if (!furnish(from, pages)) return NULL;
+        if (!furnish(from, pages)) {
+            give_back(held - used, 0, 0); /* what was got, too: others may need it now */
+            return NULL;
+        }
     }
     size_t i = find(from);
     while (spans[i].pages < pages) {
