@@ -90,6 +90,7 @@ def measure(cell: dict[str, Any]) -> dict[str, int]:
     tensors = search.holds([e.timeline for e in exact.values()], cell["handling"])
     held = tensors + facts.loaded + (len(set(layout.sizes)) - 1) * facts.loaded_each
     traces.close()
+    del traces, search, exact  # as planning does
 
     def training(updates: int) -> None:
         generator, discriminator = build(recipe.network, side, channels)

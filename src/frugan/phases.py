@@ -81,7 +81,9 @@ class Model:
         """Runs every dense layer on enough rows for the library of matrix products to make the buffers that it keeps."""
         for network in (self.generator, self.discriminator):
             for layer in (m for m in network.modules() if isinstance(m, nn.Linear)):
-                layer(torch.zeros(rows, layer.in_features, device=self.device, requires_grad=True)).sum().backward()
+                with self.step.autocast():
+                    product = layer(torch.zeros(rows, layer.in_features, device=self.device, requires_grad=True))
+                product.sum().backward()
             network.zero_grad(set_to_none=True)
 
     def _trace(self, phase: str, layout: Layout) -> Timeline:

@@ -214,7 +214,7 @@ class Step:
         rows = Rows(self.draws, scope, row, len(images))
         blocks = list(self.discriminator.blocks)
         with (
-            self._autocast(),
+            self.autocast(),
             self._offloading(self.discriminator, layout),
             levers.still_statistics(self.discriminator),
         ):  # they have moved in the pass before
@@ -227,7 +227,7 @@ class Step:
 
     def _generate(self, purpose: str, row: int, count: int, *, learns: bool = False, layout: Layout | None = None) -> Tensor:
         """Generated images in the networks' dtype, with a graph to G if it ``learns``."""
-        with torch.set_grad_enabled(learns), self._autocast(), self._saving(self.generator, layout if learns else None):
+        with torch.set_grad_enabled(learns), self.autocast(), self._saving(self.generator, layout if learns else None):
             images: Tensor = self.generator(self.latents(purpose, row, count))
             return images.to(self.like.dtype)
 
@@ -238,7 +238,8 @@ class Step:
     def _layout(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
-    def _autocast(self) -> AbstractContextManager[object]:
+    def autocast(self) -> AbstractContextManager[object]:
+        """While open, networks compute in the precision that was asked for."""
         if self.precision not in DTYPES:
             return nullcontext()
         return torch.autocast(self.like.device.type, DTYPES[self.precision])
@@ -255,7 +256,7 @@ class Step:
 
     def _judge(self, images: Tensor, row: int, scope: str) -> Tensor:
         """Logits ``[n]`` in at least single precision."""
-        with self._autocast():
+        with self.autocast():
             logits: Tensor = self.discriminator(images, Rows(self.draws, scope, row, len(images)))
         return logits.to(self.like.dtype)
 

@@ -177,7 +177,7 @@ class Traces:
         self.file = cache_folder() / "plans" / f"{fingerprint(recipe, device)}.json"
         self._maker: Maker | None = None
         self._new = False
-        self._known: dict[str, Any] = {}
+        self._known: dict[str, str] = {}  # JSON that is read when it is needed: read, a trace takes megabytes
         with suppress(OSError, ValueError):
             known = json.loads(self.file.read_text())
             self._known = known if isinstance(known, dict) else {}
@@ -216,12 +216,13 @@ class Traces:
         key = self._key(what, arguments)
         if key in self._known:
             try:
-                return read(self._known[key])
+                return read(json.loads(self._known[key]))
             except (TypeError, ValueError, LookupError):
                 pass  # of a damaged file
-        self._known[key] = self._made(what, arguments)
+        made = self._made(what, arguments)
+        self._known[key] = json.dumps(made)
         self._new = True
-        return read(self._known[key])
+        return read(made)
 
     def _made(self, what: str, arguments: list[Any]) -> Any:
         if self._maker is None:
