@@ -11,7 +11,7 @@ from frugan.memory import host, limit
 from frugan.memory.growth import Growth, traced
 from frugan.memory.plan import Layout
 from frugan.memory.trace import GRADIENTS, Timeline, trace
-from frugan.phases import PHASES, Model
+from frugan.phases import PHASES, Model, variants
 
 CPU = torch.device("cpu")
 
@@ -35,6 +35,17 @@ def test_a_growth_is_what_is_traced_at_any_size_with_gradients_and_without(name:
         held = {GRADIENTS: [], "noise": [*model.step.draws.kept()]} | model.held()
         exact = trace(lambda sizes=sizes: model._run(phase, Layout(sizes=sizes)), held)  # type: ignore[misc]
         assert growth.timeline(sizes).peak().bytes == near(exact.peak().bytes)
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+@pytest.mark.parametrize("phase", PHASES)
+def test_no_lever_does_with_less_than_the_least(name: str, phase: str) -> None:
+    """Of samples that are computed at once; levers are looked at only where this would fit."""
+    recipe = recipes.get(name).replace(image_size=32, channels=3)
+    model = Model(recipe, CPU)
+    least = model.growth(phase, {}).least(32)
+    for levers in variants(recipe, phase, CPU, model.discriminator.couples_samples):
+        assert least <= model._trace(phase, Layout(sizes=(32,), **levers)).peak().bytes, levers
 
 
 def test_a_growth_comes_back_from_json_as_it_was() -> None:

@@ -125,6 +125,15 @@ class Growth:
         rows = self._rows(several)
         return [int(np.ceil((rows[:, 0] + rows[:, 1] * count).max())) for count in counts]
 
+    def least(self, count: int) -> int:
+        """Bytes without which no lever computes ``count`` samples at once: what is there all the time, and the two largest storages.
+
+        Those are what an operator takes and gives, or a feature map and its gradient.
+        """
+        held = set(self.held)
+        made = sorted(at(line, count) for s, line in self.sizes.items() if s not in held)
+        return int(sum(at(self.sizes[s], count) for s in held if self.labels.get(s) != GRADIENTS) + sum(made[-2:]))
+
     def _rows(self, several: bool) -> np.ndarray[Any, Any]:
         key = "_several" if several else "_alone"
         if key not in self.__dict__:

@@ -309,7 +309,9 @@ class Search:
         if plain and plain.time(handling, self.rates) <= SLOWER * whole.time(handling, self.rates):
             if plain.guarantee != Guarantee.APPROXIMATE:
                 return plain
-            if self.candidates(job, job.variants[-1])[0].needs(handling) > available:  # all levers do not help it to be exact
+            if self._growth(job, job.variants[0]).least(job.batch) > available:
+                return plain  # no lever helps it to be exact
+            if self.candidates(job, job.variants[-1])[0].needs(handling) > available:  # nor do all of them
                 return plain
         return self._first([c for levers in job.variants for c in self._allowed(job, levers)], available, handling, refused)
 
