@@ -126,7 +126,7 @@ class Growth:
         return [int(np.ceil((rows[:, 0] + rows[:, 1] * count).max())) for count in counts]
 
     def least(self, count: int) -> int:
-        """Bytes without which no lever computes ``count`` samples at once: what is there all the time, and the two largest storages.
+        """Bytes without which no lever computes ``count`` samples at once: what is always there, and the two largest storages.
 
         Those are what an operator takes and gives, or a feature map and its gradient.
         """
