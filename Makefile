@@ -18,7 +18,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml setup.py src/frugan/memory/pool.c
 	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('frugan needs Python 3.11 or later: make PYTHON=python3.12')"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip

@@ -10,7 +10,7 @@ import torch
 
 from frugan import build
 from frugan.errors import UserError
-from frugan.memory import limit
+from frugan.memory import host, limit, pool
 from frugan.memory.host import Handling
 from frugan.memory.limit import MIB
 from frugan.memory.plan import SMALLEST_COUPLED, Guarantee, Layout, size
@@ -294,6 +294,11 @@ def notices(recipe: Recipe, plan: Plan, generator: Network, discriminator: Netwo
         told.append("Approximate: Adam keeps its moments in 8 bits; --moments fp32 does not.")
     if "yes" in (recipe.memory.offload_state, recipe.memory.offload_activations) and device.type == "cpu":
         told.append("On the CPU there is nothing to offload to: --offload-state and --offload-activations do nothing.")
+    if device.type == "cpu" and host.libc() and not pool.available():
+        told.append(
+            "The pool for tensors is not there, so that training is slower or needs more memory: install frugan where there is "
+            "a C compiler (gcc)."
+        )
     precision = recipe.memory.precision
     if precision == "fp16" and device.type == "cpu":
         told.append("The CPU has no arithmetic of its own for fp16 and is many times slower in it: use --precision bf16 or fp32.")
