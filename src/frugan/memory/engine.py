@@ -30,6 +30,7 @@ from frugan.memory.trace import GRADIENTS, GRANULE, Event, Timeline, trace
 
 Loss = Callable[..., Tensor]
 STEP = "the step"
+TRIED = 32 * MIB  # bytes of a parameter that an optimizer is tried on
 
 
 def accumulate(loss: Loss, module: nn.Module, tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
@@ -244,8 +245,11 @@ class Engine(AbstractContextManager["Engine"]):
                 sizes += made[kind][0]
                 most, together = max(most, made[kind][1]), together + made[kind][1]
             largest = max(learning, key=lambda p: p.numel())
-            thrice = self._tried([largest] * 3)[1]  # what one after the other leaves lasts until the next at most
-            most = together if thrice > 2.5 * most else max(most, thrice)
+            one, three = (self._tried([largest] * n, MIB)[1] for n in (1, 3))
+            if three > 2.5 * one:  # it updates all of them at once
+                most = together
+            elif one:  # what one leaves lasts until the next at most
+                most = int(most * max(1, three / one))
         except limit.SHORTAGE as error:
             if limit.is_out_of_memory(error):
                 raise
@@ -259,16 +263,24 @@ class Engine(AbstractContextManager["Engine"]):
         state = sum(sizes) + 2 * sum(p.untyped_storage().nbytes() for p in learning)  # weights and gradients too
         return Timeline({0: state}, {0: "moments"}, {0}, [Event([], [most, -most])])
 
-    def _tried(self, parameters: Sequence[Tensor]) -> tuple[list[int], int]:
-        """Bytes of each tensor of state that the optimizer makes for copies of ``parameters``, and what an update allocates."""
-        twin = _twin(self.optimizer, parameters)
+    def _tried(self, parameters: Sequence[Tensor], largest: int = TRIED) -> tuple[list[int], int]:
+        """Bytes of each tensor of state that the optimizer makes for copies of ``parameters``, and what an update allocates.
+
+        Of a parameter of more than ``largest`` bytes a part is tried, and counted as the whole.
+        """
+        whole = len(parameters[0]) if parameters[0].dim() else 1
+        part = max(1, min(whole, whole * largest // max(1, parameters[0].nbytes)))
+        twin = _twin(self.optimizer, parameters, part)
         weights = [p for group in twin.param_groups for p in group["params"]]
         for p in weights:
             p.grad = torch.zeros_like(p)
         type(twin).step(twin)
         there = [*weights, *(p.grad for p in weights), *_tensors(twin)]
         timeline = trace(lambda: type(twin).step(twin), {}, ignore=there, device=self.device)
-        return [t.untyped_storage().nbytes() for t in _tensors(twin) if t.device.type == self.device.type], timeline.peak().bytes
+        state = [t for t in _tensors(twin) if t.device.type == self.device.type]
+        grows = [whole / part if t.dim() and len(t) == part else 1 for t in state]
+        sizes = [round(t.untyped_storage().nbytes() * more) for t, more in zip(state, grows, strict=True)]
+        return sizes, round(timeline.peak().bytes * whole / part)
 
     def _held(self) -> list[Tensor]:
         return [*self.module.parameters(), *self.module.buffers(), *_tensors(self.optimizer), *self._reserved]
@@ -324,13 +336,16 @@ def fitted(layout: Layout, count: int, smallest: int = 1) -> Layout:
     return replace(layout, sizes=tuple(split(count, parts)))
 
 
-def _twin(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """A copy of ``optimizer`` as new, on copies of ``parameters``; without its hooks, nor what was hung on its ``step``."""
+def _twin(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], part: int) -> torch.optim.Optimizer:
+    """A copy of ``optimizer`` as new, without hooks, nor what hung on ``step``; on copies of ``part`` rows of ``parameters``."""
     twin: torch.optim.Optimizer = object.__new__(type(optimizer))
     twin.__dict__.update({name: value for name, value in vars(optimizer).items() if name != "step"})
     twin.state = defaultdict(dict)
     of = next(group for group in optimizer.param_groups if any(p is parameters[0] for p in group["params"]))
-    twin.param_groups = [of | {"params": [nn.Parameter(p.detach().clone(), p.requires_grad) for p in parameters]}]
+    copies = [(p.detach()[:part] if p.dim() else p.detach()).clone() for p in parameters]
+    twin.param_groups = [
+        of | {"params": [nn.Parameter(p, copied.requires_grad) for p, copied in zip(copies, parameters, strict=True)]}
+    ]
     for name in vars(twin):
         if name.endswith("_hooks"):
             setattr(twin, name, OrderedDict())
