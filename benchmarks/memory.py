@@ -243,9 +243,7 @@ def main(options: Options) -> None:
     Console(width=170).print(table)
     import torch
 
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {options.rounds} interleaved rounds; *: trains"
-    )
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {options.rounds} interleaved rounds.")
     print("*: trains otherwise, as batch norm sees micro-batches.")
 
 
