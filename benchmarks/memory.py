@@ -212,12 +212,13 @@ def main(options: Options) -> None:
     table = Table(title=f"{options.image_size}x{options.image_size} colour, fp32")
     for heading in ("recipe", "batch", "loop", "allocates", "process", "s an update", "images/s", "of the tuned loop"):
         table.add_column(heading, justify="left" if heading in ("recipe", "loop") else "right")
-    with tempfile.TemporaryDirectory() as folder:
-        folder_of(max(options.batches), options.image_size, Path(folder))
-        for recipe in options.recipes:
-            for batch in options.batches:
+    for recipe in options.recipes:
+        for batch in options.batches:
+            with tempfile.TemporaryDirectory() as folder:
                 common = {"recipe": recipe, "side": options.image_size, "batch": batch}
-                common["updates"] = options.updates if batch <= 512 else 0 if batch > 2048 else 1
+                updates = 5 if batch <= 64 else options.updates if batch <= 2048 else 0
+                common["updates"] = updates
+                folder_of((updates + 3) * batch, options.image_size, Path(folder))  # no epoch ends in what is timed
                 rows = {n: r for n, r in ROWS.items() if r[0] or batch <= options.plain_most}
                 found: dict[str, list[dict[str, Any]]] = {name: [] for name in (*rows, FRUGAN)}
                 bytes_ = {
