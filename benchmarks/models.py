@@ -65,7 +65,9 @@ def made(library: str, name: str) -> Any:
     if name == "gpt2":
         return hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=384, n_layer=6, n_head=6, **small))
     if name == "t5":
-        return hf.T5ForConditionalGeneration(hf.T5Config(d_model=256, d_ff=1024, num_layers=4, num_heads=4, decoder_start_token_id=0, pad_token_id=0, **small))
+        return hf.T5ForConditionalGeneration(
+            hf.T5Config(d_model=256, d_ff=1024, num_layers=4, num_heads=4, decoder_start_token_id=0, pad_token_id=0, **small)
+        )
     if name == "distilbert":
         return hf.DistilBertForMaskedLM(hf.DistilBertConfig(dim=384, n_layers=4, n_heads=6, hidden_dim=1536, **small))
     kind = {"bert": "Bert", "electra": "Electra", "roberta": "Roberta"}[name]
