@@ -40,14 +40,14 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     """One training: of the plain loop (share 0) or within a share of ``plain`` bytes; or weights in double precision."""
     import torch
 
-    from frugan import recipes
-    from frugan.build import lay_out, make_step, optimizers
+    from frugan.config import recipes
+    from frugan.gan.build import lay_out, make_step, optimizers
+    from frugan.gan.networks import build
     from frugan.memory import limit
-    from frugan.memory.plan import Layout, split
+    from frugan.memory.layout import Layout, split
     from frugan.memory.search import MARGIN
     from frugan.memory.trace import allocations, highest
-    from frugan.networks import build
-    from frugan.planner import Planner
+    from frugan.training.planner import Planner
 
     device = torch.device("cpu")
     side, batch = cell["side"], cell["batch"]

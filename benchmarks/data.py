@@ -26,15 +26,16 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from frugan import recipes
-from frugan.build import lay_out, make_step, optimizers
-from frugan.data.loader import Loader, resolve
+from frugan.config import recipes
+from frugan.config.recipe import Data
+from frugan.data.opening import resolve
+from frugan.data.pack_loader import PackLoader
 from frugan.data.packing import make
-from frugan.data.source import open_source
+from frugan.data.sources import open_source
+from frugan.gan.build import lay_out, make_step, optimizers
+from frugan.gan.networks import build
 from frugan.memory import host
-from frugan.memory.plan import Layout
-from frugan.networks import build
-from frugan.recipe import Data
+from frugan.memory.layout import Layout
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -69,14 +70,14 @@ def by_image_folder(root: Path) -> float:
     return count / (time.perf_counter() - begin)
 
 
-def by_pack(loader: Loader) -> float:
+def by_pack(loader: PackLoader) -> float:
     begin, count = time.perf_counter(), len(loader) // 128 * 128
     for first in range(0, count, 128):
         loader.batch(first, 128)
     return count / (time.perf_counter() - begin)
 
 
-def training(loader: Loader, updates: int) -> tuple[float, float]:
+def training(loader: PackLoader, updates: int) -> tuple[float, float]:
     """Seconds of an update with images from ``loader``, and with one batch that is there, taking turns."""
     recipe = recipes.get("dcgan").replace(image_size=28, channels=1, width_g=16, width_d=16)
     generator, discriminator = build(recipe.network, 28, 1)
@@ -109,7 +110,7 @@ def cell(where: str) -> None:
 
     asked, begin = Data(data=where), time.perf_counter()
     source = open_source(asked)
-    Loader(source, resolve(source, asked, print), seed=0, workers=CORES, tell=print).batch(0, 64)
+    PackLoader(source, resolve(source, asked, print), seed=0, workers=CORES, tell=print).batch(0, 64)
     found: dict[str, float] = {"open": time.perf_counter() - begin}
     begin = time.perf_counter()
 
@@ -165,7 +166,7 @@ def main(options: Options) -> None:
             with fashion.open(i % len(fashion), 28) as image:
                 image.convert("RGB").save(root / "png" / "all" / f"{i:06}.png")
         asked = Data(data=str(root / "png"), image_size=28, channels=3)
-        loader = Loader(open_source(asked), asked, seed=0, workers=CORES, tell=lambda _: None, keep=0)
+        loader = PackLoader(open_source(asked), asked, seed=0, workers=CORES, tell=lambda _: None, keep=0)
         theirs, ours = [], []
         for _ in range(options.rounds):
             theirs.append(by_image_folder(root / "png"))
@@ -175,7 +176,7 @@ def main(options: Options) -> None:
             "reading random batches", f"{a:,.0f} images/s", f"{b:,.0f} by ImageFolder, DataLoader({CORES} workers)", f"{a / b:.0f}"
         )
         grey = Data(data=str(shared / "fashion-mnist"), image_size=28, channels=1)
-        loader = Loader(open_source(grey), grey, seed=0, workers=CORES, tell=lambda _: None, keep=0)
+        loader = PackLoader(open_source(grey), grey, seed=0, workers=CORES, tell=lambda _: None, keep=0)
         read, resident = training(loader, 300)
         table.add_row(
             "an update, images read",

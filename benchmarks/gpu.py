@@ -65,7 +65,7 @@ class Gpu:
             sim.setup()
         import torch
 
-        from frugan.device import choose
+        from frugan.utils.device import choose
 
         if name.startswith("cuda") and (torch.version.cuda or torch.version.hip) and not torch.cuda.is_available():
             sys.exit(
@@ -161,7 +161,7 @@ def used_by_uuid() -> dict[str, int]:
 
 def recipe_of(cell: Cell, **own: Any) -> Any:
     """The recipe of a cell; quick ones are narrow."""
-    from frugan import recipes
+    from frugan.config import recipes
 
     side = cell["side"]
     settings: dict[str, Any] = {"image_size": side, "channels": 1 if side in (8, 28) else 3, "batch_size": cell["batch"]}
@@ -186,9 +186,9 @@ class Frugan:
     """frugan's own update of both networks, as the trainer does it, on one batch from the host."""
 
     def __init__(self, recipe: Any, gpu: Gpu, images: Any, parts: int = 1, **levers: Any) -> None:
-        from frugan.build import average, lay_out, make_step, optimizers
-        from frugan.memory.plan import Layout
-        from frugan.networks import build
+        from frugan.gan.build import average, lay_out, make_step, optimizers
+        from frugan.gan.networks import build
+        from frugan.memory.layout import Layout
 
         self.images, self.batch, self.seen = images, len(images), 0
         channels, side, _ = recipe.data.shape
@@ -222,9 +222,9 @@ def tutorial(recipe: Any, gpu: Gpu, images: Any, tuned: str = "", compiled: bool
     """
     import torch
 
-    from frugan.networks import build
-    from frugan.networks.blocks import Dropout
-    from frugan.objective import LOSSES, squared_norm
+    from frugan.gan.losses import LOSSES, squared_norm
+    from frugan.gan.networks import build
+    from frugan.gan.networks.blocks import Dropout
 
     options, objective, device = recipe.optimizer, recipe.objective, gpu.device
     channels, side, _ = recipe.data.shape
@@ -330,11 +330,11 @@ def measure_hardware(gpu: Gpu, cell: Cell) -> Found:
 
 
 def measure_prediction(gpu: Gpu, cell: Cell) -> Found:
-    from frugan.device import arithmetic
     from frugan.memory import limit
-    from frugan.memory.plan import Layout
+    from frugan.memory.layout import Layout
     from frugan.memory.search import Search
-    from frugan.phases import Model, jobs
+    from frugan.training.phases import Model, jobs
+    from frugan.utils.device import arithmetic
 
     recipe = recipe_of(cell)
     with arithmetic("fp32", gpu.device):
@@ -398,7 +398,7 @@ def logged(out: str) -> Found:
 
 def measure_budget(gpu: Gpu, cell: Cell) -> Found:
     """A training within ``memory`` bytes, or the smallest that is named when it is refused."""
-    from frugan.planner import TooLittle
+    from frugan.training.planner import TooLittle
 
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -456,7 +456,7 @@ def timed(gpu: Gpu, update: Callable[[], object], updates: int, batch: int) -> f
 def measure_precision(gpu: Gpu, cell: Cell) -> Found:
     import torch
 
-    from frugan.device import arithmetic
+    from frugan.utils.device import arithmetic
 
     recipe = recipe_of(cell, precision=cell["precision"])
     with arithmetic(cell["precision"], gpu.device):
@@ -483,8 +483,8 @@ def measure_precision(gpu: Gpu, cell: Cell) -> Found:
 def measure_offloading(gpu: Gpu, cell: Cell) -> Found:
     import torch
 
-    from frugan.device import arithmetic
     from frugan.memory import limit
+    from frugan.utils.device import arithmetic
 
     ways = {
         "on the device": ({}, {}), "the same again": ({}, {}), "moments and average on the host": ({"offload_state": "yes"}, {}),
@@ -525,8 +525,8 @@ def measure_resume(gpu: Gpu, cell: Cell) -> Found:
     import torch
 
     if cell["what"] == "compare":
-        from frugan import checkpoint
-        from frugan.runs import RunFolder
+        from frugan.reporting.run_folder import RunFolder
+        from frugan.utils import checkpoint
 
         (one, _), (other, _) = (checkpoint.load(RunFolder(Path(run)).newest_checkpoint()) for run in cell["runs"])
         equal = [name for name in one if torch.equal(one[name], other[name])]
@@ -544,7 +544,7 @@ def measure_resume(gpu: Gpu, cell: Cell) -> Found:
 
 
 def measure_speed(gpu: Gpu, cell: Cell) -> Found:
-    from frugan.device import arithmetic, fast_precision
+    from frugan.utils.device import arithmetic, fast_precision
 
     fast = fast_precision(gpu.device).replace("fp32", "bf16")
     images = pictures(recipe_of(cell))
@@ -974,7 +974,7 @@ def page(options: Options, results: dict[str, list[tuple[Cell, Found]]], unreach
 
 def main(options: Options) -> None:
     if options.cell:
-        from frugan.errors import UserError
+        from frugan.utils.errors import UserError
 
         cell = json.loads(options.cell)
         try:

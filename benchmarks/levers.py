@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from frugan import recipes
-from frugan.build import lay_out, make_step
+from frugan.config import recipes
+from frugan.gan.build import lay_out, make_step
+from frugan.gan.losses import squared_norm
+from frugan.gan.networks import build
 from frugan.memory import host, levers
-from frugan.memory.plan import Layout
+from frugan.memory.layout import Layout
 from frugan.memory.trace import allocations, highest
-from frugan.networks import build
-from frugan.objective import squared_norm
 
 
 @dataclass

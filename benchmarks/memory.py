@@ -65,9 +65,9 @@ def looped(cell: dict[str, Any]) -> dict[str, Any]:
     """Seconds of an update, bytes allocated and held, of a loop without frugan."""
     import torch
 
-    from frugan import recipes
+    from frugan.config import recipes
+    from frugan.gan.networks import build
     from frugan.memory import host, private
-    from frugan.networks import build
 
     side, batch = cell["side"], cell["batch"]
     recipe = recipes.get(cell["recipe"]).replace(image_size=side, channels=3, batch_size=batch)
@@ -106,8 +106,8 @@ def looped(cell: dict[str, Any]) -> dict[str, Any]:
 def through_frugan(cell: dict[str, Any]) -> dict[str, Any]:
     """The same by `frugan.train`, within a budget."""
     import frugan
-    from frugan.errors import UserError
     from frugan.memory import host, limit
+    from frugan.utils.errors import UserError
 
     class Enough(Exception):
         pass
@@ -154,10 +154,10 @@ def parity(recipe_name: str) -> float:
     """The largest relative difference of a weight tensor after two updates in double precision, tuned loop against frugan."""
     import torch
 
-    from frugan import recipes
-    from frugan.build import lay_out, make_step, optimizers
-    from frugan.memory.plan import Layout
-    from frugan.networks import build
+    from frugan.config import recipes
+    from frugan.gan.build import lay_out, make_step, optimizers
+    from frugan.gan.networks import build
+    from frugan.memory.layout import Layout
 
     cut = 8 if recipe_name == "dcgan" else 3  # batch norm is compared whole: cut, its statistics are others
     recipe = recipes.get(recipe_name).replace(image_size=32, channels=3, batch_size=8)

@@ -81,8 +81,8 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     import torch
     from torch.nn.functional import cross_entropy
 
-    from frugan.errors import UserError
     from frugan.memory import Engine, limit
+    from frugan.utils.errors import UserError
 
     library, name, side, batch = cell["model"]
     device = torch.device("cpu")

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from frugan.draws import Draws, Rows
-from frugan.networks import Network
-from frugan.objective import LOSSES, squared_norm
-from frugan.recipe import Recipe
+from frugan.config.recipe import Recipe
+from frugan.gan.losses import LOSSES, squared_norm
+from frugan.gan.networks import Network
+from frugan.utils.draws import Draws, Rows
 
 Images = Callable[[int, int], Tensor]  # (row, count) to images [count, c, h, w] in [-1, 1]
 

@@ -65,16 +65,16 @@ def measure(cell: dict[str, Any]) -> dict[str, int]:
     """Predictions and measurements of one cell, in bytes."""
     import torch
 
-    from frugan import recipes
-    from frugan.build import average, lay_out, make_step, optimizers
+    from frugan.config import recipes
+    from frugan.gan.build import average, lay_out, make_step, optimizers
+    from frugan.gan.networks import build
     from frugan.memory import host, limit, pool
-    from frugan.memory.plan import Layout
+    from frugan.memory.layout import Layout
     from frugan.memory.search import Search
     from frugan.memory.trace import allocations, highest
-    from frugan.networks import build
-    from frugan.phases import jobs
-    from frugan.pictures import rehearse
-    from frugan.traces import Traces
+    from frugan.reporting.pictures import rehearse
+    from frugan.training.phases import jobs
+    from frugan.training.traces import Traces
 
     device = torch.device("cpu")
     side, batch = cell["side"], cell["batch"]

@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 import frugan
-from frugan import generate
-from frugan.checkpoint import all_in
-from frugan.data.loader import Loader
-from frugan.data.source import open_source
-from frugan.evaluate import Judge, Options
-from frugan.metrics import METRICS, shown
-from frugan.networks import build
+from frugan.data.pack_loader import PackLoader
+from frugan.data.sources import open_source
+from frugan.evaluation.evaluator import Judge, Options
+from frugan.evaluation.metrics import METRICS, shown
+from frugan.gan import sampling
+from frugan.gan.networks import build
+from frugan.utils.checkpoint import all_in
 
 
 @dataclass
@@ -40,13 +40,13 @@ def main(arguments: Arguments) -> None:
     channels, size, _ = data.shape
     with tempfile.TemporaryDirectory() as folder:
         untrained = Path(folder) / "untrained.safetensors"
-        generate.save(untrained, build(trained.recipe.network, size, channels)[0], trained.recipe, 0)
+        sampling.save(untrained, build(trained.recipe.network, size, channels)[0], trained.recipe, 0)
         generators = {"untrained": frugan.load(untrained), "1 epoch": brief, f"{arguments.epochs} epochs": trained}
 
-    def loader(split: str) -> tuple[Loader, int]:
+    def loader(split: str) -> tuple[PackLoader, int]:
         asked = type(data)(**(vars(data) | {"data": arguments.data, "split": split}))
         source = open_source(asked)
-        return Loader(source, asked, seed=0, workers=2, tell=print), len(source.classes)
+        return PackLoader(source, asked, seed=0, workers=2, tell=print), len(source.classes)
 
     real, classes = loader("train")
     judge = Judge(real, "fashion-mnist", classes, Options(reals=arguments.samples), torch.device("cpu"), print)

@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from frugan.runs import RunFolder
+from frugan.reporting.run_folder import RunFolder
 
 FASHION, EMOJI = "fashion-mnist", "noto-emoji-128/noto-emoji-128.zip"
 TRAININGS = {

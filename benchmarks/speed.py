@@ -21,15 +21,15 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from frugan import recipes
-from frugan.device import choose
-from frugan.draws import Draws, Rows
-from frugan.memory.plan import Layout
-from frugan.networks import build
-from frugan.objective import LOSSES
-from frugan.optim import FrugalAdam
-from frugan.recipe import Recipe
-from frugan.step import Step
+from frugan.config import recipes
+from frugan.config.recipe import Recipe
+from frugan.gan.losses import LOSSES
+from frugan.gan.networks import build
+from frugan.gan.optim import FrugalAdam
+from frugan.gan.step import Step
+from frugan.memory.layout import Layout
+from frugan.utils.device import choose
+from frugan.utils.draws import Draws, Rows
 
 
 @dataclass
@@ -66,7 +66,7 @@ def plain(recipe: Recipe, options: Options, device: torch.device) -> Callable[[]
 
 
 def frugal(recipe: Recipe, options: Options, device: torch.device, precision: str, parts: int) -> Callable[[], None]:
-    """The same through `frugan.step`."""
+    """The same through `frugan.gan.step`."""
     built = build(recipe.network, options.image_size, options.channels)
     generator, discriminator = (n.to(device, memory_format=torch.channels_last) for n in built)
     optimizers = [

@@ -15,10 +15,10 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from frugan.data import idx
+from frugan.data.sources import idx
 from frugan.memory import Engine
 from frugan.memory.limit import peak
-from frugan.memory.plan import size
+from frugan.utils.units import size
 
 
 class Vae(nn.Module):

@@ -18,8 +18,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import frugan
-from frugan import checkpoint
-from frugan.runs import RunFolder
+from frugan.reporting.run_folder import RunFolder
+from frugan.utils import checkpoint
 
 torch.set_num_threads(1)  # two test processes share the cores, and what is small is sooner done by one thread
 os.environ["FRUGAN_CACHE"] = tempfile.mkdtemp(prefix="frugan-")  # packs of the tests, of the processes they start too

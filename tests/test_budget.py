@@ -14,19 +14,19 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam
 
-from frugan import recipes
-from frugan.build import average, lay_out, make_step, optimizers
 from frugan.cli import main
-from frugan.errors import UserError
+from frugan.config import recipes
+from frugan.gan.build import average, lay_out, make_step, optimizers
+from frugan.gan.networks import build
 from frugan.memory import Engine
-from frugan.memory.plan import Layout
+from frugan.memory.layout import Layout
 from frugan.memory.search import Search
 from frugan.memory.trace import allocations, highest
-from frugan.networks import build
-from frugan.phases import Model, jobs
-from frugan.planner import Planner
-from frugan.runs import RunFolder
-from frugan.traces import Apart, Traces, fingerprint
+from frugan.reporting.run_folder import RunFolder
+from frugan.training.phases import Model, jobs
+from frugan.training.planner import Planner
+from frugan.training.traces import Apart, Traces, fingerprint
+from frugan.utils.errors import UserError
 
 from .conftest import final_state, write_idx
 
@@ -283,8 +283,8 @@ def test_networks_that_look_at_values_are_planned_like_any(
         discriminator.blocks[0].append(Looking())
         return generator, discriminator
 
-    monkeypatch.setattr("frugan.networks.build", looking)
-    monkeypatch.setattr("frugan.trainer.build", looking)
+    monkeypatch.setattr("frugan.gan.networks.build", looking)
+    monkeypatch.setattr("frugan.training.trainer.build", looking)
     run = train(tmp_path / "r", epochs=1)
     assert json.loads((run / "plan.json").read_text())["training_allocates"] > 0
     looking_engine = Engine(

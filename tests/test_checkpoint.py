@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frugan import checkpoint
-from frugan.errors import UserError
+from frugan.utils import checkpoint
+from frugan.utils.errors import UserError
 
 STATE = {"images": 12, "rates": [1e-4, 0.1 + 0.2]}
 
@@ -73,8 +73,8 @@ def test_a_disk_that_is_full_is_one_sentence_and_leaves_what_was_there(tmp_path:
     script = f"""
 import resource, signal, torch
 from pathlib import Path
-from frugan import checkpoint
-from frugan.errors import UserError
+from frugan.utils import checkpoint
+from frugan.utils.errors import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:

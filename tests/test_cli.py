@@ -13,7 +13,7 @@ from PIL import Image
 
 import frugan
 from frugan.cli import main
-from frugan.runs import RunFolder
+from frugan.reporting.run_folder import RunFolder
 
 from .conftest import final_state
 

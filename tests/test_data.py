@@ -21,13 +21,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from frugan.config.recipe import Data
 from frugan.data import decode
 from frugan.data.decode import fit, flatten, is_grey
-from frugan.data.loader import SMALL, Loader, resolve
-from frugan.data.source import ArraySource, open_source
-from frugan.errors import UserError
-from frugan.recipe import Data
-from frugan.step import normalise
+from frugan.data.opening import resolve
+from frugan.data.pack_loader import SMALL, PackLoader
+from frugan.data.sources import open_source
+from frugan.data.sources.base import ArraySource
+from frugan.gan.step import normalise
+from frugan.utils.errors import UserError
 
 from .conftest import write_idx
 
@@ -42,10 +44,10 @@ def peak():
 """
 
 
-def load(path: Path | str, tell: Callable[[str], None] = lambda text: None, keep: int = SMALL, **settings: object) -> Loader:
+def load(path: Path | str, tell: Callable[[str], None] = lambda text: None, keep: int = SMALL, **settings: object) -> PackLoader:
     data = Data(data=str(path), **settings)
     source = open_source(data)
-    return Loader(source, resolve(source, data, tell), seed=0, workers=2, tell=tell, keep=keep)
+    return PackLoader(source, resolve(source, data, tell), seed=0, workers=2, tell=tell, keep=keep)
 
 
 def decoded(image: Image.Image, channels: int = 3, background: tuple[int, int, int] = WHITE) -> np.ndarray:
@@ -282,7 +284,7 @@ def test_a_gzipped_file_larger_than_memory_is_named_before_it_is_read(tmp_path: 
 def test_every_image_once_an_epoch_whatever_the_batch(batch: int, start: int) -> None:
     images = np.arange(13, dtype=np.uint8)[:, None, None].repeat(8, 1).repeat(8, 2)
     source = ArraySource("numbers", images, None, ())
-    loader = Loader(source, Data(image_size=8, channels=1), seed=0, workers=1, tell=print)
+    loader = PackLoader(source, Data(image_size=8, channels=1), seed=0, workers=1, tell=print)
     stream = torch.cat([loader.batch(first, batch) for first in range(0, 39, batch)])[:39, 0, 0, 0].tolist()
     assert all(sorted(stream[i : i + 13]) == list(range(13)) for i in (0, 13, 26))
     again = loader.batch(start, 5)[:, 0, 0, 0].tolist()

@@ -14,17 +14,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import frugan
-from frugan import device, recipes
 from frugan.cli import main
-from frugan.console import Console
+from frugan.config import recipes
+from frugan.config.run import Run
 from frugan.memory import levers
-from frugan.memory.accelerator import accelerator
-from frugan.memory.plan import Guarantee
+from frugan.memory.layout import Guarantee
 from frugan.memory.recover import Change
 from frugan.memory.segments import Full, Segments
-from frugan.planner import TooLittle, find
-from frugan.recipe import Run
-from frugan.trainer import Trainer
+from frugan.reporting.console import Console
+from frugan.training.planner import TooLittle, find
+from frugan.training.trainer import Trainer
+from frugan.utils import device
+from frugan.utils.accelerator import accelerator
 
 from . import sim
 from .conftest import SMALL, assert_same_state, final_state
@@ -280,7 +281,7 @@ def test_what_other_programs_hold_is_not_ours(few: Path, tmp_path: Path) -> None
     with pytest.raises(TooLittle) as refused:
         find(recipe, DEVICE, memory="2MiB")
     sim.others(300 * MIB)
-    import frugan.memory.accelerator as module
+    import frugan.utils.accelerator as module
 
     module._others.pop(DEVICE, None)  # as a process that starts beside them
     there.release()

@@ -19,12 +19,12 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from frugan.draws import Draws, derive
-from frugan.errors import UserError
-from frugan.metrics import patches
-from frugan.metrics.distances import InceptionScore, Moments, class_coverage, frechet, kid, precision_recall
-from frugan.metrics.features import Features
-from frugan.metrics.patches import Patches, pyramid, swd
+from frugan.evaluation.distances import InceptionScore, Moments, class_coverage, frechet, kid, precision_recall
+from frugan.evaluation.features import Features
+from frugan.evaluation import patches
+from frugan.evaluation.patches import Patches, pyramid, swd
+from frugan.utils.draws import Draws, derive
+from frugan.utils.errors import UserError
 
 cuts = st.lists(st.integers(1, 40), min_size=1, max_size=8)  # sizes of batches, over and over
 
@@ -184,7 +184,7 @@ def test_features_in_any_order_and_their_errors(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with Path("/dev/full").open("r+b", buffering=0) as full:
-        monkeypatch.setattr("frugan.metrics.features.tempfile.TemporaryFile", lambda **_: full)
+        monkeypatch.setattr("frugan.evaluation.features.tempfile.TemporaryFile", lambda **_: full)
         with pytest.raises(UserError, match="No space left on device"):
             Features().add(torch.zeros(2, 2))
 

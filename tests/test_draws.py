@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frugan.draws import Draws
+from frugan.utils.draws import Draws
 
 
 @given(first=st.integers(0, 500), counts=st.lists(st.integers(1, 90), min_size=1, max_size=5), seed=st.integers(0, 3))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, NAdam, Optimizer, Rprop
 
-from frugan.errors import UserError
 from frugan.memory import Engine, accumulate
-from frugan.memory.plan import Guarantee, Layout
+from frugan.memory.layout import Guarantee, Layout
 from frugan.memory.recover import Change
+from frugan.utils.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
 STEP = "the step"

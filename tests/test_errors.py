@@ -11,7 +11,7 @@ from filelock import FileLock
 
 import frugan
 from frugan.cli import main
-from frugan.runs import RunFolder
+from frugan.reporting.run_folder import RunFolder
 
 from .conftest import snapshot
 
@@ -285,7 +285,7 @@ def test_a_generator_without_a_checkpoint_is_not_trained_over(refused: Callable[
 @pytest.mark.skipif(sys.platform != "linux", reason="limits what Linux counts")
 def test_memory_that_runs_out_is_said_and_training_goes_on(few: Path, tmp_path: Path) -> None:
     script = f"""
-from frugan import trainer
+from frugan.training import trainer
 from frugan.cli import main
 from frugan.memory import host, limit
 

@@ -13,23 +13,23 @@ from torch import Tensor
 
 import frugan
 from frugan.cli import main
-from frugan.data.loader import Loader
-from frugan.data.source import open_source
-from frugan.errors import UserError
-from frugan.evaluate import FAMILIES, Judge, Options
+from frugan.config.recipe import Data
+from frugan.data.pack_loader import PackLoader
+from frugan.data.sources import open_source
+from frugan.evaluation.evaluator import FAMILIES, Judge, Options
+from frugan.evaluation.metrics import METRICS, better
 from frugan.memory import limit
-from frugan.metrics import METRICS, better
-from frugan.recipe import Data
-from frugan.runs import RunFolder
+from frugan.reporting.run_folder import RunFolder
+from frugan.utils.errors import UserError
 
 from .conftest import final_state, write_idx
 
 CPU = torch.device("cpu")
 
 
-def loader(data: str = "digits", **settings: object) -> Loader:
+def loader(data: str = "digits", **settings: object) -> PackLoader:
     asked = Data(data=data, image_size=16, channels=1, **settings)
-    return Loader(open_source(asked), asked, seed=0, workers=1, tell=print)
+    return PackLoader(open_source(asked), asked, seed=0, workers=1, tell=print)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def noise(first: int, count: int) -> Tensor:
     return torch.from_numpy(random.integers(0, 256, (count, 1, 16, 16), dtype=np.uint8))
 
 
-def faint(images: Loader) -> Callable[[int, int], Tensor]:
+def faint(images: PackLoader) -> Callable[[int, int], Tensor]:
     """The real ones that were not looked at, under some noise."""
     return lambda first, count: (0.4 * images.batch(600 + first, count) + 0.6 * noise(first, count)).byte()
 

@@ -7,27 +7,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frugan import recipe
-from frugan.draws import Draws
-from frugan.memory.plan import Layout, split
-from frugan.networks import build
-from frugan.step import Step
+from frugan.config.architectures import R3, Architecture, Dcgan, Mlp, Upsample
+from frugan.config.objectives import Bce, Hinge, Objective, RpGan, WganGp
+from frugan.gan.networks import build
+from frugan.gan.step import Step
+from frugan.memory.layout import Layout, split
+from frugan.utils.draws import Draws
 
 NETWORKS = {
-    "r3": recipe.R3(latent_dim=5, width_g=4, width_d=4),
-    "dcgan": recipe.Dcgan(latent_dim=5, width_g=4, width_d=4, norm_g="none", norm_d="none"),
-    "dcgan-group": recipe.Dcgan(latent_dim=5, width_g=4, width_d=4, norm_g="group", norm_d="group"),
-    "upsample": recipe.Upsample(latent_dim=5, width_g=4, width_d=4, norm_g="none", norm_d="none"),
-    "mlp": recipe.Mlp(latent_dim=5, width_g=4, width_d=8, norm_g="none", norm_d="none"),
+    "r3": R3(latent_dim=5, width_g=4, width_d=4),
+    "dcgan": Dcgan(latent_dim=5, width_g=4, width_d=4, norm_g="none", norm_d="none"),
+    "dcgan-group": Dcgan(latent_dim=5, width_g=4, width_d=4, norm_g="group", norm_d="group"),
+    "upsample": Upsample(latent_dim=5, width_g=4, width_d=4, norm_g="none", norm_d="none"),
+    "mlp": Mlp(latent_dim=5, width_g=4, width_d=8, norm_g="none", norm_d="none"),
 }
 OBJECTIVES = {
-    "bce": recipe.Bce(label_smoothing=0.1),
-    "hinge": recipe.Hinge(),
-    "wgan-gp": recipe.WganGp(),
-    "rpgan": recipe.RpGan(),
+    "bce": Bce(label_smoothing=0.1),
+    "hinge": Hinge(),
+    "wgan-gp": WganGp(),
+    "rpgan": RpGan(),
 }
-assert OBJECTIVES.keys() == recipe.Objective.kinds.keys()
-assert {type(n) for n in NETWORKS.values()} == set(recipe.Network.kinds.values())
+assert OBJECTIVES.keys() == Objective.kinds.keys()
+assert {type(n) for n in NETWORKS.values()} == set(Architecture.kinds.values())
 
 
 def micro_batches(total: int) -> st.SearchStrategy[list[int]]:
@@ -36,7 +37,7 @@ def micro_batches(total: int) -> st.SearchStrategy[list[int]]:
     return cuts.map(lambda c: [b - a for a, b in zip([0, *sorted(c)], [*sorted(c), total], strict=True)])
 
 
-def gradients(network: str, objective: recipe.Objective, sizes: list[int], first: int, **levers: Any) -> dict[str, torch.Tensor]:
+def gradients(network: str, objective: Objective, sizes: list[int], first: int, **levers: Any) -> dict[str, torch.Tensor]:
     options = NETWORKS[network]
     generator, discriminator = (n.double() for n in build(options, 12, 2))
     torch.manual_seed(1)
@@ -91,22 +92,22 @@ def test_split_covers_the_batch_with_parts_as_equal_as_can_be(batch: int, parts:
 def test_batch_norm_does_couple_samples_and_says_so() -> None:
     for options in NETWORKS.values():
         assert not any(n.couples_samples for n in build(options, 12, 2))
-    assert all(n.couples_samples for n in build(recipe.Dcgan(), 28, 2))
+    assert all(n.couples_samples for n in build(Dcgan(), 28, 2))
 
 
 def test_the_generators_phase_leaves_no_gradient_on_the_discriminator() -> None:
     options = NETWORKS["r3"]
     generator, discriminator = build(options, 8, 1)
-    step = Step(generator, discriminator, recipe.RpGan(), options.latent_dim, Draws(0))
+    step = Step(generator, discriminator, RpGan(), options.latent_dim, Draws(0))
     step.generator_phase(lambda row, n: torch.zeros(n, 1, 8, 8, dtype=torch.uint8), 0, Layout(sizes=(4,)))
     assert all(p.grad is None for p in discriminator.parameters())
     assert any(p.grad is not None for p in generator.parameters())
 
 
 def test_judging_for_the_report_changes_neither_network() -> None:
-    options = recipe.Dcgan(latent_dim=5, width_g=4, width_d=4)
+    options = Dcgan(latent_dim=5, width_g=4, width_d=4)
     generator, discriminator = build(options, 16, 1)
-    step = Step(generator, discriminator, recipe.Bce(), options.latent_dim, Draws(0))
+    step = Step(generator, discriminator, Bce(), options.latent_dim, Draws(0))
     before = {k: v.clone() for n in (generator, discriminator) for k, v in n.state_dict().items()}
     step.judge_generated(0, [3, 3])
     after = {k: v for n in (generator, discriminator) for k, v in n.state_dict().items()}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from frugan.errors import UserError
-from frugan.files import whole, write_text
+from frugan.utils.errors import UserError
+from frugan.utils.files import whole, write_text
 
 DAYS = 2 * 24 * 3600
 
@@ -40,7 +40,7 @@ def test_who_writes_the_same_file_meanwhile_is_not_in_the_way(tmp_path: Path) ->
 WRITE = """
 import sys
 from pathlib import Path
-from frugan.files import write_text
+from frugan.utils.files import write_text
 sys.stdin.readline()
 for number in range(100):
     write_text(Path(sys.argv[1]), sys.argv[2] * 50_000)
@@ -82,7 +82,7 @@ def test_what_is_synced_may_be_written_to(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_parts_that_a_kill_left_go_and_those_of_others_stay(tmp_path: Path) -> None:
     killed = subprocess.run(
-        [sys.executable, "-c", "import os, sys; from pathlib import Path; from frugan.files import whole\n"
+        [sys.executable, "-c", "import os, sys; from pathlib import Path; from frugan.utils.files import whole\n"
          "with whole(Path(sys.argv[1])) as part: part.write_text('half'); os.kill(os.getpid(), 9)",
          str(tmp_path / "plan.json")], capture_output=True, text=True,
     )  # fmt: skip

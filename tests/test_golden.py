@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import frugan
-from frugan import recipes
-from frugan.runs import RunFolder
+from frugan.config import recipes
+from frugan.reporting.run_folder import RunFolder
 
 GOLDEN = Path(__file__).with_name("golden.json")
 

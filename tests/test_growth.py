@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 
-from frugan import recipes
+from frugan.config import recipes
 from frugan.memory import host, limit
 from frugan.memory.growth import Growth, traced
-from frugan.memory.plan import Layout
+from frugan.memory.layout import Layout
 from frugan.memory.trace import GRADIENTS, Timeline, trace
-from frugan.phases import PHASES, Model, variants
+from frugan.training.phases import PHASES, Model, variants
 
 CPU = torch.device("cpu")
 
@@ -72,8 +72,8 @@ def test_planning_imports_no_compiler() -> None:
 
     script = """
 import sys, torch
-from frugan import recipes
-from frugan.phases import Model
+from frugan.config import recipes
+from frugan.training.phases import Model
 model = Model(recipes.r3().replace(image_size=16, channels=1), torch.device("cpu"))
 model.growth("D", {"penalty": "jvp", "checkpoint_blocks": True, "separate_terms": True})
 model.growth("G", {"recompute_generator": True, "checkpoint_blocks": True})

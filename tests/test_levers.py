@@ -6,25 +6,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from frugan import recipe, recipes
-from frugan.draws import Draws
-from frugan.errors import UserError
+from frugan.config import recipes
+from frugan.config.architectures import R3, Architecture, Dcgan, Mlp, Upsample
+from frugan.config.objectives import Objective, RpGan
+from frugan.gan.losses import squared_norm, unit_norm
+from frugan.gan.networks import build
+from frugan.gan.networks.blocks import Block
+from frugan.gan.step import Step
 from frugan.memory import levers, private
-from frugan.memory.plan import Guarantee, Layout
-from frugan.networks import build
-from frugan.networks.blocks import Block
-from frugan.objective import squared_norm, unit_norm
-from frugan.phases import Model, jobs
-from frugan.step import Step
+from frugan.memory.layout import Guarantee, Layout
+from frugan.training.phases import Model, jobs
+from frugan.utils.draws import Draws
+from frugan.utils.errors import UserError
 
 from .test_exactness import NETWORKS, OBJECTIVES
 
 private.load_forward_mode()
 
 COUPLED = {
-    "dcgan-batch": recipe.Dcgan(latent_dim=5, width_g=4, width_d=4),
-    "upsample-batch": recipe.Upsample(latent_dim=5, width_g=4, width_d=4, norm_d="batch"),
-    "mlp-batch": recipe.Mlp(latent_dim=5, width_g=4, width_d=8, norm_d="batch"),
+    "dcgan-batch": Dcgan(latent_dim=5, width_g=4, width_d=4),
+    "upsample-batch": Upsample(latent_dim=5, width_g=4, width_d=4, norm_d="batch"),
+    "mlp-batch": Mlp(latent_dim=5, width_g=4, width_d=8, norm_d="batch"),
 }
 LEVERS = {
     "separate_terms": True,
@@ -35,7 +37,7 @@ LEVERS = {
 }
 
 
-def outcome(network: recipe.Network, objective: recipe.Objective, layout: Layout) -> dict[str, Tensor]:
+def outcome(network: Architecture, objective: Objective, layout: Layout) -> dict[str, Tensor]:
     """Gradients, running statistics and measurements of both phases."""
     generator, discriminator = (n.double() for n in build(network, 12, 2))
     torch.manual_seed(1)
@@ -62,7 +64,7 @@ def outcome(network: recipe.Network, objective: recipe.Objective, layout: Layout
     parts=st.sampled_from([1, 2]),
 )
 def test_any_levers_give_what_they_promise(
-    network: recipe.Network, kind: str, penalties: tuple[float, float], used: set[str], parts: int
+    network: Architecture, kind: str, penalties: tuple[float, float], used: set[str], parts: int
 ) -> None:
     if network in COUPLED.values():
         used = used - {"penalty"}  # refused: see the next test
@@ -137,7 +139,7 @@ def test_penalties_by_jvp_are_those_by_double_backward(
 
 
 def test_penalties_by_jvp_compile_whole() -> None:
-    _, discriminator = (n.double() for n in build(recipe.R3(latent_dim=4, width_g=2, width_d=2), 8, 1))
+    _, discriminator = (n.double() for n in build(R3(latent_dim=4, width_g=2, width_d=2), 8, 1))
     images = torch.randn(2, 1, 8, 8, dtype=torch.float64)
     direction = torch.randn_like(images)
     blocks = list(discriminator.blocks)
@@ -161,7 +163,7 @@ def test_images_get_no_gradients_that_nobody_reads(used: dict[str, object], pena
     if "penalty" in used and not any(penalties):
         return
     r1, r2 = penalties
-    network, objective = recipe.R3(latent_dim=5, width_g=4, width_d=4), recipe.RpGan(r1=r1, r2=r2)
+    network, objective = R3(latent_dim=5, width_g=4, width_d=4), RpGan(r1=r1, r2=r2)
     generator, discriminator = build(network, 12, 2)
     step = Step(generator, discriminator, objective, network.latent_dim, Draws(3))
     seen: list[Tensor] = []

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from frugan import device
 from frugan.cli import main
-from frugan.errors import UserError
+from frugan.utils import device
+from frugan.utils.errors import UserError
 
 from .conftest import assert_same_state, final_state
 from .test_resume import Killed, kill_at

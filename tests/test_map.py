@@ -10,11 +10,16 @@ import pytest
 from torch import Tensor, nn
 
 import frugan
-from frugan import networks, objective, recipe, recipes
 from frugan.cli import main
-from frugan.data import source
-from frugan.networks.blocks import Block, Network
-from frugan.section import option
+from frugan.config import recipes
+from frugan.config.architectures import Architecture, Dcgan
+from frugan.config.objectives import Hinge, Objective
+from frugan.config.recipe import Data, Recipe
+from frugan.config.section import option
+from frugan.data import sources
+from frugan.data.sources.base import ArraySource, Source
+from frugan.gan import losses, networks
+from frugan.gan.networks.blocks import Block, Network
 
 from .conftest import SMALL, final_state
 
@@ -22,20 +27,18 @@ from .conftest import SMALL, final_state
 @pytest.fixture(autouse=True)
 def registries() -> Iterator[None]:
     """Leaves every registry as it was."""
-    kept = [
-        (r, r.copy()) for r in (recipe.Objective.kinds, recipe.Network.kinds, objective.LOSSES, networks.BUILDERS, recipes.RECIPES)
-    ]
-    openers = source.OPENERS.copy()
+    kept = [(r, r.copy()) for r in (Objective.kinds, Architecture.kinds, losses.LOSSES, networks.BUILDERS, recipes.RECIPES)]
+    openers = sources.OPENERS.copy()
     yield
     for registry, before in kept:
         registry.clear()
         registry.update(before)
-    source.OPENERS[:] = openers
+    sources.OPENERS[:] = openers
 
 
 def test_a_new_loss_is_a_dataclass_and_two_functions(few: Path, tmp_path: Path) -> None:
     @dataclass(frozen=True, kw_only=True)
-    class LeastSquares(recipe.Objective):  # in recipe.py
+    class LeastSquares(Objective):  # in recipe.py
         kind: ClassVar[str] = "least-squares"
         target: float = option(1.0, "what D should say of real images", above=0)
 
@@ -45,7 +48,7 @@ def test_a_new_loss_is_a_dataclass_and_two_functions(few: Path, tmp_path: Path) 
     def generator(options: LeastSquares, fake: Tensor, real: Tensor | None) -> Tensor:
         return (fake - options.target).square()
 
-    objective.LOSSES[LeastSquares] = objective.Loss(discriminator, generator)
+    losses.LOSSES[LeastSquares] = losses.Loss(discriminator, generator)
 
     command = [
         "--objective",
@@ -67,7 +70,7 @@ def test_a_new_loss_is_a_dataclass_and_two_functions(few: Path, tmp_path: Path) 
 
 def test_a_new_network_is_a_dataclass_and_a_file_with_build(few: Path, tmp_path: Path) -> None:
     @dataclass(frozen=True, kw_only=True)
-    class Tiny(recipe.Network):  # in recipe.py
+    class Tiny(Architecture):  # in recipe.py
         kind: ClassVar[str] = "tiny"
         width_g: int = option(8, "units")
         width_d: int = option(8, "units")
@@ -89,8 +92,8 @@ def test_a_new_network_is_a_dataclass_and_a_file_with_build(few: Path, tmp_path:
 
 
 def test_a_new_recipe_is_a_function(few: Path, tmp_path: Path) -> None:
-    def lean() -> recipe.Recipe:  # in recipes.py
-        return recipe.Recipe(recipe="lean", network=recipe.Dcgan(norm_d="none"), objective=recipe.Hinge())
+    def lean() -> Recipe:  # in recipes.py
+        return Recipe(recipe="lean", network=Dcgan(norm_d="none"), objective=Hinge())
 
     recipes.RECIPES["lean"] = lean
 
@@ -99,11 +102,11 @@ def test_a_new_recipe_is_a_function(few: Path, tmp_path: Path) -> None:
 
 
 def test_a_new_data_source_is_a_function(tmp_path: Path) -> None:
-    def arrays(data: recipe.Data) -> source.Source | None:  # in data/source.py
+    def arrays(data: Data) -> Source | None:  # in data/source.py
         path = Path(data.data)
-        return source.ArraySource(path.stem, np.load(path), None, ()) if path.suffix == ".npy" else None
+        return ArraySource(path.stem, np.load(path), None, ()) if path.suffix == ".npy" else None
 
-    source.OPENERS.append(arrays)
+    sources.OPENERS.append(arrays)
 
     np.save(tmp_path / "noise.npy", np.random.default_rng(0).integers(0, 256, (32, 8, 8), np.uint8))
     run = frugan.train(tmp_path / "noise.npy", out=tmp_path / "r", **SMALL)

@@ -4,21 +4,21 @@ import pytest
 import torch
 from torch import nn
 
-from frugan import recipe
-from frugan.draws import Draws, Rows
-from frugan.errors import UserError
-from frugan.networks import build
-from frugan.networks.blocks import means
-from frugan.recipe import Network
-from frugan.summary import summarise
+from frugan.config import recipes
+from frugan.config.architectures import R3, Architecture
+from frugan.gan.networks import build
+from frugan.gan.networks.blocks import means
+from frugan.gan.summary import summarise
+from frugan.utils.draws import Draws, Rows
+from frugan.utils.errors import UserError
 
 SMALL = {"width_g": 4, "width_d": 4, "latent_dim": 6}
 
 
-@pytest.mark.parametrize("kind", Network.kinds)
+@pytest.mark.parametrize("kind", Architecture.kinds)
 @pytest.mark.parametrize(("size", "channels"), [(8, 1), (9, 3), (28, 1), (31, 3), (48, 3), (50, 1), (65, 3)])
 def test_shapes_and_ranges_at_any_size(kind: str, size: int, channels: int) -> None:
-    generator, discriminator = build(Network.of(kind)(**SMALL), size, channels)
+    generator, discriminator = build(Architecture.of(kind)(**SMALL), size, channels)
     images = generator(torch.randn(3, 6))
     assert images.shape == (3, channels, size, size)
     logits = discriminator(images, Rows(Draws(0), "t", 0, 3))
@@ -31,7 +31,7 @@ def test_shapes_and_ranges_at_any_size(kind: str, size: int, channels: int) -> N
 @pytest.mark.parametrize("kind", ["dcgan", "upsample", "mlp"])
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
 def test_networks_say_truly_whether_they_couple_samples(kind: str, norm: str) -> None:
-    generator, discriminator = build(Network.of(kind)(**SMALL, norm_g=norm, norm_d=norm), 16, 1)
+    generator, discriminator = build(Architecture.of(kind)(**SMALL, norm_g=norm, norm_d=norm), 16, 1)
     z = torch.randn(4, 6)
     other = z.clone()
     other[0] += 1
@@ -43,29 +43,28 @@ def test_networks_say_truly_whether_they_couple_samples(kind: str, norm: str) ->
             assert network.couples_samples == (not torch.allclose(a[1:], b[1:], rtol=0, atol=1e-9))
 
 
-@pytest.mark.parametrize("kind", Network.kinds)
+@pytest.mark.parametrize("kind", Architecture.kinds)
 def test_initial_weights_come_from_the_seed(kind: str) -> None:
-    options = Network.of(kind)(**SMALL)
+    options = Architecture.of(kind)(**SMALL)
     first, again, other = (build(options, 16, 1, seed)[0].state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert any(not torch.equal(first[k], other[k]) for k in first)
 
 
-@pytest.mark.parametrize("kind", Network.kinds)
+@pytest.mark.parametrize("kind", Architecture.kinds)
 def test_depth_is_an_option_and_too_much_of_it_an_error(kind: str) -> None:
-    assert build(Network.of(kind)(**SMALL, depth=2), 32, 1)[0](torch.randn(2, 6)).shape == (2, 1, 32, 32)
+    assert build(Architecture.of(kind)(**SMALL, depth=2), 32, 1)[0](torch.randn(2, 6)).shape == (2, 1, 32, 32)
     with pytest.raises(UserError, match="--depth 9 is too deep for 16 pixels"):
-        build(Network.of(kind)(**SMALL, depth=9), 16, 1)
+        build(Architecture.of(kind)(**SMALL, depth=9), 16, 1)
 
 
 def test_groups_must_divide() -> None:
     with pytest.raises(UserError, match="--groups 3 does not divide"):
-        build(recipe.R3(groups=3), 16, 1)
+        build(R3(groups=3), 16, 1)
 
 
-@pytest.mark.parametrize("kind", Network.kinds)
+@pytest.mark.parametrize("kind", Architecture.kinds)
 def test_summary_counts_every_parameter_and_reads_the_shapes(kind: str) -> None:
-    from frugan import recipes
 
     chosen = recipes.get(kind).replace(image_size=20, channels=3, **SMALL)
     generator, discriminator = build(chosen.network, 20, 3)
@@ -77,9 +76,9 @@ def test_summary_counts_every_parameter_and_reads_the_shapes(kind: str) -> None:
 
 
 def test_residual_networks_begin_as_the_identity_and_scale_by_depth() -> None:
-    from frugan.networks.r3 import Residual
+    from frugan.gan.networks.r3 import Residual
 
-    block = Residual(8, recipe.R3(), gain=0.5)
+    block = Residual(8, R3(), gain=0.5)
     x = torch.randn(2, 8, 5, 5)
     assert torch.equal(block(x), x)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from frugan.optim import Ema, FrugalAdam, LowBitAdam, rate_factor
-from frugan.recipe import Optimizer
+from frugan.config.recipe import Optimizer
+from frugan.gan.optim import Ema, FrugalAdam, LowBitAdam, rate_factor
 
 
 @pytest.mark.parametrize(

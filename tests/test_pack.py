@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from frugan.cli import main
-from frugan.data.loader import Loader, resolve
+from frugan.config.recipe import Data
+from frugan.data.opening import resolve
 from frugan.data.pack import Pack
+from frugan.data.pack_loader import PackLoader
 from frugan.data.packing import packed
-from frugan.data.source import open_source
-from frugan.draws import KEPT, Order
-from frugan.errors import UserError
-from frugan.recipe import Data
+from frugan.data.sources import open_source
+from frugan.utils.draws import KEPT, Order
+from frugan.utils.errors import UserError
 
 from .conftest import assert_same_state, write_idx
 
@@ -151,7 +152,7 @@ def test_a_pack_is_data(photos: Callable[..., Path], tmp_path: Path, capsys: pyt
     main(["data", "pack", str(folder), "--image-size", "16", "--out", str(tmp_path / "p")])
     assert "10 images of 16x16, 3 channels" in capsys.readouterr().out
     source = open_source(Data(data=str(tmp_path / "p")))
-    loader = Loader(source, resolve(source, Data(data=str(tmp_path / "p")), print), seed=0, workers=1, tell=print)
+    loader = PackLoader(source, resolve(source, Data(data=str(tmp_path / "p")), print), seed=0, workers=1, tell=print)
     assert loader.batch(0, 10).shape == (10, 3, 16, 16)
     with pytest.raises(UserError, match="packed as 16x16 with 3 channels"):
         open_source(Data(data=str(tmp_path / "p"), image_size=32))

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frugan.errors import UserError
-from frugan.memory.plan import FEW, Guarantee, Layout, parse_bytes, size, split
+from frugan.memory.layout import FEW, Guarantee, Layout, split
+from frugan.utils.errors import UserError
+from frugan.utils.units import parse_bytes, size
 
 
 @pytest.mark.parametrize(

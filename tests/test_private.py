@@ -150,7 +150,7 @@ for name in ("add_param_group", "zero_grad"):
     assert method.__wrapped__
     setattr(torch.optim.Optimizer, name, method.__wrapped__)
     assert not hasattr(getattr(Adam, name), "__wrapped__")
-from frugan.optim import FrugalAdam
+from frugan.gan.optim import FrugalAdam
 weight = torch.nn.Parameter(torch.ones(3))
 optimizer = FrugalAdam([weight], 0.1, (0.0, 0.99))
 weight.sum().backward()
@@ -179,10 +179,10 @@ ALLOWED = {
         "torch.utils._python_dispatch.TorchDispatchMode",
     ): "torch has no other name for it, and nothing goes without",
     ("memory/trace.py", "torch.utils._pytree.tree_leaves"): "the same",
-    ("signals.py", "os._exit"): "Python's, and documented",
-    ("cli.py", "os._exit"): "the same",
-    ("cli.py", "atexit._run_exitfuncs"): "Python's, and tested by Python itself",
-    ("data/shards.py", "table._fingerprint"): "of datasets, not of torch",
+    ("utils/signals.py", "os._exit"): "Python's, and documented",
+    ("cli/__init__.py", "os._exit"): "the same",
+    ("cli/__init__.py", "atexit._run_exitfuncs"): "Python's, and tested by Python itself",
+    ("data/sources/tables.py", "table._fingerprint"): "of datasets, not of torch",
 }
 
 

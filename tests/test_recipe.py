@@ -6,12 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frugan import recipes
-from frugan.errors import UserError
-from frugan.networks import BUILDERS
-from frugan.objective import LOSSES
-from frugan.recipe import Network, Objective, Recipe, Run
-from frugan.section import Kinded
+from frugan.config import recipes
+from frugan.config.architectures import Architecture
+from frugan.config.objectives import Objective
+from frugan.config.recipe import Recipe
+from frugan.config.run import Run
+from frugan.config.section import Kinded
+from frugan.gan.losses import LOSSES
+from frugan.gan.networks import BUILDERS
+from frugan.utils.errors import UserError
 
 names = st.sampled_from(sorted(recipes.RECIPES))
 
@@ -23,7 +26,7 @@ def test_toml_there_and_back(name: str, objective: str, lr: float, size: int | N
 
 
 def test_registries_agree() -> None:
-    assert set(Network.kinds.values()) == set(BUILDERS)
+    assert set(Architecture.kinds.values()) == set(BUILDERS)
     assert set(Objective.kinds.values()) == set(LOSSES)
     assert all(recipes.get(name).recipe == name for name in recipes.RECIPES)
 

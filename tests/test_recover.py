@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from frugan import recipes
-from frugan.console import Console
+from frugan.config import recipes
+from frugan.config.run import Run
 from frugan.memory import limit
-from frugan.memory.plan import Guarantee, Layout, slices
+from frugan.memory.layout import Guarantee, Layout, slices
 from frugan.memory.recover import PATIENCE, Change, OutOfMemory, Recovery
-from frugan.recipe import Run
-from frugan.trainer import Trainer
+from frugan.reporting.console import Console
+from frugan.training.trainer import Trainer
 
 TINY = {"batch_size": 16, "epochs": 1, "image_size": 8, "latent_dim": 4, "width_g": 4, "width_d": 4}
 

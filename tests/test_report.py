@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import frugan
-from frugan import recipes, report
-from frugan.errors import UserError
-from frugan.runs import RunFolder
-from frugan.story import POINTS, Curve, Story, highest, lowest
+from frugan.config import recipes
+from frugan.reporting import report
+from frugan.reporting.run_folder import RunFolder
+from frugan.reporting.story import POINTS, Curve, Story, highest, lowest
+from frugan.utils.errors import UserError
 
 from .conftest import SMALL
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import frugan
-from frugan import recipes
-from frugan.recipe import Optimizer
-from frugan.runs import RunFolder
-from frugan.signals import Stopped
+from frugan.config import recipes
+from frugan.config.recipe import Optimizer
+from frugan.reporting.run_folder import RunFolder
+from frugan.utils.signals import Stopped
 
 from .conftest import assert_same_state, final_state
 
@@ -88,7 +88,7 @@ def test_other_settings_too(settings: dict[str, object], train: Callable[..., Pa
 def test_batches_that_straddle_epochs_and_files_that_are_decoded_anew(
     train: Callable[..., Path], photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("frugan.data.loader.SMALL", 0)
+    monkeypatch.setattr("frugan.data.pack_loader.SMALL", 0)
     folder = photos(n=20)
     (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:-900])  # found out while training
     settings = {"data": folder, "batch_size": 7, "epochs": 4, "recipe": "r3"}

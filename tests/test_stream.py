@@ -21,11 +21,12 @@ from PIL import Image
 
 import frugan
 from frugan.cli import main
-from frugan.data import stream
-from frugan.data.source import open_source
-from frugan.data.stream import Shard, ShardSource, StreamLoader
-from frugan.errors import UserError
-from frugan.recipe import Data
+from frugan.config.recipe import Data
+from frugan.data import stream_loader
+from frugan.data.sources import open_source, streams
+from frugan.data.sources.streams import Shard, ShardSource
+from frugan.data.stream_loader import StreamLoader
+from frugan.utils.errors import UserError
 
 from .conftest import SMALL, assert_same_state, final_state
 
@@ -186,9 +187,10 @@ def test_memory_stays_while_shards_go_by(tmp_path: Path) -> None:
     write_shard(tmp_path / "s.tar", {f"{i}.png": buffer.getvalue() for i in range(2000)})
     script = """
 import sys
-from frugan.data.stream import StreamLoader, tar_shard
+from frugan.data.sources.streams import tar_shard
+from frugan.data.stream_loader import StreamLoader
 from frugan.memory import host
-from frugan.recipe import Data
+from frugan.config.recipe import Data
 loader = StreamLoader([tar_shard(sys.argv[1])] * 4, Data(image_size=32, channels=3), seed=0, workers=2, tell=print, block=500)
 held = []
 for first in range(0, 24000, 100):
@@ -268,7 +270,7 @@ FAILURES = [ConnectionResetError(104, "Connection reset by peer"), Dropped("stre
 def network(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Flaky]]:
     """Three shards of 30 images behind a network that fails as the test says; there is little patience with it."""
     fsspec.register_implementation("flaky", Flaky, clobber=True)
-    monkeypatch.setattr(stream, "WAITS", (0.001,) * 6, raising=False)
+    monkeypatch.setattr(streams, "WAITS", (0.001,) * 6, raising=False)
     for number in range(3):
         buffer = io.BytesIO()
         write_shard(buffer, {f"{i}.png": numbered(i) for i in range(number * 30, number * 30 + 30)})
@@ -346,7 +348,7 @@ def test_a_training_whose_network_goes_away_keeps_every_update_and_goes_on(
     network: type[Flaky], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = SMALL | {"channels": 1, "batch_size": 10, "epochs": 2, "checkpoint_every": 100}
-    monkeypatch.setattr(stream, "BLOCK_BYTES", 20 * 64)  # two updates
+    monkeypatch.setattr(stream_loader, "BLOCK_BYTES", 20 * 64)  # two updates
     whole = frugan.train(FLAKY, out=tmp_path / "whole", **options)
 
     def cut(images: int) -> None:

@@ -7,19 +7,20 @@ import pytest
 import torch
 
 import frugan
-from frugan.data.loader import Loader
-from frugan.data.source import open_source
-from frugan.recipe import Bce, Data, Hinge, RpGan, WganGp
-from frugan.runs import RunFolder
-from frugan.watch import SETTLED, WON, Watch
+from frugan.config.objectives import Bce, Hinge, RpGan, WganGp
+from frugan.config.recipe import Data
+from frugan.data.pack_loader import PackLoader
+from frugan.data.sources import open_source
+from frugan.reporting.run_folder import RunFolder
+from frugan.training.diagnostics import SETTLED, WON, Watch
 
 Told = list[tuple[str, str]]
 
 
 @pytest.fixture(scope="module")
-def digits() -> Loader:
+def digits() -> PackLoader:
     asked = Data(data="digits", image_size=16, channels=1)
-    return Loader(open_source(asked), asked, seed=0, workers=1, tell=print)
+    return PackLoader(open_source(asked), asked, seed=0, workers=1, tell=print)
 
 
 @pytest.fixture
@@ -28,11 +29,11 @@ def told() -> Told:
 
 
 @pytest.fixture
-def watch(digits: Loader, told: Told) -> Watch:
+def watch(digits: PackLoader, told: Told) -> Watch:
     return Watch(digits, Bce(), lambda kind, text: told.append((kind, text)))
 
 
-def test_samples_that_are_all_alike_are_told_once(watch: Watch, digits: Loader, told: Told) -> None:
+def test_samples_that_are_all_alike_are_told_once(watch: Watch, digits: PackLoader, told: Told) -> None:
     one = digits.batch(5, 1).expand(64, -1, -1, -1)
     noisy = (one.float() + 8 * torch.randn(one.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255).byte()
     watch.samples(noisy, SETTLED - 1)
@@ -44,18 +45,18 @@ def test_samples_that_are_all_alike_are_told_once(watch: Watch, digits: Loader, 
     assert "--lr-g" in told[0][1]
 
 
-def test_real_images_are_neither_alike_nor_copies(watch: Watch, digits: Loader, told: Told) -> None:
+def test_real_images_are_neither_alike_nor_copies(watch: Watch, digits: PackLoader, told: Told) -> None:
     for i in range(4):
         watch.samples(digits.batch(100 * i, 64), SETTLED + i)
     asked = Data(data="digits", image_size=16, channels=1)
     source = open_source(asked)
     source.images, source.labels = source.images[:1200], None  # the others are new to it
-    fewer = Watch(Loader(source, asked, seed=0, workers=1, tell=print), Bce(), lambda kind, text: told.append((kind, text)))
+    fewer = Watch(PackLoader(source, asked, seed=0, workers=1, tell=print), Bce(), lambda kind, text: told.append((kind, text)))
     fewer.neighbours(torch.from_numpy(open_source(asked).images[1200:1264, None]))
     assert not told
 
 
-def test_samples_that_are_copies_are_told_with_what_they_copy(watch: Watch, digits: Loader, told: Told) -> None:
+def test_samples_that_are_copies_are_told_with_what_they_copy(watch: Watch, digits: PackLoader, told: Told) -> None:
     copied = digits.batch(40, 16)
     noisy = (copied.float() + 10 * torch.randn(copied.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255).byte()
     assert torch.equal(watch.neighbours(noisy), copied)
@@ -84,7 +85,7 @@ def test_few_classes_are_a_collapse(watch: Watch, told: Told) -> None:
     ],
 )
 def test_a_discriminator_that_wins_is_told_only_when_it_lasts(
-    objective: Bce, won: dict[str, float], open_: dict[str, float] | None, digits: Loader, told: Told
+    objective: Bce, won: dict[str, float], open_: dict[str, float] | None, digits: PackLoader, told: Told
 ) -> None:
     watch = Watch(digits, objective, lambda kind, text: told.append((kind, text)))
     for updates in range(0, WON, 50):
@@ -104,7 +105,7 @@ def warnings(run: Path) -> list[str]:
 
 @pytest.mark.parametrize("recipe", ["mlp", "upsample", "dcgan", "r3"])
 def test_a_healthy_training_is_not_warned_of(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("frugan.watch.SETTLED", 150)
+    monkeypatch.setattr("frugan.training.diagnostics.SETTLED", 150)
     run = frugan.train(
         "digits", recipe=recipe, epochs=4, batch_size=32, width_g=8, width_d=8, sample_every=2, out=tmp_path / "r", quiet=True
     )
@@ -115,7 +116,7 @@ def test_a_healthy_training_is_not_warned_of(recipe: str, tmp_path: Path, monkey
 def test_a_training_that_collapses_is_warned_of_also_when_it_was_broken_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("frugan.watch.SETTLED", 20)
+    monkeypatch.setattr("frugan.training.diagnostics.SETTLED", 20)
     ways = {"recipe": "dcgan", "batch_size": 64, "width_g": 8, "width_d": 8, "lr_g": 0.05, "lr_d": 1e-6, "out": tmp_path / "r"}
     frugan.train("digits", epochs=3, quiet=True, **ways)
     assert warnings(tmp_path / "r") == ["collapse"]

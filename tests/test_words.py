@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import frugan
-from frugan.memory.accelerator import Accelerator, Metal
+from frugan.utils.accelerator import Accelerator, Metal
 
 from . import sim
 
@@ -122,7 +122,7 @@ def test_before_cuda_is_begun_nothing_is_held_and_nothing_fails() -> None:
     assert there.can_be_limited
     assert (there.allocated(), there.reserved(), there.most_allocated(), there.most_reserved()) == (0, 0, 0, 0)
     there.release()
-    with pytest.raises(RuntimeError):  # this one alone does not begin CUDA by itself: `frugan.device.choose` does, first
+    with pytest.raises(RuntimeError):  # this one alone does not begin CUDA by itself: `frugan.utils.device.choose` does, first
         there.forget_peak()
 
 

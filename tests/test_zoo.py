@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from frugan.data.loader import Loader, resolve
-from frugan.data.source import open_source
-from frugan.data.stream import ShardSource, StreamLoader
-from frugan.errors import UserError
-from frugan.recipe import Data
+from frugan.config.recipe import Data
+from frugan.data.opening import resolve
+from frugan.data.pack_loader import PackLoader
+from frugan.data.sources import open_source
+from frugan.data.sources.streams import ShardSource
+from frugan.data.stream_loader import StreamLoader
+from frugan.utils.errors import UserError
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
 
@@ -123,11 +125,11 @@ def odd() -> dict[str, bytes]:
     }
 
 
-def loaded(data: Path | str, **settings: object) -> tuple[Loader, list[str]]:
+def loaded(data: Path | str, **settings: object) -> tuple[PackLoader, list[str]]:
     said: list[str] = []
     wanted = Data(data=str(data), image_size=16, channels=3, **settings)
     source = open_source(wanted)
-    return Loader(source, resolve(source, wanted, said.append), seed=0, workers=2, tell=said.append), said
+    return PackLoader(source, resolve(source, wanted, said.append), seed=0, workers=2, tell=said.append), said
 
 
 def as_folder(root: Path, files: dict[str, bytes]) -> Path:

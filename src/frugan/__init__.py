@@ -5,66 +5,10 @@
 >>> images = frugan.load(run).generate(16, seed=7)  # uint8 [16, channels, 64, 64]
 """
 
-from collections.abc import Callable
-from dataclasses import fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from frugan.errors import UserError
-from frugan.recipe import Recipe, Run
-
-if TYPE_CHECKING:
-    from frugan.generate import Generator
+from frugan.config.recipe import Recipe
+from frugan.config.run import Run
+from frugan.training import load, train
+from frugan.utils.errors import UserError
 
 __all__ = ["Recipe", "Run", "UserError", "load", "train"]
 __version__ = "0.1.0"
-
-
-def train(
-    data: str | Path | None = None,
-    *,
-    recipe: str | Recipe = "dcgan",
-    quiet: bool = False,
-    on_update: Callable[[int], None] | None = None,
-    **settings: Any,
-) -> Path:
-    """Trains a GAN, or goes on with a training that was interrupted.
-
-    The C library's handling of memory, torch's number of threads and its use of TF32 are set meanwhile, and at the end as before.
-
-    Args:
-        data: folder or zip of images, folder of IDX files, or ``digits``, ``mnist``, ``fashion-mnist``; unset: the recipe's.
-        recipe: a name (``dcgan``, ``upsample``, ``mlp``, ``r3``), a TOML file, or a `Recipe`.
-        quiet: whether to say nothing.
-        on_update: is called with the number of images seen after every update.
-        **settings: any setting of the recipe or of the run by its name: ``epochs=5, batch_size=64, out="runs/mine"``.
-
-    Returns:
-        The run folder.
-
-    Raises:
-        UserError: something about data, settings or folder is wrong; says what, where and what to do.
-        frugan.signals.Stopped: SIGINT or SIGTERM came, and the state was saved.
-    """
-    from frugan import recipes
-    from frugan.console import Console
-    from frugan.trainer import train as run_trainer
-
-    own = {f.name for f in fields(Run)}
-    chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
-    said = {"data": data} | settings if data is not None else settings
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in said.items()}
-    run: dict[str, Any] = {k: v for k, v in plain.items() if k in own}
-    chosen = chosen.replace(**{k: v for k, v in plain.items() if k not in own})
-    return run_trainer(chosen, Run(**run), Console(quiet), on_update)
-
-
-def load(run: str | Path, device: str = "cpu", *, best: bool = False) -> "Generator":
-    """The trained generator of a run folder (``best``: the one judged best while training), or of a ``generator.safetensors``.
-
-    Raises:
-        UserError: there is none, or the file is damaged.
-    """
-    from frugan import generate
-
-    return generate.load(run, device, best=best)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageColor, ImageOps
 
-from frugan.errors import UserError
+from frugan.utils.errors import UserError
 
 Pixels = NDArray[np.uint8]
 STRIP = 1 << 20  # pixels of an image that are worked on at a time: what is in between takes little memory, however large it is

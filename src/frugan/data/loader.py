@@ -1,173 +1,46 @@
-"""Batches of uint8 images by the number of images seen.
+"""What training, evaluation and diagnostics take images from."""
 
-Epoch after epoch is one endless order, a new permutation each; batch after batch is a slice of it, so that every image comes
-once an epoch whatever the batch size, and resuming needs nothing but the number of images seen.
-
-Images come from a pack (`frugan.data.pack`), which is made on first use. A small one is kept whole, on the device that trains.
-Of others no more than a micro-batch is read at a time, while the system is told which rows come next. A thread that reads ahead
-would cost more than it saves: it and the training take turns at the interpreter, row by row.
-"""
-
-import hashlib
-import math
 from collections.abc import Callable
-from copy import copy
+from typing import Protocol
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from frugan.data.decode import background_colour, flatten, is_grey
-from frugan.data.images import ArraySource, Source, Tell
-from frugan.data.pack import Pack
-from frugan.data.packing import Progress, packed
-from frugan.draws import Order, derive
-from frugan.memory import limit
-from frugan.recipe import Data
-
-SMALL = 64 << 20  # bytes of images that are kept in the memory of the host: reading the rest is hardly slower
-DEFAULT_SIZE = 64  # pixels, where images have no size in common
-LOOKED_AT = 256  # images that decide whether a folder is grey
-
-Images = Callable[[int, int], Tensor]
+Images = Callable[[int, int], Tensor]  # (first, count) to uint8 images [count, c, h, w]
 
 
-def resolve(source: Source, data: Data, tell: Tell) -> Data:
-    """``data`` with image size and channels filled in from the images themselves."""
-    size = data.image_size or source.size or DEFAULT_SIZE
-    channels = data.channels
-    if channels is None and source.grey is not None:
-        channels = 1 if source.grey else 3
-    if channels is None:
-        background = background_colour(data.background)
-        chosen = np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(int)
-        grey = [g for i in chosen if (g := _looks_grey(source, int(i), background)) is not None]
-        channels = 1 if all(grey) else 3
-        if channels == 1 and grey:
-            tell(f"None of {len(grey)} images looked at has colour: training in grey; --channels 3 trains in colour.")
-    return Data(**(vars(data) | {"image_size": max(size, 8), "channels": channels}))
+class Loader(Protocol):
+    """Batches of uint8 images by the number of images seen: epoch after epoch is one endless order, and a batch a slice of it.
 
-
-def _looks_grey(source: Source, index: int, background: tuple[int, int, int]) -> bool | None:
-    try:
-        with source.open(index, DEFAULT_SIZE) as image:
-            return is_grey(flatten(image, background))
-    except Exception:  # packing names the file
-        return None
-
-
-def bytes_of(images: int, data: Data, keep: int = SMALL) -> int:
-    """Bytes that a `Loader` of so many images holds all the time: all of them, or none."""
-    whole = images * math.prod(data.shape)
-    return whole if whole <= keep else 0
-
-
-def keepable(budget: int | None, device: torch.device) -> int:
-    """Bytes of images worth keeping on ``device``: at most a quarter of what a budget leaves there, or of what is free."""
-    there = limit.spare(device) if budget is None else budget - limit.held(device)
-    return max(0, min(SMALL, there // 4) if device.type in ("cpu", "mps") else there // 4)
-
-
-class Loader:
-    """The images of ``source`` as ``data`` (resolved) wants them.
-
-    Args:
-        source: where they come from.
-        data: how they are made to fit.
-        seed: of their order.
-        workers: threads that decode, if they are not packed yet.
-        tell: is called with each thing a person should know: bad files, images smaller than the target.
-        keep: bytes of images that may be kept in memory.
-        device: where they are kept.
-        progress: is called with how many images are packed, of how many.
-
-    Raises:
-        UserError: no image can be read, or the pack cannot be written.
+    Attributes:
+        shape: channels, height and width of an image.
+        fingerprint: of all images, as they are.
+        random_access: whether images can be asked for in any order, again and again.
     """
 
-    def __init__(
-        self, source: Source, data: Data, *, seed: int, workers: int, tell: Tell, keep: int = SMALL,
-        device: torch.device | None = None, progress: Progress | None = None,
-    ) -> None:  # fmt: skip
-        self.shape = data.shape
-        self.seed = seed
-        self._order: tuple[int, Order] | None = None
-        self._kept: Tensor | None = None
-        self._pack = None
-        self._repack: Callable[[], Pack] | None = None  # makes the pack, where images that are kept did without
-        if isinstance(source, ArraySource) and source.fits(data) and source.images.nbytes <= keep:
-            whole = np.ascontiguousarray(source.images[:, None])
-            self._repack = lambda: packed(source, data, workers=workers, tell=tell, progress=progress)
-            self.length = len(whole)
-            self.fingerprint = hashlib.sha256(whole.data).hexdigest()
-            self._labels = source.labels
-        else:
-            self._pack = pack = packed(source, data, workers=workers, tell=tell, progress=progress)
-            self.length, self.fingerprint = len(pack), pack.manifest.fingerprint
-            if pack.manifest.small:
-                size = data.image_size
-                tell(f"Some images are smaller than {size}x{size} and are enlarged, {pack.manifest.small} for one.")
-            if pack.bytes > keep:
-                return
-            whole = pack.all()
-        self._kept = torch.tensor(whole, device=device)
-
-    def reordered(self, seed: int) -> "Loader":
-        """The same images in another order; they are shared."""
-        other = copy(self)
-        other.seed, other._order = seed, None
-        return other
+    shape: tuple[int, int, int]
+    fingerprint: str
+    random_access: bool
 
     def __len__(self) -> int:
         """Images in an epoch."""
-        return self.length
-
-    def let_go(self) -> bool:
-        """Reads images from their pack from now on; whether they were kept in memory until now."""
-        if self._kept is None:
-            return False
-        if self._repack:
-            self._pack, self._repack = self._repack(), None
-        self._kept = None
-        return True
 
     def batch(self, first: int, count: int) -> Tensor:
-        """Images ``first`` to ``first + count`` of the endless order: uint8 ``[count, c, h, w]``, on the host or as kept."""
-        return self.images(first, count)(first, count)
+        """Images ``first`` to ``first + count`` of the endless order: uint8 ``[count, c, h, w]``."""
 
     def images(self, first: int, count: int) -> Images:
-        """A batch to be read in pieces, ``(first, count)`` to uint8 ``[count, c, h, w]``; only what is asked for is copied."""
-        if self._kept is not None:
-            kept = self._kept
-            return lambda begin, number: kept[self._indices(begin, number).to(kept.device)]
-        pack = self._pack
-        assert pack
-        pack.expect(self._indices(first + count, count).numpy())
-        return lambda begin, number: torch.from_numpy(pack.read(self._indices(begin, number).numpy()))
-
-    def ahead(self, batch: int) -> int:
-        """Bytes that images will take besides those that are kept and the micro-batch in use: none."""
-        return 0
+        """A batch to be read in pieces, ``(first, count)`` to uint8 ``[count, c, h, w]``."""
 
     def labels(self, first: int, count: int) -> Tensor | None:
         """The classes of the images that `batch` gives: int64 ``[count]``, or None if there are none."""
-        indices = self._indices(first, count).numpy()
-        if self._pack is None:
-            return None if self._labels is None else torch.from_numpy(self._labels[indices])
-        found = self._pack.labels(indices)
-        return None if found is None else torch.from_numpy(found)
+
+    def reordered(self, seed: int) -> "Loader":
+        """The same images in another order, if there is `random_access`."""
+
+    def ahead(self, batch: int) -> int:
+        """Bytes that images will take besides those that are kept and the micro-batch in use."""
+
+    def let_go(self) -> bool:
+        """Gives up images that are kept in memory, to read them from disk from now on; whether there were any."""
 
     def close(self) -> None:
         """Lets go of the images."""
-        self._kept = self._pack = self._repack = None
-
-    def _indices(self, first: int, count: int) -> Tensor:
-        pieces = []
-        while count:
-            epoch, offset = divmod(first, self.length)
-            if self._order is None or self._order[0] != epoch:
-                self._order = (epoch, Order(derive(self.seed, "order", epoch), self.length))
-            piece = self._order[1].read(offset, min(count, self.length - offset))
-            pieces.append(piece)
-            first, count = first + len(piece), count - len(piece)
-        return torch.cat(pieces)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from frugan.errors import UserError
+from frugan.utils.errors import UserError
 
 VERSION = 1  # of the format, and of how images are made to fit
 

@@ -15,13 +15,13 @@ from typing import TypeVar
 import numpy as np
 from filelock import FileLock, Timeout
 
+from frugan.config.recipe import Data
 from frugan.data.decode import Pixels, background_colour
-from frugan.data.images import ArraySource, Source, Tell, reason
 from frugan.data.pack import VERSION, Manifest, Pack
-from frugan.errors import UserError
-from frugan.files import cache_folder, sweep
-from frugan.memory.plan import size as in_words
-from frugan.recipe import Data
+from frugan.data.sources.base import ArraySource, Source, Tell, reason
+from frugan.utils.errors import UserError
+from frugan.utils.files import cache_folder, sweep
+from frugan.utils.units import size as in_words
 
 NAMED = 1000  # bad files whose names a manifest keeps
 AHEAD_BYTES = 64 << 20  # of images that are decoded before the first of them is written

@@ -14,6 +14,6 @@ the bottom:
 """
 
 from frugan.memory.engine import Engine, accumulate
-from frugan.memory.plan import Guarantee, Layout, split
+from frugan.memory.layout import Guarantee, Layout, split
 
 __all__ = ["Engine", "Guarantee", "Layout", "accumulate", "split"]

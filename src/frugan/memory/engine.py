@@ -18,15 +18,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from frugan.errors import UserError
 from frugan.memory import host, levers, limit, private
-from frugan.memory.accelerator import drawn
 from frugan.memory.growth import SMALL, Growth, traced
+from frugan.memory.layout import Layout, slices, split
 from frugan.memory.limit import MIB
-from frugan.memory.plan import Layout, size, slices, split
 from frugan.memory.recover import Change, Recovery
 from frugan.memory.search import AHEAD, MARGIN, Choice, Job, Search
 from frugan.memory.trace import GRADIENTS, GRANULE, Event, Timeline, trace
+from frugan.utils.accelerator import drawn
+from frugan.utils.errors import UserError
+from frugan.utils.units import size
 
 Loss = Callable[..., Tensor]
 STEP = "the step"

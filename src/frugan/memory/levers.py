@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from frugan.memory import private
-from frugan.memory.accelerator import drawn
+from frugan.utils.accelerator import drawn
 
 
 def recomputed(block: nn.Module, function: Callable[..., Any], *inputs: Any, draws: bool = False) -> Any:

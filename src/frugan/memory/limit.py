@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from frugan.errors import UserError
 from frugan.memory import host, pool
-from frugan.memory.accelerator import accelerator
 from frugan.memory.host import Handling
-from frugan.memory.plan import parse_bytes, size
+from frugan.utils.accelerator import accelerator
+from frugan.utils.errors import UserError
+from frugan.utils.units import parse_bytes, size
 
 MIB = 1 << 20
 ALWAYS = 8 << 20  # bytes that are never refused: Python, and libraries that end the process where they are

@@ -1,158 +1,59 @@
-"""Plans: how a batch is computed in the memory there is. Pure: bytes and names in, choices out; no torch."""
+"""Plans: how a training is laid out, and what it needs."""
 
-import re
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
-from enum import IntEnum
-from typing import Any, Literal, Self
+from dataclasses import dataclass
+from typing import Any
 
-from frugan.errors import UserError
-
-SMALLEST_COUPLED = 16  # samples of which batch statistics may be taken without being asked
-FEW = 4  # samples below which micro-batches cost more than other ways of saving
-# What is tried in turn when memory runs out, besides smaller micro-batches; penalties by jvp and blocks that are recomputed gain
-# nothing without one another.
-STEPS = (("recompute_generator",), ("separate_terms",), ("checkpoint_blocks", "penalty"), ("offload_activations",))
+from frugan.memory.host import Handling
+from frugan.memory.layout import Guarantee, Layout
 
 
-class Guarantee(IntEnum):
-    """What a way of saving memory leaves as it is, best first."""
-
-    BITWISE = 0  # the same bits
-    REASSOCIATION = 1  # the same sums in another order: equal to rounding
-    APPROXIMATE = 2  # it changes the training
-
-    def __str__(self) -> str:
-        return self.name.lower()
-
-
-UNITS = {"": 1, "b": 1, "k": 2**10, "kib": 2**10, "kb": 10**3, "m": 2**20, "mib": 2**20, "mb": 10**6,
-         "g": 2**30, "gib": 2**30, "gb": 10**9, "t": 2**40, "tib": 2**40, "tb": 10**12}  # fmt: skip
-
-
-def parse_bytes(text: str) -> int:
-    """``2GiB``, ``1.5 GB``, ``800M`` or a plain number of bytes.
-
-    Raises:
-        UserError: no number, or a unit nobody knows.
-    """
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
-    if not found:
-        raise UserError(f"--memory {text!r} is no amount of memory: say it like 800MiB or 2GiB.")
-    number, unit = found.groups()
-    if unit.lower() not in UNITS:
-        raise UserError(f"--memory {text}: there is no unit {unit!r}; use KiB, MiB, GiB or TiB (or KB, MB, GB, TB).")
-    return int(float(number) * UNITS[unit.lower()])
-
-
-def size(count: float) -> str:
-    """Bytes in words."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
-
-
-def split(batch: int, parts: int) -> list[int]:
-    """Sizes of ``parts`` micro-batches of ``batch`` samples, the last ones one smaller if need be; never an empty one."""
-    parts = min(parts, batch)
-    return [batch // parts + (i < batch % parts) for i in range(parts)]
-
-
-def slices(sizes: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """The beginning and the length of each micro-batch."""
-    begin = 0
-    for count in sizes:
-        yield begin, count
-        begin += count
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How one phase computes its batch.
+@dataclass(frozen=True)
+class Plan:
+    """How a training is laid out, what it needs, and what there is.
 
     Args:
-        sizes: of the micro-batches.
-        separate_terms: one backward after the other for the parts of the loss, so that never all graphs are held.
-        penalty: how gradient penalties are differentiated, see `frugan.memory.levers.directional`.
-        recompute_generator: in the generator's phase, generate once without a graph and once more for backward.
-        checkpoint_blocks: keep the inputs of each block alone, and compute it again in backward.
-        offload_activations: what backward needs waits on the host.
+        layouts: of each phase.
+        handling: what becomes of freed memory on the CPU.
+        budget: bytes that the process may hold.
+        named: whether a person named the budget.
+        framework: bytes that the process holds besides training, with what it comes to load.
+        data: bytes of images.
+        phases: for each moment of a training the bytes it allocates, by what they are for.
+        held: bytes that the process holds for them.
+        guarantee: what is left as it is.
+        reserved: bytes of addresses that libraries reserve beyond ``framework`` and never touch.
+        planned: the layouts that were planned, where memory ran out since and ``layouts`` are others.
     """
 
-    sizes: tuple[int, ...]
-    separate_terms: bool = False
-    penalty: Literal["double-backward", "jvp"] = "double-backward"
-    recompute_generator: bool = False
-    checkpoint_blocks: bool = False
-    offload_activations: bool = False
-
-    @classmethod
-    def of(cls, batch: int, parts: int, **levers: Any) -> Self:
-        """A layout of ``parts`` micro-batches."""
-        return cls(sizes=tuple(split(batch, parts)), **levers)
+    layouts: dict[str, Layout]
+    handling: Handling
+    budget: int
+    named: bool
+    framework: int
+    data: int
+    phases: dict[str, dict[str, int]]
+    held: int
+    guarantee: Guarantee
+    reserved: int = 0
+    planned: dict[str, Layout] | None = None
 
     @property
-    def micro_batch(self) -> int:
-        """The largest micro-batch."""
-        return self.sizes[0]
+    def allocated(self) -> int:
+        """The most that training allocates."""
+        return max(sum(parts.values()) for parts in self.phases.values())
 
-    def named(self) -> dict[str, Guarantee]:
-        """The levers that are in use, in words, with what each guarantees."""
-        used = {
-            f"micro-batches of {self.micro_batch}": (len(self.sizes) > 1, Guarantee.REASSOCIATION),
-            "separate terms": (self.separate_terms, Guarantee.REASSOCIATION),
-            "penalties by jvp": (self.penalty == "jvp", Guarantee.REASSOCIATION),
-            "generator recomputed": (self.recompute_generator, Guarantee.BITWISE),
-            "blocks recomputed": (self.checkpoint_blocks, Guarantee.BITWISE),
-            "activations on the host": (self.offload_activations, Guarantee.BITWISE),
-        }
-        return {name: guarantee for name, (is_used, guarantee) in used.items() if is_used}
-
-    def guarantee(self, coupled: bool) -> Guarantee:
-        """What holds for the whole; ``coupled``: a sample's output depends on the others of its micro-batch."""
-        if coupled and len(self.sizes) > 1:
-            return Guarantee.APPROXIMATE
-        return max(self.named().values(), default=Guarantee.BITWISE)
-
-    def __str__(self) -> str:
-        return ", ".join(self.named()) or "whole batch"
+    @property
+    def predicted(self) -> int:
+        """The most that the process will hold."""
+        return self.framework + self.data + self.held
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        return vars(self) | {"sizes": list(self.sizes)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """What `as_dict` wrote."""
-        return cls(**(values | {"sizes": tuple(values["sizes"])}))
-
-    def cheaper(self, levers: Collection[str], smallest: int, coupled: bool = False) -> Iterator[Self]:
-        """The layouts that may need less memory, the fastest first: smaller micro-batches while they are large, then the levers one
-        upon the other, then smaller micro-batches again. Where samples are coupled, smaller micro-batches change the training, and
-        levers go first.
-
-        Args:
-            levers: the names of those that may be used.
-            smallest: what a micro-batch must not be smaller than.
-            coupled: whether a sample's output depends on the others of its micro-batch.
-        """
-        layout = self
-        least = max(smallest, FEW)
-        while not coupled and (halved := layout.halved(least)) is not None:
-            yield (layout := halved)
-        for step in STEPS:
-            unused = [lever for lever in step if lever in levers and getattr(layout, lever) in (False, "double-backward")]
-            if unused and not ("penalty" in levers and unused == ["checkpoint_blocks"] and layout.penalty != "jvp"):
-                layout = replace(layout, **{lever: "jvp" if lever == "penalty" else True for lever in unused})  # type: ignore[arg-type]
-                yield layout
-        while (halved := layout.halved(smallest)) is not None:
-            yield (layout := halved)
-
-    def halved(self, smallest: int) -> Self | None:
-        """The same with micro-batches of half the size, or None where one would be smaller than ``smallest``."""
-        if self.micro_batch == 1:
-            return None
-        sizes = tuple(split(sum(self.sizes), -(-sum(self.sizes) // (self.micro_batch // 2))))
-        return replace(self, sizes=sizes) if min(sizes) >= smallest else None
+        return {
+            "layouts": {name: layout.as_dict() for name, layout in self.layouts.items()},
+            "planned": {name: layout.as_dict() for name, layout in (self.planned or self.layouts).items()},
+            "guarantee": str(self.guarantee), "freed_memory": self.handling,
+            "budget": self.budget, "budget_named": self.named, "predicted": self.predicted,
+            "framework": self.framework, "data": self.data, "training_allocates": self.allocated, "training_holds": self.held,
+            "phases": self.phases,
+        }  # fmt: skip

@@ -15,7 +15,7 @@ from torch import nn
 
 from frugan.memory import limit
 from frugan.memory.host import Handling
-from frugan.memory.plan import Guarantee, Layout
+from frugan.memory.layout import Guarantee, Layout
 
 T = TypeVar("T")
 Cause = Literal["memory ran out", "the budget was exceeded", "memory suffices again"]

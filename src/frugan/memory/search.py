@@ -17,7 +17,7 @@ import torch
 from frugan.memory import pool
 from frugan.memory.growth import Growth
 from frugan.memory.host import Handling
-from frugan.memory.plan import SMALLEST_COUPLED, Guarantee, Layout, split
+from frugan.memory.layout import SMALLEST_COUPLED, Guarantee, Layout, split
 from frugan.memory.private import UNMEASURED, can_record
 from frugan.memory.segments import LEAST, ROUND, SMALL_SEGMENT, Full, Segments
 from frugan.memory.trace import Timeline

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from frugan.memory import private
-from frugan.memory.accelerator import accelerator
+from frugan.utils.accelerator import accelerator
 
 OTHER = "activations"  # what no label says otherwise of
 GRADIENTS = "gradients"

@@ -1,0 +1,72 @@
+"""``frugan generate``: images with a trained generator."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from frugan.cli.parsing import Command
+from frugan.utils.errors import UserError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(kw_only=True)
+class Generate:
+    """Makes images with a trained generator."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="run folder, or a generator.safetensors")]
+    n: Annotated[int, tyro.conf.arg(help="how many images")] = 64
+    seed: Annotated[int, tyro.conf.arg(help="the same seed gives the same images")] = 0
+    out: Annotated[str | None, tyro.conf.arg(help="picture or folder to write; unset: RUN/generated", help_behavior_hint="")] = None
+    separate: Annotated[bool, tyro.conf.arg(help="one file an image, not one grid")] = False
+    interpolate: Annotated[
+        tuple[int, ...],
+        tyro.conf.arg(help="seeds to go between: a strip and a GIF", metavar="SEED SEED ...", help_behavior_hint=""),
+    ] = ()
+    frames: Annotated[int, tyro.conf.arg(help="steps from one seed to the next")] = 16
+    best: Annotated[bool, tyro.conf.arg(help="the generator that was judged best while training, not the last one")] = False
+    device: Annotated[str, tyro.conf.arg(help="cpu, cuda, mps or auto")] = "cpu"
+
+
+def run(options: Generate) -> None:
+    """Makes images with a trained generator."""
+    from frugan.reporting import pictures
+    from frugan.reporting.run_folder import load_generator
+
+    generator = load_generator(options.run, options.device, best=options.best)
+    made_by = Path(options.run)
+    out = Path(options.out) if options.out else (made_by if made_by.is_dir() else made_by.parent) / "generated"
+    single = out if out.suffix else None
+    if single and single.suffix.lower() not in PICTURES:
+        raise UserError(f"--out {out}: pictures are written as .png, .jpg, .webp or .bmp.")
+    if single and options.separate:
+        raise UserError(f"--separate writes many files: --out {out} must be a folder.")
+    if options.interpolate and options.separate:
+        raise UserError("--interpolate writes a strip and a GIF: leave --separate out.")
+    if options.interpolate:
+        images = generator.interpolate(options.interpolate, options.frames)
+        name = "-".join(map(str, options.interpolate))
+        strip, loop = (
+            single or out / f"interpolation_{name}.png",
+            (single or out / f"interpolation_{name}.gif").with_suffix(".gif"),
+        )
+        every = max(1, options.frames // 8)  # a strip of every frame would be too wide to look at
+        kept = images[::every] if (len(images) - 1) % every == 0 else images
+        pictures.save(pictures.grid(kept, columns=len(kept)), strip)
+        pictures.save_loop(images, loop)
+        print(f"{strip}\n{loop}")
+        return
+    images = generator.generate(options.n, seed=options.seed)
+    if options.separate:
+        for i, image in enumerate(images):
+            pictures.save(pictures.single(image), out / f"seed_{options.seed}_{i:05d}.png")
+        print(f"{len(images)} images in {out}")
+    else:
+        path = single or out / f"seed_{options.seed}.png"
+        pictures.save(pictures.grid(images), path)
+        print(path)
+
+
+COMMAND = Command(lambda _: Generate, run)

@@ -1,0 +1,147 @@
+"""What commands share: how options become flags, and what is said about recipes and images.
+
+Every field of a section of settings is a flag, with the help, type and default that stand in `frugan.config`; ``--recipe`` and
+``--objective`` are read first, because they decide which fields there are.
+"""
+
+import os
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
+from itertools import takewhile
+from typing import Annotated, Any
+
+import tyro
+
+from frugan.config import recipes
+from frugan.config.objectives import Objective
+from frugan.config.recipe import Data, Recipe
+from frugan.config.run import Run
+from frugan.config.section import Section, flag, readable, spoken
+from frugan.utils.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command.
+
+    Args:
+        options: the arguments that follow it to a dataclass of what can be said to it, by which tyro makes flags.
+        run: does what an instance of that dataclass says.
+    """
+
+    options: Callable[[Sequence[str]], type[Any]]
+    run: Callable[[Any], None]
+
+
+def described(section: type[Section] | Section) -> list[tuple[str, Any, Any]]:
+    """Fields of a section for tyro, with their help; defaults are the values of the instance, if it is one."""
+    kind = section if isinstance(section, type) else type(section)
+    hints = typing.get_type_hints(kind)
+    return [
+        (f.name, Annotated[hints[f.name], tyro.conf.arg(help=f.metadata["help"], help_behavior_hint=_default)],
+         field(default=getattr(section, f.name)))
+        for f in fields(kind)
+    ]  # fmt: skip
+
+
+def extra(name: str, kind: Any, help: str, default: Any = None) -> tuple[str, Any, Any]:
+    """A field that no section has; without a default value none is shown."""
+    hint: dict[str, Any] = {"help_behavior_hint": ""} if default is None else {}
+    return name, Annotated[kind, tyro.conf.arg(help=help, **hint)], field(default=default)
+
+
+def _default(value: str) -> str:
+    return "" if value == "None" else f"(default: {value})"
+
+
+DataArgument = Annotated[
+    str | None,
+    tyro.conf.Positional,
+    tyro.conf.arg(
+        metavar="DATA",
+        help="folder, zip or tars of images, parquet, IDX files, a data set on the hub, or digits (default), mnist, fashion-mnist",
+        help_behavior_hint="",
+    ),
+]
+DataFlag = Annotated[str | None, tyro.conf.arg(metavar="DATA", help="the same as DATA", help_behavior_hint="")]
+RecipeFlag = Annotated[str, tyro.conf.arg(help=f"{', '.join(recipes.RECIPES)}, or a TOML file; it decides the defaults below")]
+ObjectiveFlag = Annotated[str, tyro.conf.arg(help=f"what is minimised: {', '.join(Objective.kinds)}")]
+
+
+def recipe_options(base: type[Any], arguments: Sequence[str], *more: Any) -> type[Any]:
+    """A flat dataclass, a kind of ``base``, of everything that can be said about the recipe that ``arguments`` name."""
+    recipe = _recipe_of(arguments)
+    options: list[Any] = [("data", DataArgument, field(default=None)), ("data_path", DataFlag, field(default=None))]
+    options += [("recipe", RecipeFlag, field(default=recipe.recipe)), *more]
+    options += [("objective", ObjectiveFlag, field(default=recipe.objective.kind))]
+    for section in recipe.sections().values():
+        options += [o for o in described(section) if o[0] != "data"]
+    return _made(base, options)
+
+
+def recipe_said(said: Any) -> Recipe:
+    """The recipe whose settings were said, an instance of what `recipe_options` gave."""
+    recipe = recipes.get(said.recipe).replace(objective=said.objective)
+    if said.data is not None and said.data_path is not None:
+        raise UserError(f"the data is named twice, {said.data} and --data-path {said.data_path}: leave one out.")
+    names = set(recipe.flat()) - {"data", "network", "objective"}
+    named = [d for d in (said.data, said.data_path, recipe.data.data) if d is not None]
+    return recipe.replace(**{name: getattr(said, name) for name in names}, data=named[0])
+
+
+def data_options(base: type[Any], *more: Any, without: Sequence[str] = ()) -> type[Any]:
+    """A dataclass, a kind of ``base``, of everything that can be said about images."""
+    options: list[Any] = [("data", DataArgument, field(default=None)), *more]
+    options += [o for o in described(Data) if o[0] not in ("data", "flip", *without)]
+    options += [o for o in described(Run) if o[0] == "workers"]
+    return _made(base, options)
+
+
+def _made(base: type[Any], options: list[Any]) -> type[Any]:
+    made = make_dataclass(base.__name__, options, bases=(base,), kw_only=True)
+    made.__doc__ = base.__doc__
+    return made
+
+
+def _recipe_of(arguments: Sequence[str]) -> Recipe:
+    """The recipe that ``--recipe`` and ``--objective`` name, by which the other flags are known."""
+    said = {"--recipe": recipes.DEFAULT, "--objective": ""}
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in said:
+            said[name] = value if equals else next(iter(arguments[i + 1 : i + 2]), "")
+    recipe = recipes.get(said["--recipe"])
+    return recipe.replace(objective=said["--objective"]) if said["--objective"] else recipe
+
+
+def check_flags(arguments: Sequence[str], options: type[Any]) -> None:
+    """Says what is wrong with a flag or its value in one sentence, where tyro would draw a box; ``options`` has their types."""
+    hints = typing.get_type_hints(options)
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        key = name[2:].replace("-", "_")
+        if not name.startswith("--") or key in ("", "help") or hints.get(key.removeprefix("no_")) is bool:
+            continue
+        if key not in hints:
+            raise UserError(f"there is no flag {name}: {nearest(flag(key), map(flag, hints))}")
+        following = [value] if equals else [a for a in arguments[i + 1 : i + 2] if not a.startswith("--")]
+        if not following:
+            raise UserError(f"{name} needs a value.")
+        hint = hints[key]
+        if typing.get_origin(hint) is tuple:  # as many values as there are
+            following = [value] if equals else list(takewhile(lambda a: not a.startswith("--"), arguments[i + 1 :]))
+            hint = typing.get_args(hint)[0]
+        for text in following:
+            if not readable(text, hint):
+                raise UserError(f"{name} must be {spoken(hint)}, not {text!r}.")
+
+
+def spin_briefly() -> None:
+    """Lets idle worker threads of torch spin only briefly before they sleep, unless told otherwise; must run before its import.
+
+    Threads that spin for long on a core that another process wants slow both down; threads that never spin make short
+    operations wait for them (docs/LOG.md has the numbers).
+    """
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        os.environ["GOMP_SPINCOUNT"] = "5000"

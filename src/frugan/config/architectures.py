@@ -1,0 +1,80 @@
+"""The kinds of networks and their options. Add a network by adding its dataclass here and its builder to `frugan.gan.networks`."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from frugan.config.section import Kinded, option
+from frugan.utils.errors import UserError
+
+Norm = Literal["batch", "group", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(Kinded):
+    """A generator and a discriminator; `frugan.gan.networks.build` makes the modules."""
+
+    role: ClassVar[str] = "network"
+    kinds: ClassVar[dict[str, type[Any]]] = {}
+    latent_dim: int = option(100, "numbers of noise that one image is made from", least=1)
+    depth: int | None = option(
+        None, "how often the image size is halved on the way down; unset: until 4 to 7 pixels are left", least=1
+    )
+
+    def sizes(self, image_size: int) -> list[int]:
+        """Sides of the feature maps from the smallest to ``image_size``, each about half of the next (odd ones rounded up)."""
+        sizes = [image_size]
+        while len(sizes) <= self.depth if self.depth is not None else sizes[0] > 7:
+            sizes.insert(0, -(-sizes[0] // 2))
+        if sizes[0] < 2:
+            raise UserError(f"--depth {self.depth} is too deep for {image_size} pixels: the smallest map would have {sizes[0]}.")
+        return sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mlp(Architecture):
+    """Dense discriminator; generator from a dense layer and transposed convolutions."""
+
+    kind: ClassVar[str] = "mlp"
+    width_g: int = option(64, "channels of the generator's largest maps; doubled with every halving, up to 8 times", least=1)
+    width_d: int = option(512, "units of the discriminator's first dense layer; halved in each further one", least=1)
+    layers_d: int = option(2, "dense layers of the discriminator before its last", least=1, most=8)
+    norm_g: Norm = option("batch", "normalisation in the generator")
+    norm_d: Norm = option("none", "normalisation in the discriminator")
+    dropout: float = option(0.3, "chance of each unit of the discriminator to be left out", least=0, most=0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upsample(Architecture):
+    """Nearest upsampling and convolution; strided convolution with dropout."""
+
+    kind: ClassVar[str] = "upsample"
+    latent_dim: int = option(256, "numbers of noise that one image is made from", least=1)
+    width_g: int = option(32, "channels of the generator's largest maps; doubled with every halving, up to 8 times", least=1)
+    width_d: int = option(64, "channels of the discriminator's largest maps; doubled with every halving, up to 8 times", least=1)
+    norm_g: Norm = option("batch", "normalisation in the generator")
+    norm_d: Norm = option("none", "normalisation in the discriminator")
+    dropout: float = option(0.3, "chance of each value in the discriminator to be left out", least=0, most=0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dcgan(Architecture):
+    """Transposed convolutions; strided convolutions (Radford et al. 2015, arXiv 1511.06434)."""
+
+    kind: ClassVar[str] = "dcgan"
+    width_g: int = option(64, "channels of the generator's largest maps; doubled with every halving, up to 8 times", least=1)
+    width_d: int = option(64, "channels of the discriminator's largest maps; doubled with every halving, up to 8 times", least=1)
+    norm_g: Norm = option("batch", "normalisation in the generator")
+    norm_d: Norm = option("batch", "normalisation in the discriminator, but for its first layer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class R3(Architecture):
+    """Norm-free residual networks (Huang et al. 2024, arXiv 2501.05441, section 4)."""
+
+    kind: ClassVar[str] = "r3"
+    latent_dim: int = option(64, "numbers of noise that one image is made from", least=1)
+    width_g: int = option(16, "channels of the generator's largest maps; doubled with every halving, up to 8 times", least=1)
+    width_d: int = option(16, "channels of the discriminator's largest maps; doubled with every halving, up to 8 times", least=1)
+    blocks: int = option(1, "residual blocks at each image size (the paper has 2)", least=1)
+    expansion: int = option(1, "how much wider the inside of a residual block is (the paper has 2)", least=1)
+    groups: int = option(1, "groups of each 3x3 convolution (the paper has channels / 16)", least=1)

@@ -1,0 +1,227 @@
+"""The vocabulary: what to train, as small frozen dataclasses that are validated when built.
+
+Nothing here imports torch, so that the command line answers at once. A `Recipe` is made of sections; every field of every
+section has a name of its own across all of them, so that a recipe can also be read and changed flat: the same names are the
+flags of the command line, the keyword arguments of `frugan.train` and the keys of ``recipe.toml``.
+"""
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import tomli_w
+
+from frugan.config.architectures import Architecture
+from frugan.config.objectives import Objective
+from frugan.config.section import Kinded, Section, option
+from frugan.utils.errors import UserError, nearest
+
+SMALLEST_IMAGE = 8  # pixels a side: below it no recipe has a stage left to learn with
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Section):
+    """Which images, and how they are made to fit."""
+
+    data: str = option(
+        "digits", "folder, zip or tars of images, parquet, IDX files, a data set on the hub, or digits, mnist, fashion-mnist"
+    )
+    split: str = option("train", "which part of a data set that has parts: train, test, all, or what it calls it")
+    image_column: str | None = option(None, "of a table of images; unset: the first with images in it")
+    label_column: str | None = option(None, "of a table of images, or key of JSON labels; unset: what is found")
+    image_size: int | None = option(
+        None, "side of the square images, in pixels; unset: the data's own, or 64 for files", least=SMALLEST_IMAGE
+    )
+    channels: Literal[1, 3] | None = option(None, "1 for grey, 3 for colour; unset: decided from the data")
+    stream: bool = option(False, "read tar or parquet shards as training goes, for data larger than the disk; URLs always are")
+    background: str = option("white", "what transparent pixels are laid upon: a colour name or #rrggbb")
+    flip: bool = option(False, "mirror half of the images left to right, drawn anew each time")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image, once size and channels are known."""
+        assert self.channels and self.image_size
+        return self.channels, self.image_size, self.image_size
+
+
+Choice = Literal["auto", "yes", "no"]  # auto: if the memory there is asks for it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer(Section):
+    """Adam (Kingma and Ba 2014) for both networks, and how its learning rates change."""
+
+    lr_g: float = option(2e-4, "learning rate of the generator", above=0)
+    lr_d: float = option(2e-4, "learning rate of the discriminator", above=0)
+    beta1: float = option(0.5, "decay of Adam's first moment", least=0, most=0.9999)
+    beta2: float = option(0.999, "decay of Adam's second moment", least=0, most=0.999999)
+    schedule: Literal["constant", "step", "cosine", "exponential", "plateau"] = option("constant", "how both learning rates change")
+    schedule_epochs: int = option(
+        10, "epochs in which the rates fall by the factor: at once (step) or evenly (exponential)", least=1
+    )
+    schedule_factor: float = option(0.5, "what step, exponential and plateau multiply the rates by", above=0, most=1)
+    schedule_patience: int = option(5, "plateau: epochs without a lower loss that are waited for", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Section):
+    """How long, in what batches, from where."""
+
+    epochs: int = option(20, "how often every image is seen", least=1)
+    batch_size: int = option(128, "images in one update, however it is cut into micro-batches", least=1)
+    discriminator_steps: int = option(1, "updates of the discriminator for each of the generator", least=1)
+    ema_half_life: float = option(
+        10_000, "images after which the averaged generator has forgotten half; 0: do not average", least=0
+    )
+    seed: int = option(0, "the same seed gives the same training", least=0)
+    init_from: str | None = option(None, "run folder whose weights to start from (fine-tuning)")
+    freeze_d: int = option(0, "first blocks of the discriminator that stay as they are when fine-tuning", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory(Section):
+    """How the arithmetic is laid out: only ``precision`` changes more than rounding, unless a network couples samples."""
+
+    accumulation_steps: int | None = option(
+        None, "micro-batches that the discriminator's batch is cut into; unset: as few as fit", least=1
+    )
+    generator_accumulation_steps: int | None = option(
+        None, "micro-batches that the generator's batch is cut into; unset: as the discriminator's, or as few as fit", least=1
+    )
+    separate_terms: Choice = option("auto", "one backward for real images, then one for generated ones (reassociation)")
+    penalty: Literal["auto", "double-backward", "jvp"] = option(
+        "auto", "how gradient penalties are differentiated; jvp: forwards, which takes less together with the next (reassociation)"
+    )
+    checkpoint_blocks: Choice = option("auto", "keep the inputs of each block alone and compute it again in backward (bitwise)")
+    recompute_generator: Choice = option("auto", "run G again for its backward, so that it is not held beside D (bitwise)")
+    offload_activations: Choice = option("auto", "what backward needs waits on the host (bitwise; accelerators)")
+    offload_state: Choice = option(
+        "auto", "moments and the averaged generator wait on the host (bitwise; accelerators); auto: where nothing fits otherwise"
+    )
+    in_place: bool = option(True, "activations overwrite what they are applied to (bitwise)")
+    lean_adam: bool = option(True, "Adam keeps no first moment where beta1 is 0 (reassociation)")
+    moments: Literal["fp32", "8bit"] = option("fp32", "how Adam keeps its moments; 8bit needs torchao (approximate)")
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "auto"] = option(
+        "fp32", "arithmetic inside the networks; auto: bf16 or fp16 where the device is fast at it (all but fp32 approximate)"
+    )
+    channels_last: bool = option(True, "lay images out with the channels innermost: faster convolutions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides what is trained. Built by the functions of `frugan.config.recipes`, changed by `replace`."""
+
+    recipe: str
+    data: Data = Data()
+    network: Architecture
+    objective: Objective
+    optimizer: Optimizer = Optimizer()
+    training: Training = Training()
+    memory: Memory = Memory()
+
+    def sections(self) -> dict[str, Section]:
+        """The sections by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "recipe"}
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its own name, and the kinds of network and objective under theirs."""
+        values: dict[str, Any] = {}
+        for name, section in self.sections().items():
+            if isinstance(section, Kinded):
+                values[name] = section.kind
+            values |= {f.name: getattr(section, f.name) for f in fields(section)}
+        return values
+
+    def replace(self, **values: Any) -> Self:
+        """A recipe with these settings changed, by their flat names.
+
+        ``network`` or ``objective`` change the kind; settings that both kinds have keep their values.
+
+        Raises:
+            UserError: a name that no section has (with the nearest), or a value outside its range.
+        """
+        changed: dict[str, Section] = {}
+        for name in ("network", "objective"):
+            section = self.sections()[name]
+            if name in values and isinstance(section, Kinded) and values[name] != section.kind:
+                kind = type(section).of(values[name])
+                kept = {f.name for f in fields(kind)} & {f.name for f in fields(section)}
+                changed[name] = kind(**{k: getattr(section, k) for k in kept})
+        result = dataclasses.replace(self, **changed)  # type: ignore[arg-type]
+        owners = result.flat().keys()
+        for name in values:
+            if name not in owners:
+                raise UserError(f"there is no setting {name!r} in recipe {self.recipe!r}: {nearest(name, owners)}")
+        for name, section in result.sections().items():
+            own = {f.name: values[f.name] for f in fields(section) if f.name in values}
+            if own:
+                changed[name] = dataclasses.replace(section, **own)
+        return dataclasses.replace(self, **changed)  # type: ignore[arg-type]
+
+    def differences(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
+        """The settings in which ``other`` differs: name to (here, there)."""
+        here, there = self.flat(), other.flat()
+        return {k: (here.get(k), there.get(k)) for k in sorted(here.keys() | there.keys()) if here.get(k) != there.get(k)}
+
+    def to_toml(self) -> str:
+        """The recipe as TOML, one table a section; unset values are left out."""
+        document: dict[str, Any] = {"recipe": self.recipe}
+        for name, section in self.sections().items():
+            table = {"kind": section.kind} if isinstance(section, Kinded) else {}
+            document[name] = table | {f.name: v for f in fields(section) if (v := getattr(section, f.name)) is not None}
+        return tomli_w.dumps(document)
+
+    @classmethod
+    def from_toml(cls, text: str, where: str) -> "Recipe":
+        """Reads what `to_toml` writes; what is left out has its default.
+
+        Raises:
+            UserError: not TOML, an unknown table, key or kind, or a value outside its range; names ``where``.
+        """
+        try:
+            document = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise UserError(f"{where} is not valid TOML: {error}.") from None
+        try:
+            return cls._from_document(document)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+    @classmethod
+    def _from_document(cls, document: dict[str, Any]) -> "Recipe":
+        bases: dict[str, Any] = {
+            "data": Data, "network": Architecture, "objective": Objective,
+            "optimizer": Optimizer, "training": Training, "memory": Memory,
+        }  # fmt: skip
+        if unknown := document.keys() - bases.keys() - {"recipe"}:
+            name = min(unknown)
+            raise UserError(f"there is no section {name!r} in a recipe: {nearest(name, bases)}")
+        sections: dict[str, Any] = {}
+        for name, base in bases.items():
+            table = document.get(name, {})
+            if not isinstance(table, Mapping):
+                raise UserError(f"{name!r} must be a table, [{name}].")
+            table = dict(table)
+            if issubclass(base, Kinded):
+                base = base.of(str(table.pop("kind", "dcgan" if name == "network" else "bce")))
+            known = {f.name for f in fields(base)}
+            for key in table:
+                if key not in known:
+                    raise UserError(f"there is no key {key!r} in [{name}]: {nearest(key, known)}")
+            sections[name] = base(**table)
+        return cls(recipe=str(document.get("recipe", "custom")), **sections)
+
+
+def read(path: Path) -> Recipe:
+    """The recipe in a TOML file.
+
+    Raises:
+        UserError: the file cannot be read or says something no recipe has.
+    """
+    try:
+        return Recipe.from_toml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the recipe {path}: {error}.") from None

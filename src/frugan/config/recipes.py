@@ -1,0 +1,65 @@
+"""The named recipes: one plain function each. Add a recipe by adding a function here and its name to `RECIPES`."""
+
+from pathlib import Path
+
+from frugan.config.architectures import R3, Dcgan, Mlp, Upsample
+from frugan.config.objectives import Bce, RpGan
+from frugan.config.recipe import Optimizer, Recipe, read
+from frugan.utils.errors import UserError, nearest
+
+
+def mlp() -> Recipe:
+    """Dense discriminator against a generator of transposed convolutions: the memory-optimised Fashion-MNIST GAN."""
+    return Recipe(
+        recipe="mlp",
+        network=Mlp(),
+        objective=Bce(label_smoothing=0.1),
+        optimizer=Optimizer(lr_g=2e-4, lr_d=2e-4),
+    )
+
+
+def upsample() -> Recipe:
+    """Nearest upsampling and convolution from 256 numbers, dropout in D, equal rates: the speed-optimised Fashion-MNIST DCGAN."""
+    return Recipe(
+        recipe="upsample",
+        network=Upsample(),
+        objective=Bce(label_smoothing=0.1),
+        optimizer=Optimizer(lr_g=2e-4, lr_d=2e-4),
+    )
+
+
+def dcgan() -> Recipe:
+    """DCGAN for any image size (Radford et al. 2015, arXiv 1511.06434), with label smoothing and an averaged generator."""
+    return Recipe(
+        recipe="dcgan",
+        network=Dcgan(),
+        objective=Bce(label_smoothing=0.1),
+        optimizer=Optimizer(lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999),
+    )
+
+
+def r3() -> Recipe:
+    """R3GAN (Huang et al. 2024, arXiv 2501.05441): relativistic pairing, R1 and R2 on every step, no normalisation."""
+    return Recipe(
+        recipe="r3",
+        network=R3(),
+        objective=RpGan(r1=0.5, r2=0.5),
+        optimizer=Optimizer(lr_g=2e-4, lr_d=2e-4, beta1=0.0, beta2=0.99),
+    )
+
+
+RECIPES = {f.__name__: f for f in (mlp, upsample, dcgan, r3)}
+DEFAULT = "dcgan"
+
+
+def get(name: str) -> Recipe:
+    """The recipe called ``name``, or the one in the TOML file ``name``.
+
+    Raises:
+        UserError: there is neither (with the nearest name).
+    """
+    if name in RECIPES:
+        return RECIPES[name]()
+    if name.endswith(".toml"):
+        return read(Path(name))
+    raise UserError(f"there is no recipe called {name!r}: {nearest(name, RECIPES)}")

@@ -1,0 +1,105 @@
+"""Sections of settings: frozen dataclasses whose fields carry their help and range, and are checked when built."""
+
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+from frugan.utils.errors import UserError, nearest
+
+UNIONS = (types.UnionType, typing.Union)  # what X | Y is, without and with a Literal in it
+
+
+def option(default: Any, help: str, *, above: float | None = None, least: float | None = None, most: float | None = None) -> Any:
+    """A field with its one line of help and its range: ``above`` excludes its bound, ``least`` and ``most`` include theirs."""
+    return field(default=default, metadata={"help": help, "above": above, "least": least, "most": most})
+
+
+def flag(name: str) -> str:
+    """How a field is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Base of all sections: checks each field's type and range when built.
+
+    Raises:
+        UserError: a value has the wrong type or lies outside its range.
+    """
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not _fits(value, hints[f.name]):
+                raise UserError(f"{flag(f.name)} must be {spoken(hints[f.name])}, not {value!r}.")
+            if value is None or isinstance(value, (str, bool)):
+                continue
+            bounds: list[tuple[str, Callable[[Any, Any], bool], str]] = [
+                ("above", lambda v, b: v > b, "above"),
+                ("least", lambda v, b: v >= b, "at least"),
+                ("most", lambda v, b: v <= b, "at most"),
+            ]
+            for bound, holds, words in bounds:
+                limit = f.metadata.get(bound)
+                if limit is not None and not holds(value, limit):
+                    raise UserError(f"{flag(f.name)} must be {words} {limit:g}, not {value:g} ({f.metadata['help']}).")
+
+
+def _fits(value: object, hint: Any) -> bool:
+    if typing.get_origin(hint) in UNIONS:
+        return any(_fits(value, h) for h in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def readable(text: str, hint: Any) -> bool:
+    """Whether ``text`` can be read as a value of type ``hint``; words always can."""
+    if typing.get_origin(hint) in UNIONS:
+        return any(readable(text, h) for h in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return text in map(str, typing.get_args(hint))
+    if hint is types.NoneType:
+        return text == "None"
+    try:
+        if hint in (int, float):
+            hint(text)
+    except ValueError:
+        return False
+    return True
+
+
+def spoken(hint: Any) -> str:
+    """A type in words."""
+    if typing.get_origin(hint) in UNIONS:
+        return " or ".join(spoken(h) for h in typing.get_args(hint) if h is not types.NoneType)
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(str(a) for a in typing.get_args(hint))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}.get(hint, str(hint))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kinded(Section):
+    """A section of which there are kinds: each is a subclass with a ``kind`` and is found by it."""
+
+    role: ClassVar[str]
+    kind: ClassVar[str]
+    kinds: ClassVar[dict[str, type[Any]]]
+
+    def __init_subclass__(cls) -> None:
+        if "kind" in vars(cls):
+            cls.kinds[cls.kind] = cls
+
+    @classmethod
+    def of(cls, kind: str) -> type[Any]:
+        """The subclass called ``kind``."""
+        if kind not in cls.kinds:
+            raise UserError(f"there is no {cls.role} called {kind!r}: {nearest(kind, cls.kinds)}")
+        return cls.kinds[kind]

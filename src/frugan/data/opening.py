@@ -1,0 +1,66 @@
+"""From what was asked for to images: a source, what is not said about it filled in, and a loader."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from frugan.config.recipe import Data
+from frugan.data.decode import background_colour, flatten, is_grey
+from frugan.data.loader import Loader
+from frugan.data.pack_loader import SMALL, PackLoader
+from frugan.data.sources.base import Source, Tell
+from frugan.data.sources.streams import ShardSource
+from frugan.data.stream_loader import StreamLoader, block_of
+from frugan.memory import limit
+
+DEFAULT_SIZE = 64  # pixels, where images have no size in common
+LOOKED_AT = 256  # images that decide whether a folder is grey
+
+
+def resolve(source: Source, data: Data, tell: Tell) -> Data:
+    """``data`` with image size and channels filled in from the images themselves."""
+    size = data.image_size or source.size or DEFAULT_SIZE
+    channels = data.channels
+    if channels is None and source.grey is not None:
+        channels = 1 if source.grey else 3
+    if channels is None:
+        background = background_colour(data.background)
+        chosen = np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(int)
+        grey = [g for i in chosen if (g := _looks_grey(source, int(i), background)) is not None]
+        channels = 1 if all(grey) else 3
+        if channels == 1 and grey:
+            tell(f"None of {len(grey)} images looked at has colour: training in grey; --channels 3 trains in colour.")
+    return Data(**(vars(data) | {"image_size": max(size, 8), "channels": channels}))
+
+
+def _looks_grey(source: Source, index: int, background: tuple[int, int, int]) -> bool | None:
+    try:
+        with source.open(index, DEFAULT_SIZE) as image:
+            return is_grey(flatten(image, background))
+    except Exception:  # packing names the file
+        return None
+
+
+def open_loader(source: Source, data: Data, *, seed: int, workers: int, tell: Tell, **keeping: Any) -> Loader:
+    """What gives the images of ``source`` as ``data`` (resolved) wants them; ``keeping``: see `PackLoader`."""
+    if not isinstance(source, ShardSource):
+        return PackLoader(source, data, seed=seed, workers=workers, tell=tell, **keeping)
+    for problem in source.problems:
+        tell(problem)
+    return StreamLoader(source.shards, data, seed=seed, workers=workers, tell=tell)
+
+
+def bytes_of(source: Source, data: Data, batch: int, keep: int = SMALL) -> int:
+    """Bytes that a loader of ``source`` holds while batches of ``batch`` are trained on."""
+    if isinstance(source, ShardSource):
+        return (2 * min(block_of(data), len(source)) + batch) * math.prod(data.shape)
+    whole = len(source) * math.prod(data.shape)
+    return whole if whole <= keep else 0
+
+
+def keepable(budget: int | None, device: torch.device) -> int:
+    """Bytes of images worth keeping on ``device``: at most a quarter of what a budget leaves there, or of what is free."""
+    there = limit.spare(device) if budget is None else budget - limit.held(device)
+    return max(0, min(SMALL, there // 4) if device.type in ("cpu", "mps") else there // 4)

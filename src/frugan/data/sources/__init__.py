@@ -1,0 +1,50 @@
+"""What ``--data`` may name: one file a kind of source.
+
+Add a source by writing a file here with a function that takes the `Data` section and returns a `Source`, or None if what is asked
+for is not its kind, and putting it into `OPENERS`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from frugan.config.recipe import Data
+from frugan.data.sources.base import Source, plain
+from frugan.data.sources.digits import digits
+from frugan.data.sources.files import archive, folder
+from frugan.data.sources.idx import NAMED, idx_files, named
+from frugan.data.sources.packs import pack
+from frugan.data.sources.streams import stream
+from frugan.data.sources.tables import records
+from frugan.data.sources.tars import tars
+from frugan.utils.errors import UserError, nearest
+
+# In this order: the first that knows the kind opens it.
+OPENERS: list[Callable[[Data], Source | None]] = [digits, named, stream, pack, idx_files, archive, tars, records, folder]
+
+
+def open_source(data: Data) -> Source:
+    """The images that ``data`` names.
+
+    Raises:
+        UserError: they are not there, cannot be fetched, or are none; says what to do.
+    """
+    if not data.data.strip():
+        raise UserError("the name of the data is empty: give a folder, a zip, or leave it out for the built-in digits.")
+    path = Path(data.data)
+    try:
+        for opener in OPENERS:
+            source = opener(data)
+            if source is not None:
+                if len(source) == 0:
+                    raise UserError(f"{data.data} holds no images.")
+                source.name = plain(source.name)  # which may come from a manifest or a URL, and becomes part of paths
+                return source
+        if path.exists():
+            raise UserError(f"{path} is neither a folder nor a zip of images.")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}.") from None
+    near = "check the path"
+    if path.parent == Path():
+        near += ", or " + nearest(data.data, [*NAMED, "digits"]).removesuffix(".").removesuffix("?")
+    near += "."
+    raise UserError(f"there is no folder or zip {path}: {near}")

@@ -1,0 +1,230 @@
+"""Images read from shards as training goes: for data larger than the disk, in constant memory.
+
+An epoch reads all shards in a new order, one after the other, in blocks of images; within a block they are shuffled. Where an
+image comes in an epoch follows from the seed and the number of images alone, so that a training resumes at the image where it
+stopped, and processes that share an epoch take every ``world``-th image each, without knowing of one another. An image that cannot
+be read is named, and the one before it in its block stands in its place. Where the network or the system fails for a while, a shard
+is opened again at the image where it stopped: no image is replaced for that.
+"""
+
+import io
+import math
+import tarfile
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from frugan.config.recipe import Data
+from frugan.data.decode import Pixels, background_colour, fit, flatten
+from frugan.data.loader import Images, Loader
+from frugan.data.sources import streams
+from frugan.data.sources.base import Tell, loaded, reason, stamp_of
+from frugan.data.sources.streams import Damaged, Item, Shard, short
+from frugan.utils.draws import Order, derive
+from frugan.utils.errors import UserError
+
+BLOCK_BYTES = 32 << 20  # of decoded images that are shuffled among each other; two such blocks are held
+
+
+def block_of(data: Data) -> int:
+    """Images that `BLOCK_BYTES` hold."""
+    return max(1, BLOCK_BYTES // math.prod(data.shape))
+
+
+class StreamLoader:
+    """The images of ``shards`` as ``data`` (resolved) wants them, as `Loader` says.
+
+    Args:
+        shards: in any order that is always the same.
+        data: how images are made to fit.
+        seed: of their order.
+        workers: threads that decode.
+        tell: is called with each thing a person should know.
+        rank: which of ``world`` processes this is: it gets the images whose number leaves ``rank`` when divided by ``world``.
+        world: how many processes share the data.
+        block: images that are shuffled among each other; None: as many as `BLOCK_BYTES` hold.
+    """
+
+    random_access = False
+
+    def __init__(
+        self, shards: Sequence[Shard], data: Data, *, seed: int, workers: int, tell: Tell, rank: int = 0, world: int = 1,
+        block: int | None = None,
+    ) -> None:  # fmt: skip
+        self.shards = [shard for shard in shards if shard.images]
+        self.shape = data.shape
+        self.background = background_colour(data.background)
+        self.seed, self.rank, self.world, self.tell = seed, rank, world, tell
+        self.length = sum(shard.images for shard in self.shards)
+        if not self.length:
+            raise UserError(f"none of the {len(shards)} shards has images.")
+        self.fingerprint = stamp_of((shard.name, shard.images, 0) for shard in self.shards)
+        self.block = min(self.length, block or block_of(data))
+        self._told: set[str] = set()
+        self._decoders = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self._blocks: dict[tuple[int, int], Future[dict[int, Pixels]]] = {}
+        self._closing = threading.Event()
+        self._stream: tuple[int, int, Generator[Item]] | None = None  # of which epoch, from which image on
+        # All threads at once: each reserves its stack when it starts, which must not happen within a limit on memory.
+        together = threading.Barrier(workers)
+        list(self._decoders.map(lambda _: together.wait(), range(workers)))
+        self._reader.submit(int).result()
+
+    def __len__(self) -> int:
+        """Images in an epoch."""
+        return self.length
+
+    def batch(self, first: int, count: int) -> Tensor:
+        """Those of images ``first`` to ``first + count`` of the endless order that are this process's: uint8 ``[n, c, h, w]``."""
+        return self.images(first, count)(first, count)
+
+    def images(self, first: int, count: int) -> Images:
+        """A batch to be read in pieces, ``(first, count)`` to uint8 ``[n, c, h, w]``."""
+        rows = {p: self._image(p) for p in range(first, first + count) if p % self.world == self.rank}
+
+        def piece(begin: int, number: int) -> Tensor:
+            mine = [rows[p] for p in range(begin, begin + number) if p in rows]
+            return torch.from_numpy(np.stack(mine)) if mine else torch.empty(0, *self.shape, dtype=torch.uint8)
+
+        return piece
+
+    def ahead(self, batch: int) -> int:
+        """Bytes of the blocks that are held, and of the batch in use."""
+        return (2 * self.block // self.world + batch) * math.prod(self.shape)
+
+    def labels(self, first: int, count: int) -> Tensor | None:
+        """None: streams have no classes."""
+        return None
+
+    def reordered(self, seed: int) -> Loader:
+        """Cannot be: a stream is read in its own order."""
+        raise UserError("a stream gives its images in one order: copy it to this disk for another.")
+
+    def let_go(self) -> bool:
+        """Keeps nothing that could be given up."""
+        return False
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._closing.set()
+        for pool in (self._reader, self._decoders):
+            pool.shutdown(cancel_futures=True)
+
+    def _image(self, position: int) -> Pixels:
+        epoch, offset = divmod(position, self.length)
+        key = (epoch, offset // self.block)
+        if key not in self._blocks:
+            self._blocks[key] = self._reader.submit(self._read, *key)
+        try:
+            found = self._blocks[key].result()[offset % self.block]
+        except Exception:
+            del self._blocks[key]  # to be read anew if it is asked for again
+            raise
+        if (after := self._after(key)) not in self._blocks:
+            self._blocks = {key: self._blocks[key], after: self._reader.submit(self._read, *after)}
+        return found
+
+    def _after(self, key: tuple[int, int]) -> tuple[int, int]:
+        epoch, block = key
+        return (epoch, block + 1) if (block + 1) * self.block < self.length else (epoch + 1, 0)
+
+    def _read(self, epoch: int, block: int) -> dict[int, Pixels]:
+        """This process's images of a block, by their place in it."""
+        begin = block * self.block
+        count = min(self.block, self.length - begin)
+        places = np.empty(count, np.int64)  # of the image that is read n-th
+        places[Order(derive(self.seed, "block", epoch, block), count).read(0, count).numpy()] = np.arange(count)
+        before, self._stream = self._stream, None  # what fails is not gone on with
+        stream = before[2] if before and before[:2] == (epoch, begin) else self._from(epoch, begin)
+        try:
+            waiting: dict[int, Future[Pixels | None]] = {}
+            for place in places.tolist():
+                name, content = next(stream)
+                if (epoch * self.length + begin + place) % self.world == self.rank:
+                    waiting[place] = self._decoders.submit(self._decode, name, content)
+                if len(waiting) % 64 == 0 and waiting:
+                    next(reversed(waiting.values())).result()  # what is encoded does not gather
+            decoded = {place: future.result() for place, future in waiting.items()}
+        except BaseException:
+            stream.close()
+            raise
+        self._stream = (epoch, begin + count, stream)
+        good = next((pixels for pixels in decoded.values() if pixels is not None), None)
+        if decoded and good is None:
+            raise UserError(f"none of {len(decoded)} images in a row can be read, from {self.shards[0].name} on.")
+        for place, pixels in decoded.items():
+            decoded[place] = good = pixels if pixels is not None else good
+        return {place: pixels for place, pixels in decoded.items() if pixels is not None}
+
+    def _from(self, epoch: int, skip: int) -> Generator[Item]:
+        """Every image of an epoch but the first ``skip``, from shard to shard."""
+        order = Order(derive(self.seed, "shards", epoch), len(self.shards)).read(0, len(self.shards)).tolist()
+        for number in order:
+            shard = self.shards[number]
+            if skip < shard.images:
+                yield from self._whole(shard, skip)
+            skip = max(0, skip - shard.images)
+
+    def _whole(self, shard: Shard, given: int) -> Iterator[Item]:
+        """Every image of ``shard`` but the first ``given``; where the network or the system fails, it is read on after a while.
+
+        A shard that ends too early twice at the same image is cut short or damaged: its rest is named once, and images that cannot
+        be read stand for it.
+        """
+        failed = 0  # attempts in a row that gave no image
+        ended = None  # at which image it ended too early
+        while given < shard.images:
+            why = "it is cut short"
+            try:
+                for item in islice(shard.read(given), shard.images - given):
+                    yield item
+                    given, failed = given + 1, 0
+            except (UserError, MemoryError):
+                raise
+            except (tarfile.TarError, Damaged) as error:
+                why = reason(error)
+            except Exception as error:  # what networks, file systems and their drivers raise is without end
+                self._wait(shard, error, failed)
+                failed += 1
+                continue
+            if given == ended:
+                rest = f"the rest of {shard.name}"
+                if rest not in self._told:
+                    self._told.add(rest)
+                    self.tell(f"The rest of {shard.name} cannot be read: {why}.")
+                for _ in range(given, shard.images):
+                    yield rest, why
+                return
+            ended = given
+
+    def _wait(self, shard: Shard, error: Exception, failed: int) -> None:
+        if failed == len(streams.WAITS) or self._closing.is_set():
+            raise UserError(
+                f"cannot read on in {shard.name} ({short(error)}), tried {failed + 1} times: check the connection, and that the "
+                "shard is whole, then run the same command again, which goes on from the last checkpoint."
+            ) from None
+        if not failed:
+            self.tell(f"{shard.name}: {short(error)}; trying again.")
+        self._closing.wait(streams.WAITS[failed])
+
+    def _decode(self, name: str, content: bytes | str) -> NDArray[np.uint8] | None:
+        channels, size, _ = self.shape
+        try:
+            if isinstance(content, str):
+                raise ValueError(content)
+            with loaded(io.BytesIO(content), size) as image:
+                return fit(flatten(image, self.background), size, channels)
+        except MemoryError:
+            raise
+        except Exception as error:  # what decoders raise for files that are not what they say is without end
+            if name not in self._told:
+                self._told.add(name)
+                self.tell(f"Skipped {name}: {reason(error)}.")
+            return None

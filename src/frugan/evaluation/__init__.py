@@ -1,0 +1,1 @@
+"""How good generated images are: metrics and the features that they are taken on."""

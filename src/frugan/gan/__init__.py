@@ -1,0 +1,1 @@
+"""The networks, what they minimise, and one step of their training."""

@@ -1,0 +1,78 @@
+"""What a recipe makes on a device: networks as they are laid out in memory, optimizers, average and step."""
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from frugan.config.recipe import Recipe
+from frugan.gan.networks import Network
+from frugan.gan.optim import Ema, FrugalAdam, LowBitAdam
+from frugan.gan.step import Step
+from frugan.utils.draws import Draws
+from frugan.utils.errors import UserError
+
+
+def lay_out(recipe: Recipe, generator: Network, discriminator: Network) -> None:
+    """Does to new networks what the recipe's memory section says: their memory format, and what overwrites what."""
+    layout = torch.channels_last if recipe.memory.channels_last else torch.contiguous_format
+    for network in (generator, discriminator):
+        network.to(memory_format=layout)
+        for module in network.modules():
+            if isinstance(module, (nn.LeakyReLU, nn.ReLU)):
+                module.inplace = recipe.memory.in_place
+
+
+def freeze(recipe: Recipe, discriminator: Network) -> None:
+    """Keeps the first blocks as they are, running statistics too, if the recipe says so.
+
+    Raises:
+        UserError: there is nothing to start from, or nothing would be left to train.
+    """
+    training = recipe.training
+    if training.freeze_d >= len(discriminator.blocks):
+        raise UserError(f"--freeze-d {training.freeze_d} leaves nothing to train: D has {len(discriminator.blocks)} blocks.")
+    if training.freeze_d and not training.init_from:
+        raise UserError("--freeze-d is for fine-tuning: name the run to start from with --init-from.")
+    for block in discriminator.blocks[: training.freeze_d]:
+        block.requires_grad_(False).eval()
+
+
+def optimizers(recipe: Recipe, generator: Network, discriminator: Network, device: torch.device) -> tuple[FrugalAdam, FrugalAdam]:
+    """Of the generator and of the discriminator, whose frozen blocks have none."""
+    options, memory = recipe.optimizer, recipe.memory
+    offload = memory.offload_state == "yes" and device.type != "cpu"
+    betas = (options.beta1, options.beta2)
+    kind: type[FrugalAdam] = LowBitAdam if memory.moments == "8bit" else FrugalAdam
+    made = partial(kind, betas=betas, lean=memory.lean_adam, offload=offload)
+    learning = [p for p in discriminator.parameters() if p.requires_grad]
+    return made(generator.parameters(), options.lr_g), made(learning, options.lr_d)
+
+
+def average(recipe: Recipe, generator: Network, device: torch.device) -> Ema | None:
+    """The averaged generator, if there is one."""
+    half_life = recipe.training.ema_half_life
+    host = torch.device("cpu") if recipe.memory.offload_state == "yes" and device.type not in ("cpu", "meta") else None
+    return Ema(generator, half_life, host).eval() if half_life else None
+
+
+def rehearse(device: torch.device) -> None:
+    """Updates and averages a network of two numbers, so that what only an update loads on ``device`` is there and counted."""
+    network = nn.Linear(1, 1, device=device)
+    optimizer, ema = FrugalAdam(network.parameters(), 0.0, (0.5, 0.9)), Ema(network, 1.0, device)
+    for images in (1, 2):
+        network(torch.ones(1, 1, device=device)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(network, 1, images)
+    all(bool(p.isfinite().all()) for p in ema.parameters())
+
+
+def make_step(recipe: Recipe, generator: Network, discriminator: Network) -> Step:
+    """The step of ``recipe`` on these networks."""
+    memory = recipe.memory
+    device = next(generator.parameters()).device
+    return Step(
+        generator, discriminator, recipe.objective, recipe.network.latent_dim, Draws(recipe.training.seed, device),
+        flip=recipe.data.flip, precision=memory.precision, channels_last=memory.channels_last,
+    )  # fmt: skip

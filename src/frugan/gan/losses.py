@@ -1,0 +1,82 @@
+"""Objectives: logits and gradients in, one term per sample out. Nothing here sees a module.
+
+A term per sample is what makes accumulation exact: micro-batches of any size add up to the mean over the whole batch. Add a
+loss by adding a dataclass to `frugan.config.recipe` and its two functions to `LOSSES`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, relu, softplus
+
+from frugan.config.objectives import Bce, Hinge, Objective, RpGan, WganGp
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Both players' losses.
+
+    Args:
+        discriminator: (options, logits of real images ``[n]``, logits of generated images ``[n]``) to terms ``[n]``.
+        generator: (options, logits of generated images ``[n]``, logits of real images ``[n]`` or None) to terms ``[n]``.
+        paired: whether the generator's loss needs the logits of real images.
+        probability: whether the sigmoid of a logit is D's probability that the image is real.
+    """
+
+    discriminator: Callable[[Any, Tensor, Tensor], Tensor]
+    generator: Callable[[Any, Tensor, Tensor | None], Tensor]
+    paired: bool = False
+    probability: bool = False
+
+
+def _bce_d(options: Bce, real: Tensor, fake: Tensor) -> Tensor:
+    target = torch.full_like(real, 1 - options.label_smoothing)
+    return binary_cross_entropy_with_logits(real, target, reduction="none") + softplus(fake)
+
+
+def _bce_g(options: Bce, fake: Tensor, real: Tensor | None) -> Tensor:
+    return softplus(-fake)
+
+
+def _hinge_d(options: Hinge, real: Tensor, fake: Tensor) -> Tensor:
+    return relu(1 - real) + relu(1 + fake)
+
+
+def _wgan_d(options: WganGp, real: Tensor, fake: Tensor) -> Tensor:
+    return fake - real
+
+
+def _negated(options: Objective, fake: Tensor, real: Tensor | None) -> Tensor:
+    return -fake
+
+
+def _rpgan_d(options: RpGan, real: Tensor, fake: Tensor) -> Tensor:
+    return softplus(fake - real)
+
+
+def _rpgan_g(options: RpGan, fake: Tensor, real: Tensor | None) -> Tensor:
+    assert real is not None
+    return softplus(real - fake)
+
+
+LOSSES: dict[type[Objective], Loss] = {
+    Bce: Loss(_bce_d, _bce_g, probability=True),
+    Hinge: Loss(_hinge_d, _negated),
+    WganGp: Loss(_wgan_d, _negated),
+    RpGan: Loss(_rpgan_d, _rpgan_g, paired=True),
+}
+
+
+def squared_norm(gradient: Tensor) -> Tensor:
+    """Half the squared norm of each sample's gradient, ``[n, ...]`` to ``[n]``: R1 at real images, R2 at generated ones
+    (Mescheder et al. 2018, arXiv 1801.04406, equation 9)."""
+    return gradient.square().flatten(1).sum(1) / 2
+
+
+def unit_norm(gradient: Tensor) -> Tensor:
+    """(norm - 1)^2 of each sample's gradient, ``[n, ...]`` to ``[n]`` (Gulrajani et al. 2017, equation 3)."""
+    # The square root has no slope at 0, where images are that D has no opinion on.
+    return (gradient.square().flatten(1).sum(1).clamp_min(1e-12).sqrt() - 1).square()

@@ -1,0 +1,136 @@
+"""What the networks are made of."""
+
+import torch
+from torch import Tensor, nn
+
+from frugan.config.architectures import Norm
+from frugan.memory.private import batch_norm
+from frugan.utils.draws import Rows
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask belongs to the samples, so that cutting a batch into micro-batches changes nothing."""
+
+    def __init__(self, p: float, name: str) -> None:
+        super().__init__()
+        self.p = p
+        self.name = name
+
+    def forward(self, x: Tensor, rows: Rows | None) -> Tensor:
+        """``x``: ``[n, ...]``; ``rows`` must be given while training."""
+        if not self.training or self.p == 0:
+            return x
+        assert rows is not None, "dropout needs to know which samples it is for"
+        keep = rows.keep(self.name, tuple(x.shape[1:]), self.p)
+        return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
+
+
+class Block(nn.Sequential):
+    """Layers that belong together: the unit of activation checkpointing and of freezing."""
+
+    def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
+        """Applies the layers in turn; those that draw are told for which samples."""
+        for layer in self:
+            x = layer(x, rows) if isinstance(layer, Dropout) else layer(x)
+        return x
+
+
+class Network(nn.Module):
+    """A chain of blocks: base of both networks.
+
+    A generator maps noise ``[n, latent_dim]`` to images ``[n, channels, size, size]`` in [-1, 1]; a discriminator maps images
+    to one logit each, ``[n]``.
+    """
+
+    def __init__(self, *blocks: Block) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
+        """Applies the blocks in turn."""
+        for block in self.blocks:
+            x = block(x, rows)
+        return x
+
+    @property
+    def couples_samples(self) -> bool:
+        """Whether a sample's output depends on the others in its (micro-)batch."""
+        return any(isinstance(m, batch_norm()) for m in self.modules())
+
+
+def norm(kind: Norm, channels: int, *, flat: bool = False) -> list[nn.Module]:
+    """The normalisation called ``kind`` for ``[n, channels, h, w]``, or ``[n, channels]`` if ``flat``."""
+    if kind == "batch":
+        return [nn.BatchNorm1d(channels) if flat else nn.BatchNorm2d(channels)]
+    if kind == "group":
+        groups = next(g for g in range(min(16, channels), 0, -1) if channels % g == 0)
+        return [nn.GroupNorm(groups, channels)]
+    return []
+
+
+class Resize(nn.Module):
+    """Nearest upsampling to ``size``."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, c, h, w]`` to ``[n, c, size, size]``."""
+        return nn.functional.interpolate(x, size=(self.size, self.size))
+
+
+class Average(nn.Module):
+    """Adaptive average pooling to ``size``: each pixel is the mean of those it covers."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, c, h, w]`` to ``[n, c, size, size]``."""
+        divides = x.shape[-1] % self.size == 0 and x.shape[-2] % self.size == 0
+        if divides or x.device.type in ("cpu", "cuda", "meta"):
+            return nn.functional.adaptive_avg_pool2d(x, self.size)
+        # Where windows differ in size some accelerators (MPS) refuse; the same as two products with matrices of means.
+        return means(x.shape[-2], self.size, x) @ x @ means(x.shape[-1], self.size, x).T
+
+
+def means(length: int, size: int, like: Tensor) -> Tensor:
+    """The matrix ``[size, length]`` that takes adaptive means along a dimension, in the dtype and on the device of ``like``."""
+    number = torch.arange(size)
+    begin, end = number * length // size, -(-(number + 1) * length // size)
+    place = torch.arange(length)
+    covered = (place >= begin[:, None]) & (place < end[:, None])
+    return (covered / (end - begin)[:, None]).to(like)
+
+
+def widths(base: int, sizes: list[int]) -> list[int]:
+    """Channels at each of ``sizes`` (ascending): ``base`` at the largest but one, doubled downwards, at most 8 times as many."""
+    return [base * min(8, 2 ** (len(sizes) - 2 - i)) for i in range(len(sizes) - 1)]
+
+
+def seed_block(latent_dim: int, channels: int, size: int, kind: Norm, activation: nn.Module) -> Block:
+    """Noise ``[n, latent_dim]`` to a first feature map ``[n, channels, size, size]``."""
+    shape = nn.Unflatten(1, (channels, size, size))
+    dense = nn.Linear(latent_dim, channels * size * size, bias=kind == "none")
+    return Block(dense, shape, *norm(kind, channels), activation)
+
+
+@torch.no_grad()
+def radford_init(network: nn.Module) -> None:
+    """Weights from N(0, 0.02), scales of batch norm from N(1, 0.02) (Radford et al. 2015, section 4).
+
+    Without normalisation that is too small to learn from: then weights keep their scale from layer to layer (He et al. 2015).
+    """
+    normed = any(isinstance(m, (*batch_norm(), nn.GroupNorm)) for m in network.modules())
+    for m in network.modules():
+        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            if normed:
+                nn.init.normal_(m.weight, 0.0, 0.02)
+            else:
+                nn.init.kaiming_normal_(m.weight, a=0.2)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, batch_norm()):
+            nn.init.normal_(m.get_parameter("weight"), 1.0, 0.02)

@@ -1,0 +1,243 @@
+"""What a person sees: notices, tables, progress. Plain lines when it is not a terminal."""
+
+import atexit
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console as Rich
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
+from rich.table import Table
+
+from frugan.config.recipe import Data
+from frugan.data.inspection import Report
+from frugan.evaluation.metrics import METRICS, shown
+from frugan.gan.summary import Row
+from frugan.memory.plan import Plan
+from frugan.utils.units import size
+
+MANY = 1000  # images whose packing takes long enough to be announced
+PLAIN_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
+
+
+def counted(number: int, word: str, ending: str = "s") -> str:
+    """1 epoch, 2 epochs."""
+    return f"{number} {word}{ending if number > 1 else ''}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def losses(line: Mapping[str, Any]) -> str:
+    """The measurements of a log line in words."""
+    parts = [f"{name} {line[name]:.3f}" for name in ("Loss_D", "Loss_G", "D(x)") if name in line]
+    if {"D(G(z)) before", "D(G(z)) after"} <= line.keys():
+        parts.append(f"D(G(z)) {line['D(G(z)) before']:.3f} -> {line['D(G(z)) after']:.3f}")
+    return "  ".join(parts)
+
+
+class Console:
+    """Speaks on standard output unless ``quiet``."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.rich = Rich(quiet=quiet, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._last_plain = 0.0
+        self._counted = ""
+
+    def tell(self, text: str) -> None:
+        """One notice."""
+        self.rich.print(text, markup=False)
+        self.rich.file.flush()  # into a file too, which is read while training goes on
+
+    def networks(self, summary: Mapping[str, Iterable[Row]]) -> None:
+        """Both networks, layer by layer."""
+        for network, rows in summary.items():
+            rows = list(rows)
+            table = Table(title=network, title_justify="left", box=None, pad_edge=False, header_style="bold")
+            table.add_column("layer", no_wrap=True)
+            table.add_column("kind", no_wrap=True)
+            for heading in ("output shape", "parameters", "activations an image"):
+                table.add_column(heading, justify="right", no_wrap=True)
+            for row in rows:
+                shape = " x ".join(map(str, row.shape)) or "1"
+                count = f"{row.parameters:,}" if row.parameters else "-"
+                table.add_row(row.name, row.kind, shape, count, size(row.activation_bytes) if row.activation_bytes else "-")
+            table.add_section()
+            table.add_row("total", "", "", f"{sum(r.parameters for r in rows):,}", size(sum(r.activation_bytes for r in rows)))
+            self.rich.print(table, soft_wrap=False)
+            self.rich.print()
+
+    def plan(self, plan: Plan, batch: int) -> None:
+        """How a batch is computed, and what that takes."""
+        phases = "; ".join(f"{name}: {layout}" for name, layout in plan.layouts.items())
+        self.tell(f"Plan for batches of {batch} ({plan.guarantee}): {phases}.")
+        budget = f" of --memory {size(plan.budget)}" if plan.named else f" of {size(plan.budget)} there are"
+        self.tell(
+            f"Memory: {size(plan.predicted)} predicted{budget}: framework {size(plan.framework)}, data {size(plan.data)}, "
+            f"training {size(plan.held)}."
+        )
+
+    def bytes(self, plan: Plan) -> None:
+        """Where the bytes go, in each moment of a training."""
+        table = Table(title="Where the bytes go", title_justify="left", box=None, pad_edge=False, header_style="bold")
+        table.add_column("", no_wrap=True)
+        for moment in plan.phases:
+            table.add_column(moment, justify="right", no_wrap=True)
+        names = list(dict.fromkeys(name for parts in plan.phases.values() for name in parts))
+        for name in names:
+            table.add_row(name, *(size(parts[name]) if parts.get(name) else "-" for parts in plan.phases.values()))
+        table.add_section()
+        table.add_row("training allocates", *(size(sum(parts.values())) for parts in plan.phases.values()))
+        self.rich.print(table, soft_wrap=False)
+        self.rich.print()
+        between = plan.held - plan.allocated
+        self.tell(
+            f"Process: framework {size(plan.framework)} + data {size(plan.data)} + training {size(plan.allocated)} + "
+            f"between tensors {size(between)} = {size(plan.predicted)} predicted."
+        )
+
+    def candidates(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """What was looked at, and what is taken."""
+        table = Table(title="Candidates", title_justify="left", box=None, pad_edge=False, header_style="bold")
+        for heading in ("phase", "layout", "guarantee"):
+            table.add_column(heading)
+        for heading in ("memory", "arithmetic", "speed"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        for row in rows:
+            verdict = "taken" if row["taken"] else f"{size(row['too_much'])} too much" if row["too_much"] else "fits"
+            table.add_row(
+                row["phase"], row["in_words"], row["guarantee"], size(row["holds"]), f"{row['arithmetic']:.2f}x",
+                f"{row['speed']:.2f}x", verdict, style="bold" if row["taken"] else None,
+            )  # fmt: skip
+        self.rich.print(table, soft_wrap=False)
+        self.rich.print()
+
+    def found(self, report: Report, problems: Iterable[str], data: Data) -> None:
+        """What `frugan data check` found."""
+        for problem in problems:
+            self.tell(problem)
+        for name, why in report.unreadable.items():
+            self.tell(f"{name}: {why}.")
+        for names in report.duplicates:
+            self.tell(f"The same: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}.")
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column()
+
+        def most(counter: Counter[Any]) -> str:
+            parts = [f"{name} {count:,}" for name, count in counter.most_common(8)]
+            return ", ".join(parts) + (f" and {len(counter) - 8} more" if len(counter) > 8 else "")
+
+        sizes = Counter({f"{w}x{h}": count for (w, h), count in report.sizes.items()})
+        twice = sum(len(names) - 1 for names in report.duplicates)
+        table.add_row("images", f"{report.images:,}")
+        table.add_row("unreadable", f"{len(report.unreadable):,}")
+        table.add_row("twice or more", f"{twice:,}")
+        table.add_row("sizes", most(sizes))
+        table.add_row("modes", f"{most(report.modes)}; {report.grey:,} without colour")
+        table.add_row("classes", most(report.classes) or "none")
+        target = f"{data.image_size}x{data.image_size}, {'grey' if data.channels == 1 else 'colour'}"
+        cut = (
+            f"the middle square; {report.cropped:.0%} of an image is cut off on average"
+            if report.cropped >= 0.005
+            else "whole images"
+        )
+        table.add_row("trained as", f"{target}: {cut}; {report.small:,} are smaller and are enlarged")
+        self.rich.print(table, soft_wrap=False)
+
+    def metrics(self, values: Mapping[str, float]) -> None:
+        """One line of what was measured while training."""
+        self.tell("  ".join(f"{METRICS[name].label} {shown(name, value)}" for name, value in values.items()))
+
+    def judged(self, values: Mapping[str, float], official: bool) -> None:
+        """What `frugan evaluate` measured; not ``official``: on a network of other weights than the published ones."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for heading, side in (("metric", "left"), ("", "right"), ("better", "left"), ("what it is", "left")):
+            table.add_column(heading, justify=side, no_wrap=heading != "what it is")  # type: ignore[arg-type]
+        for name, value in values.items():
+            metric = METRICS[name]
+            label = metric.label if official or "Inception" not in metric.means else f"{name}, other weights"
+            table.add_row(label, shown(name, value), "higher" if metric.higher else "lower", metric.means)
+        self.rich.print(table, soft_wrap=False)
+        self.rich.print()
+
+    def learning(self, done: int, total: int) -> None:
+        """Shows how far the classifier is that judges samples."""
+        self._count("Updates of the classifier", done, total)
+
+    def judging(self, done: int, total: int) -> None:
+        """Shows how many images are looked at."""
+        self._count("Judged", done, total)
+
+    def packing(self, done: int, total: int) -> None:
+        """Shows how many images are packed."""
+        self._count("Packed", done, total)
+
+    def looking(self, done: int, total: int) -> None:
+        """Shows how many images are looked at."""
+        self._count("Looked at", done, total)
+
+    def _count(self, verb: str, done: int, total: int) -> None:
+        if verb != self._counted or done <= 1:
+            self._counted, self._last_plain = verb, time.monotonic()
+        if self.rich.is_terminal and not self.rich.quiet:
+            if self._bar is None:
+                self._bar = Progress(TextColumn(verb), *Progress.get_default_columns(), console=self.rich)
+                self._task = self._bar.add_task("", total=total)
+                self._bar.start()
+                atexit.register(self.stop)  # an error or Ctrl-C while packing must not leave the terminal without its cursor
+            self._bar.update(self._task, completed=done)
+            if done == total:
+                self.stop()
+                self._counted = ""
+        elif total >= MANY and (done == total or time.monotonic() - self._last_plain >= PLAIN_EVERY):
+            self._last_plain = time.monotonic()
+            self.tell(f"{verb}: {done:,} of {total:,}.")
+
+    def start(self, done: int, total: int) -> None:
+        """Begins showing progress in images."""
+        self._last_plain = time.monotonic()
+        if self.rich.is_terminal and not self.rich.quiet:
+            columns: list[ProgressColumn] = [
+                TextColumn("epoch {task.fields[epoch]}"),
+                BarColumn(bar_width=12),
+                TextColumn("{task.percentage:.0f}%  {task.fields[rate]}  {task.fields[left]}"),
+            ]
+            if self.rich.width >= 120:  # else they would push the rest together; each epoch's line has them
+                columns.append(TextColumn("{task.fields[losses]}"))
+            self._bar = Progress(*columns, console=self.rich)
+            self._task = self._bar.add_task("", total=total, completed=done, epoch="", rate="", left="", losses="")
+            self._bar.start()
+
+    def progress(self, line: Mapping[str, Any], epochs: int, budget: int | None = None) -> None:
+        """Shows how far training is, the newest measurements, and what is held of a budget that was named."""
+        where = f"{line['epoch']:.1f}/{epochs}"
+        rate, left = f"{line['images/s']:,.0f} images/s", f"{duration(line['seconds left'])} left"
+        if budget:
+            rate += f"  {size(line['memory'])} of {size(budget)}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=line["images"], epoch=where, rate=rate, left=left, losses=losses(line))
+        elif time.monotonic() - self._last_plain >= PLAIN_EVERY:
+            self._last_plain = time.monotonic()
+            self.tell(f"epoch {where}  {losses(line)}  {rate}  {left}")
+
+    def epoch(self, line: Mapping[str, Any], number: int, epochs: int) -> None:
+        """One line at the end of an epoch."""
+        self._last_plain = time.monotonic()
+        self.tell(
+            f"epoch {number}/{epochs}  {losses(line)}  {line['images/s']:,.0f} images/s  {duration(line['seconds left'])} left"
+        )
+
+    def stop(self) -> None:
+        """Ends the progress bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,111 @@
+"""Pictures of a run: grids of images, strips and loops of interpolations, the loss curves."""
+
+import gc
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from frugan.utils.files import whole
+
+GAP = 2  # pixels between the images of a grid
+LEAST_SIDE = 64  # pixels that a small image is enlarged to in a grid, so that a person can see it
+GRID = 64  # images in the pictures of real images and of samples during training
+FINAL = 16  # images in the last picture
+
+
+def grid(images: Tensor, columns: int | None = None) -> Image.Image:
+    """uint8 images ``[n, c, h, w]`` side by side, ``columns`` to a row (default: as square as it gets), small ones enlarged."""
+    images = images.cpu()  # at once, wherever they are
+    factor = max(1, LEAST_SIDE // images.shape[-1])
+    columns = columns or math.isqrt(len(images) - 1) + 1
+    side = images.shape[-1] * factor
+    rows = -(-len(images) // columns)
+    sheet = Image.new("L" if images.shape[1] == 1 else "RGB", (columns * (side + GAP) + GAP, rows * (side + GAP) + GAP), "white")
+    for i, image in enumerate(images):  # torchvision's make_grid would do, but importing it takes 160 MiB
+        row, column = divmod(i, columns)
+        picture = single(image).resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(picture, (GAP + column * (side + GAP), GAP + row * (side + GAP)))
+    return sheet
+
+
+def single(image: Tensor) -> Image.Image:
+    """One uint8 image ``[c, h, w]``, as large as it is."""
+    pixels = image.cpu().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[:, :, 0] if len(image) == 1 else pixels)
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Writes a picture, whole or not at all."""
+    with whole(path) as part:
+        picture.save(part)
+
+
+def save_loop(images: Tensor, path: Path, milliseconds: int = 60) -> None:
+    """Writes uint8 images ``[n, c, h, w]`` as an animated GIF that runs there and back."""
+    frames = [grid(image[None]) for image in torch.cat([images, images.flip(0)[1:-1]])]
+    with whole(path) as part:
+        frames[0].save(part, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure  # half a second; and without pyplot, which would keep every figure alive
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def plot_memory(phases: Mapping[str, Sequence[Mapping[str, int]]], path: Path, title: str) -> None:
+    """Draws what is live during one update, event by event, by what it is for; ``phases`` follow one another."""
+    names = list(dict.fromkeys(name for course in phases.values() for now in course for name in now))
+    figure = _figure(10, 4.5)
+    axes = figure.subplots()
+    whole_course = [now for course in phases.values() for now in course]
+    values = np.array([[now.get(name, 0) for now in whole_course] for name in names]) / 2**20
+    axes.stackplot(np.arange(len(whole_course)), values, labels=names, step="post", linewidth=0)
+    begin = 0
+    for name, course in phases.items():
+        axes.axvline(begin, color="black", linewidth=0.6)
+        axes.text(begin + len(whole_course) / 200, values.sum(0).max() * 1.02, name)
+        begin += len(course)
+    axes.set_xlim(0, len(whole_course))
+    axes.set_xlabel("operators of one update, in order")
+    axes.set_ylabel("MiB that training has allocated")
+    axes.set_title(title)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), reverse=True)
+    with whole(path) as part:
+        figure.savefig(part, dpi=120)
+    del figure, axes
+    gc.collect()
+
+
+@cache
+def rehearse() -> None:
+    """Draws once for nobody, so that all that drawing loads is there before the memory for it is counted."""
+    with tempfile.TemporaryDirectory() as folder:
+        plot_losses([{"images": 1, "Loss_D": 1.0}], Path(folder) / "nothing.png")
+
+
+def plot_losses(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws Loss_D, Loss_G and D's opinions over the images seen."""
+    figure = _figure(9, 6)
+    above, below = figure.subplots(2, 1, sharex=True)
+    for axes, names in ((above, ("Loss_D", "Loss_G")), (below, ("D(x)", "D(G(z))"))):
+        for name in names:
+            points = [(line["images"], line[name]) for line in lines if name in line]
+            axes.plot(*np.array(points).reshape(-1, 2).T, label=name, linewidth=1)
+        axes.legend(loc="upper right")
+        axes.grid(alpha=0.3)
+    above.set_ylabel("loss")
+    below.set_ylabel("discriminator's output")
+    below.set_xlabel("images seen")
+    with whole(path) as part:
+        figure.savefig(part, dpi=120)
+    del figure, above, below, axes
+    gc.collect()  # a figure's parts refer to one another: left alone, many of them gather before Python looks for such

@@ -1,0 +1,206 @@
+"""A run folder: what is in it, whose it is, and that only one training writes to it."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+from frugan.config.recipe import Recipe, read
+from frugan.config.section import flag
+from frugan.gan import sampling
+from frugan.gan.sampling import Generator
+from frugan.utils import checkpoint
+from frugan.utils.errors import UserError
+from frugan.utils.files import whole, write_text
+
+
+class RunFolder:
+    """The folder ``path``; as a context manager it is locked against a second training."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_file = path / "recipe.toml"
+        self.plan_file = path / "plan.json"
+        self.log_file = path / "log.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.generator_file = path / "generator.safetensors"
+        self.best_file = path / "best.safetensors"
+        self.samples = path / "generated_images"
+        self._lock = FileLock(path / ".lock")
+
+    def __enter__(self) -> Self:
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"{self.path} is a file: give --out a folder of its own.")
+            if self.path.is_dir() and not self.plan_file.exists() and any(p.name != ".lock" for p in self.path.iterdir()):
+                raise UserError(f"{self.path} holds files of something else: give --out a new or empty folder.")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(f"another training is writing to {self.path}: wait for it, or give another --out.") from None
+        except OSError as error:
+            raise UserError(f"cannot write to {self.path}: {error.strerror}; give another --out.") from None
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._lock.release()
+        if not self.plan_file.exists() and all(p.name == ".lock" for p in self.path.iterdir()):  # refused: leave no trace
+            (self.path / ".lock").unlink(missing_ok=True)
+            self.path.rmdir()
+
+    def check(self, recipe: Recipe, plan: Mapping[str, Any], accept_changes: bool) -> None:
+        """Checks that what is there belongs to this training, which ``recipe`` and ``plan`` tell.
+
+        Raises:
+            UserError: the folder is another run's, or this run's with other settings that were not accepted.
+        """
+        if self.generator_file.exists() and not checkpoint.all_in(self.checkpoints):
+            raise UserError(f"{self.path} has a trained generator but no checkpoint to go on from: give another --out.")
+        if not (self.plan_file.exists() and self.recipe_file.exists()):
+            return
+        before, then = read(self.recipe_file), self._read_plan()
+        if then.get("fingerprint") != plan["fingerprint"]:
+            raise UserError(
+                f"{self.path} belongs to another run, of {before.recipe} on other images, or its images ({before.data.data}) have "
+                "changed since: give another --out; --init-from starts from its weights."
+            )
+        if then.get("images") != plan["images"]:
+            raise UserError(
+                f"{plan['images']} of the images can be read, and {then.get('images')} could when {self.path} was started: "
+                "mend them, or give another --out."
+            )
+        changes = before.differences(recipe)
+        changes.pop("data", None)  # the same images by another path are the same images
+        if recipe.optimizer.schedule != "cosine" and recipe.training.epochs > before.training.epochs:
+            changes.pop("epochs", None)  # training longer changes nothing of what was done
+        if changes and not accept_changes:
+            listed = ", ".join(f"{flag(k)} was {old} and is now {new}" for k, (old, new) in changes.items())
+            raise UserError(
+                f"{self.path} was started with other settings: {listed}. "
+                "Give another --out to start anew, or --accept-changes to go on with the new ones."
+            )
+
+    def claim(self, recipe: Recipe, plan: Mapping[str, Any]) -> None:
+        """Writes down what is asked of this run and how it is laid out, and clears away what a kill left half written."""
+        for part in self.path.rglob(".*.part.*"):
+            part.unlink(missing_ok=True)
+        write_text(self.plan_file, json.dumps(plan, indent=2) + "\n")
+        write_text(self.recipe_file, recipe.to_toml())
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint, or None."""
+        return next(reversed(checkpoint.all_in(self.checkpoints)), None)
+
+    def keep_best(self) -> None:
+        """Keeps the newest checkpoint as the best one.
+
+        Raises:
+            UserError: it cannot be copied.
+        """
+        newest = self.newest_checkpoint()
+        assert newest
+        with whole(self.best_file) as part:
+            try:
+                os.link(newest, part)  # the same file under two names, where that can be
+            except OSError:
+                shutil.copyfile(newest, part)
+
+    def load_newest(self) -> tuple[checkpoint.Tensors, dict[str, Any]] | None:
+        """The state of the newest checkpoint, or None if there is none yet.
+
+        Raises:
+            UserError: it is damaged; says how to go on from the one before.
+        """
+        newest = self.newest_checkpoint()
+        if newest is None:
+            return None
+        try:
+            return checkpoint.load(newest)
+        except UserError as error:
+            way = "There is none before it: give another --out."
+            if len(checkpoint.all_in(self.checkpoints)) > 1:
+                way = "Remove it to go on from the one before it, then run the same command again."
+            raise UserError(f"{error} {way}") from None
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Adds a line to ``log.jsonl``.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        try:
+            with self.log_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.log_file}: {error.strerror}.") from None
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The reports in ``log.jsonl``: its whole lines but for events."""
+        return [line for line in self._log_lines() if "event" not in line]
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """The events in ``log.jsonl``: what was measured, changed or warned of between its reports."""
+        return [line for line in self._log_lines() if "event" in line]
+
+    def _log_lines(self) -> list[dict[str, Any]]:
+        if not self.log_file.exists():
+            return []
+        lines = []
+        for text in self.log_file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
+                continue  # cut short by a kill
+            if isinstance(line, dict) and type(line.get("images")) in (int, float):
+                lines.append(line)
+        return lines
+
+    def saved_plan(self) -> dict[str, Any]:
+        """What ``plan.json`` says, if there is one."""
+        return self._read_plan() if self.plan_file.exists() else {}
+
+    def rewrite_plan(self, changes: Mapping[str, Any]) -> None:
+        """Changes what ``plan.json`` says."""
+        write_text(self.plan_file, json.dumps(self._read_plan() | dict(changes), indent=2) + "\n")
+
+    def rewind_log(self, images: int) -> None:
+        """Drops what was logged after ``images`` images: it is about to be trained again."""
+        lines = [line for line in self._log_lines() if line["images"] <= images]
+        write_text(self.log_file, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def _read_plan(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self.plan_file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{self.plan_file} cannot be read: {error}; give another --out.") from None
+
+
+def load_generator(run: str | Path, device: str = "cpu", *, best: bool = False) -> Generator:
+    """The generator of a run folder, or of a ``generator.safetensors`` alone.
+
+    Args:
+        run: where it is.
+        device: where it shall run.
+        best: of a run folder, the one that was best while training.
+
+    Raises:
+        UserError: there is none, or the file is damaged.
+    """
+    path = Path(run)
+    if path.is_dir():
+        folder = RunFolder(path)
+        path = folder.best_file if best else folder.generator_file
+        if best and not path.exists():
+            raise UserError(f"{folder.path} has no best checkpoint: --evaluate-every keeps one while training.")
+        if not path.exists():
+            raise UserError(
+                f"{folder.path} has no generator yet: train it for an epoch first."
+                if folder.recipe_file.exists()
+                else f"{folder.path} is no run folder: it has no {path.name}."
+            )
+    return sampling.load(path, device)

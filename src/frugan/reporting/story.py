@@ -1,0 +1,220 @@
+"""What a run folder tells, in bounded space: the log is thinned while it is read, however long the training was."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from frugan.config.recipe import Recipe, read
+from frugan.evaluation.metrics import METRICS
+from frugan.reporting.run_folder import RunFolder
+from frugan.utils.errors import UserError
+
+POINTS = 600  # of one curve, at most
+TOLD = 20  # kinds of warnings, and times that memory ran out, one by one
+
+Point = tuple[float, float | None]  # images seen, and a value, or None where it was not finite
+Join = Callable[[Sequence[Point]], Point]
+Measure = tuple[str, str]  # a metric, and how it was measured: only what was measured alike is compared
+
+
+def number(value: object) -> float | None:
+    """``value`` if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if abs(value) < 1e300 else None  # not NaN either
+
+
+def mean(points: Sequence[Point]) -> Point:
+    """Of the finite values, where the last of them is."""
+    values = [y for _, y in points if y is not None]
+    return points[-1][0], sum(values) / len(values) if values else None
+
+
+def highest(points: Sequence[Point]) -> Point:
+    """The first of the points with the highest value."""
+    return max(points, key=lambda p: -math.inf if p[1] is None else p[1])
+
+
+def lowest(points: Sequence[Point]) -> Point:
+    """The first of the points with the lowest value."""
+    return min(points, key=lambda p: math.inf if p[1] is None else p[1])
+
+
+# The keys of reports that become curves, and what neighbouring points are joined by.
+MEANS = ("Loss_D", "Loss_G", "D(x)", "D(G(z))", "R1", "R2", "GP", "lr_g", "lr_d", "images/s")
+KEYS: Mapping[str, Join] = dict.fromkeys(MEANS, mean) | {"memory": highest}
+
+
+class Curve:
+    """At most `POINTS` points, however many are added: then each stands for several neighbours, made one by ``join``."""
+
+    def __init__(self, join: Join = mean) -> None:
+        self.join = join
+        self.last: float | None = None  # finite value
+        self._each = 1
+        self._points: list[Point] = []
+        self._rest: list[Point] = []
+
+    def add(self, images: float, value: float | None) -> None:
+        """One more point."""
+        self.last = self.last if value is None else value
+        self._rest.append((images, value))
+        if len(self._rest) == self._each:
+            self._points.append(self.join(self._rest))
+            self._rest = []
+        if len(self._points) == POINTS:
+            self._points = [self.join(self._points[i : i + 2]) for i in range(0, POINTS, 2)]
+            self._each *= 2
+
+    def joined(self, most: int = POINTS) -> list[Point]:
+        """The points in the order of images seen, ``most`` of them."""
+        points = sorted(self._points + ([self.join(self._rest)] if self._rest else []), key=lambda p: p[0])
+        each = -(-len(points) // most) or 1
+        return [self.join(points[i : i + each]) for i in range(0, len(points), each)]
+
+    @property
+    def best(self) -> Point | None:
+        """The point that ``join`` keeps of all of them, if any is finite."""
+        points = self.joined(1)
+        return points[0] if points and points[0][1] is not None else None
+
+
+@dataclass
+class Story:
+    """A run.
+
+    Attributes:
+        last: the newest report.
+        curves: by their keys.
+        metrics: a curve each, which keeps its best point.
+        warnings: the newest text of each kind, after how many images it came first, and how often.
+        ran_out: what was done about memory running out, the first times.
+        peak: bytes that the process held at most; 0 if that was not measured.
+    """
+
+    folder: RunFolder
+    name: str
+    recipe: Recipe
+    plan: dict[str, Any]
+    last: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    metrics: dict[Measure, Curve] = field(default_factory=dict)
+    warnings: dict[str, tuple[str, float, int]] = field(default_factory=dict)
+    ran_out: list[str] = field(default_factory=list)
+    times_ran_out: int = 0
+    peak: float = 0
+
+    @classmethod
+    def read(cls, run: Path) -> "Story":
+        """Reads the files of a run.
+
+        Raises:
+            UserError: it is no run folder, or its recipe or log cannot be read.
+        """
+        folder = RunFolder(run)
+        if not folder.recipe_file.is_file():
+            raise UserError(f"{run} is no run folder: there is no recipe.toml in it; name a folder that a training wrote to.")
+        try:
+            plan = json.loads(folder.plan_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            plan = None  # the rest can be told without it
+        story = cls(folder, run.resolve().name, read(folder.recipe_file), plan if isinstance(plan, dict) else {})
+        try:
+            with folder.log_file.open(encoding="utf-8", errors="replace") as lines:  # never whole: it may be as large as memory
+                for text in lines:
+                    story._add(text)
+        except FileNotFoundError:
+            pass  # nothing is reported yet
+        except OSError as error:
+            raise UserError(f"cannot read {folder.log_file}: {error.strerror}; make it readable, or move it away.") from None
+        return story
+
+    def _add(self, text: str) -> None:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            return  # cut short by a kill
+        if not isinstance(line, dict) or (images := number(line.get("images"))) is None:
+            return
+        match line.get("event"):
+            case None:
+                self.last = line
+                self.peak = max(self.peak, number(line.get("memory")) or 0)
+                for key, join in KEYS.items():
+                    if line.get(key) is not None:
+                        self.curves.setdefault(key, Curve(join)).add(images, number(line[key]))
+            case "memory":
+                self.peak = max(self.peak, number(line.get("measured")) or 0)
+            case "metrics" if isinstance(line.get("values"), Mapping):
+                how = str(line.get("protocol") or f"{line.get('samples', 'some')} samples")
+                for name, value in line["values"].items():
+                    join = highest if name in METRICS and METRICS[name].higher else lowest
+                    self.metrics.setdefault((name, how), Curve(join)).add(images, number(value))
+            case "warning":
+                kind = str(line.get("kind", "warning"))
+                _, since, times = self.warnings.get(kind, ("", images, 0))
+                if times or len(self.warnings) < TOLD:
+                    self.warnings[kind] = str(line.get("text", "")), since, times + 1
+            case "memory ran out" | "the budget was exceeded" | "memory suffices again" as cause:
+                self.times_ran_out += 1
+                if self.times_ran_out <= TOLD:
+                    where, change, guarantee = (line.get(key, "?") for key in ("phase", "change", "guarantee"))
+                    why = "" if cause == "memory ran out" else f"{cause}, "
+                    self.ran_out.append(f"{where}'s phase, after {images:,.0f} images: {why}went on with {change} ({guarantee}).")
+
+    @property
+    def images(self) -> int:
+        """Images seen so far."""
+        return int(number(self.last.get("images")) or 0)
+
+    @property
+    def total(self) -> int:
+        """Images after which training ends; 0 if that is not known."""
+        return int(number(self.plan.get("updates")) or 0) * self.recipe.training.batch_size
+
+    @property
+    def epoch(self) -> float:
+        """Epochs seen so far; the last batch may reach into one more."""
+        return min(number(self.last.get("epoch")) or 0, self.recipe.training.epochs)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was trained as long as was asked."""
+        return 0 < self.total <= self.images
+
+    @property
+    def state(self) -> str:
+        """Finished, training, or broken off, in words."""
+        if self.finished:
+            return "Finished"
+        lock = self.folder.path / ".lock"
+        try:
+            if lock.exists():
+                with FileLock(lock).acquire(blocking=False):
+                    pass
+        except Timeout:  # whoever trains holds it
+            left = number(self.last.get("seconds left"))
+            return "Training" if left is None else f"Training, about {timedelta(seconds=round(left))} left"
+        except OSError:
+            pass  # not ours to lock
+        return "Broken off: the same command goes on" if self.images else "Begun, and nothing is reported yet"
+
+    def grids(self, most: int) -> list[tuple[str, Path]]:
+        """Pictures of samples with when they were made: ``most`` of them, evenly chosen, the last always."""
+        found = self.folder.samples.glob("epoch_*.png")
+        numbered = sorted((int(path.stem[6:]), path) for path in found if re.fullmatch("[0-9]+", path.stem[6:]))
+        grids = [(f"epoch {count}", path) for count, path in numbered]
+        final = self.folder.path / "final_generated_images.png"
+        if final.is_file() and (not numbered or (self.finished and numbered[-1][0] < int(self.epoch))):
+            grids.append((f"epoch {self.epoch:.3g}", final))
+        if len(grids) <= most:
+            return grids
+        chosen = [round(i * (len(grids) - 1) / (most - 1)) for i in range(most)] if most > 1 else [-1]
+        return [grids[i] for i in chosen]

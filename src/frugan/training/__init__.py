@@ -1,0 +1,62 @@
+"""Training, from Python: `train` and, for what it made, `load`. torch is imported only once there is work to do."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from frugan.config.recipe import Recipe
+from frugan.config.run import Run
+
+if TYPE_CHECKING:
+    from frugan.gan.sampling import Generator
+
+
+def train(
+    data: str | Path | None = None,
+    *,
+    recipe: str | Recipe = "dcgan",
+    quiet: bool = False,
+    on_update: Callable[[int], None] | None = None,
+    **settings: Any,
+) -> Path:
+    """Trains a GAN, or goes on with a training that was interrupted.
+
+    The C library's handling of memory, torch's number of threads and its use of TF32 are set meanwhile, and at the end as before.
+
+    Args:
+        data: folder or zip of images, folder of IDX files, or ``digits``, ``mnist``, ``fashion-mnist``; unset: the recipe's.
+        recipe: a name (``dcgan``, ``upsample``, ``mlp``, ``r3``), a TOML file, or a `Recipe`.
+        quiet: whether to say nothing.
+        on_update: is called with the number of images seen after every update.
+        **settings: any setting of the recipe or of the run by its name: ``epochs=5, batch_size=64, out="runs/mine"``.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: something about data, settings or folder is wrong; says what, where and what to do.
+        frugan.utils.signals.Stopped: SIGINT or SIGTERM came, and the state was saved.
+    """
+    from frugan.config import recipes
+    from frugan.reporting.console import Console
+    from frugan.training.trainer import train as run_trainer
+
+    own = {f.name for f in fields(Run)}
+    chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
+    said = {"data": data} | settings if data is not None else settings
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in said.items()}
+    run: dict[str, Any] = {k: v for k, v in plain.items() if k in own}
+    chosen = chosen.replace(**{k: v for k, v in plain.items() if k not in own})
+    return run_trainer(chosen, Run(**run), Console(quiet), on_update)
+
+
+def load(run: str | Path, device: str = "cpu", *, best: bool = False) -> "Generator":
+    """The trained generator of a run folder (``best``: the one judged best while training), or of a ``generator.safetensors``.
+
+    Raises:
+        UserError: there is none, or the file is damaged.
+    """
+    from frugan.reporting.run_folder import load_generator
+
+    return load_generator(run, device, best=best)
