@@ -42,9 +42,10 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
 
     from frugan.config import recipes
     from frugan.gan.build import lay_out, make_step, optimizers
+    from frugan.gan.levers import LEVERS
     from frugan.gan.networks import build
     from frugan.memory import limit
-    from frugan.memory.layout import Layout, split
+    from frugan.memory.layout import Layout
     from frugan.memory.search import MARGIN
     from frugan.memory.trace import allocations, highest
     from frugan.training.planner import Planner
@@ -85,8 +86,8 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     if checked:
 
         def cut(layout: dict[str, Any]) -> Layout:
-            whole = Layout.from_dict(layout)
-            return Layout.from_dict(layout | {"sizes": split(batch, -(-batch // min(batch, whole.micro_batch)))})
+            whole = Layout.from_dict(layout, LEVERS.values())
+            return Layout.of(batch, -(-batch // min(batch, whole.micro_batch)), whole.levers)
 
         _, wanted = trained(None, cell["updates"])
         errors = []

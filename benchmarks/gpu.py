@@ -185,8 +185,9 @@ def pictures(recipe: Any) -> Any:
 class Frugan:
     """frugan's own update of both networks, as the trainer does it, on one batch from the host."""
 
-    def __init__(self, recipe: Any, gpu: Gpu, images: Any, parts: int = 1, **levers: Any) -> None:
+    def __init__(self, recipe: Any, gpu: Gpu, images: Any, parts: int = 1, levers: Any = ()) -> None:
         from frugan.gan.build import average, lay_out, make_step, optimizers
+        from frugan.gan.levers import named
         from frugan.gan.networks import build
         from frugan.memory.layout import Layout
 
@@ -199,7 +200,7 @@ class Frugan:
         optimizer_g, optimizer_d = optimizers(recipe, self.generator, self.discriminator, gpu.device)
         self.step = make_step(recipe, self.generator, self.discriminator)
         self.average = average(recipe, self.generator, gpu.device)
-        self.layout = Layout.of(self.batch, parts, **levers)
+        self.layout = Layout.of(self.batch, parts, named(levers))
         self.phases = ((self.step.discriminator_phase, optimizer_d), (self.step.generator_phase, optimizer_g))
 
     def update(self) -> dict[str, Any]:
@@ -330,10 +331,11 @@ def measure_hardware(gpu: Gpu, cell: Cell) -> Found:
 
 
 def measure_prediction(gpu: Gpu, cell: Cell) -> Found:
+    from frugan.gan.levers import jobs
     from frugan.memory import limit
     from frugan.memory.layout import Layout
     from frugan.memory.search import Search
-    from frugan.training.phases import Model, jobs
+    from frugan.training.model import Model
     from frugan.utils.device import arithmetic
 
     recipe = recipe_of(cell)
@@ -487,9 +489,9 @@ def measure_offloading(gpu: Gpu, cell: Cell) -> Found:
     from frugan.utils.device import arithmetic
 
     ways = {
-        "on the device": ({}, {}), "the same again": ({}, {}), "moments and average on the host": ({"offload_state": "yes"}, {}),
-        "activations on the host": ({}, {"offload_activations": True}),
-        "both": ({"offload_state": "yes"}, {"offload_activations": True}),
+        "on the device": ({}, []), "the same again": ({}, []), "moments and average on the host": ({"offload_state": "yes"}, []),
+        "activations on the host": ({}, ["offload_activations"]),
+        "both": ({"offload_state": "yes"}, ["offload_activations"]),
     }  # fmt: skip
     found: Found = {}
     for deterministic in (False, True):
@@ -501,7 +503,7 @@ def measure_offloading(gpu: Gpu, cell: Cell) -> Found:
                 limit.baseline(gpu.device)
                 limit.forget_peak(gpu.device)
                 before = gpu.words.memory_allocated(gpu.device)
-                loop = Frugan(recipe, gpu, pictures(recipe), **levers)
+                loop = Frugan(recipe, gpu, pictures(recipe), levers=levers)
                 for _ in range(5):
                     loop.update()
                 gpu.wait()

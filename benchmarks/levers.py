@@ -22,8 +22,9 @@ from torch import Tensor
 
 from frugan.config import recipes
 from frugan.gan.build import lay_out, make_step
-from frugan.gan.losses import squared_norm
+from frugan.gan.levers import named
 from frugan.gan.networks import build
+from frugan.gan.penalties import squared_norm
 from frugan.memory import host, levers
 from frugan.memory.layout import Layout
 from frugan.memory.trace import allocations, highest
@@ -72,12 +73,12 @@ def main(options: Options) -> None:
         compiled = torch.compile(slope, fullgraph=True)
         rows["R1 by jvp, compiled"] = lambda: by_jvp(compiled)
     update = {
-        "update, whole batch": {}, "separate terms": {"separate_terms": True}, "penalties by jvp": {"penalty": "jvp"},
-        "blocks recomputed": {"checkpoint_blocks": True}, "generator recomputed": {"recompute_generator": True},
-        "activations on the host": {"offload_activations": True},
-        "by jvp, separate, recomputed": {"penalty": "jvp", "separate_terms": True, "checkpoint_blocks": True},
-        "micro-batches of a quarter": {}, "all of these": {"penalty": "jvp", "separate_terms": True, "checkpoint_blocks": True,
-                                                           "recompute_generator": True},
+        "update, whole batch": [], "separate terms": ["separate_terms"], "penalties by jvp": ["penalty"],
+        "blocks recomputed": ["checkpoint_blocks"], "generator recomputed": ["recompute_generator"],
+        "activations on the host": ["offload_activations"],
+        "by jvp, separate, recomputed": ["penalty", "separate_terms", "checkpoint_blocks"],
+        "micro-batches of a quarter": [],
+        "all of these": ["penalty", "separate_terms", "checkpoint_blocks", "recompute_generator"],
     }  # fmt: skip
     if not recipe.objective.r1:
         update = {name: used for name, used in update.items() if "penalty" not in used}
@@ -88,7 +89,7 @@ def main(options: Options) -> None:
 
     for name, used in update.items():
         parts = 4 if name in ("micro-batches of a quarter", "all of these") else 1
-        rows[name] = partial(updated, Layout.of(batch, parts, **used))
+        rows[name] = partial(updated, Layout.of(batch, parts, named(used)))
 
     def clear() -> None:
         for network in (generator, discriminator):

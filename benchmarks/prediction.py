@@ -26,16 +26,16 @@ SIZES, BATCHES = (16, 28, 48, 64), (16, 64, 128)
 LEVERS: list[tuple[dict[str, Any], dict[str, Any]]] = [  # (settings, layout)
     ({}, {}),
     ({}, {"parts": 4}),
-    ({}, {"separate_terms": True}),
+    ({}, {"levers": ["separate_terms"]}),
     ({"precision": "bf16"}, {"parts": 2}),
-    ({}, {"recompute_generator": True, "parts": 2}),
-    ({}, {"checkpoint_blocks": True}),
+    ({}, {"levers": ["recompute_generator"], "parts": 2}),
+    ({}, {"levers": ["checkpoint_blocks"]}),
     ({"in_place": False}, {}),
     ({"lean_adam": False}, {"parts": 3}),
-    ({"channels_last": False}, {"separate_terms": True, "parts": 2}),
-    ({}, {"penalty": "jvp"}),
-    ({}, {"penalty": "jvp", "checkpoint_blocks": True, "separate_terms": True, "recompute_generator": True, "parts": 4}),
-    ({"precision": "bf16"}, {"penalty": "jvp", "separate_terms": True}),
+    ({"channels_last": False}, {"levers": ["separate_terms"], "parts": 2}),
+    ({}, {"levers": ["penalty"]}),
+    ({}, {"levers": ["penalty", "checkpoint_blocks", "separate_terms", "recompute_generator"], "parts": 4}),
+    ({"precision": "bf16"}, {"levers": ["penalty", "separate_terms"]}),
 ]
 
 
@@ -49,7 +49,7 @@ def cells() -> Iterator[dict[str, Any]]:
     """All recipes x sizes x batches with levers in turn, and all levers at 28 pixels on r3, where all of them matter."""
     turn = 0
     for recipe in ("mlp", "upsample", "dcgan", "r3"):
-        usable = [lever for lever in LEVERS if recipe == "r3" or "penalty" not in lever[1]]
+        usable = [lever for lever in LEVERS if recipe == "r3" or "penalty" not in lever[1].get("levers", ())]
         for side in SIZES:
             for batch in BATCHES:
                 settings, layout = usable[turn % len(usable)]
@@ -67,20 +67,20 @@ def measure(cell: dict[str, Any]) -> dict[str, int]:
 
     from frugan.config import recipes
     from frugan.gan.build import average, lay_out, make_step, optimizers
+    from frugan.gan.levers import jobs, named
     from frugan.gan.networks import build
     from frugan.memory import host, limit, pool
     from frugan.memory.layout import Layout
     from frugan.memory.search import Search
     from frugan.memory.trace import allocations, highest
     from frugan.reporting.pictures import rehearse
-    from frugan.training.phases import jobs
     from frugan.training.traces import Traces
 
     device = torch.device("cpu")
     side, batch = cell["side"], cell["batch"]
     channels = 1 if side == 28 else 3
     recipe = recipes.get(cell["recipe"]).replace(image_size=side, channels=channels, batch_size=batch, **cell["settings"])
-    layout = Layout.of(batch, **({"parts": 1} | cell["layout"]))
+    layout = Layout.of(batch, cell["layout"].get("parts", 1), named(cell["layout"].get("levers", ())))
     before = limit.baseline(device)
     traces = Traces(recipe, device, apart=True)
     facts = traces.facts

@@ -17,13 +17,14 @@ from torch.optim import SGD, Adam
 from frugan.cli import main
 from frugan.config import recipes
 from frugan.gan.build import average, lay_out, make_step, optimizers
+from frugan.gan.levers import LEVERS, jobs, named
 from frugan.gan.networks import build
 from frugan.memory import Engine
-from frugan.memory.layout import Layout
+from frugan.memory.layout import CHECKPOINT_BLOCKS, Layout
 from frugan.memory.search import Search
 from frugan.memory.trace import allocations, highest
 from frugan.reporting.run_folder import RunFolder
-from frugan.training.phases import Model, jobs
+from frugan.training.model import Model
 from frugan.training.planner import Planner
 from frugan.training.traces import Apart, Traces, fingerprint
 from frugan.utils.errors import UserError
@@ -32,24 +33,24 @@ from .conftest import final_state, write_idx
 
 CPU = torch.device("cpu")
 CELLS = [
-    ("mlp", 16, {}, {}), ("mlp", 48, {"in_place": False}, {}),
-    ("mlp", 28, {"precision": "bf16"}, {}), ("mlp", 28, {}, {"separate_terms": True}),
-    ("upsample", 16, {}, {"checkpoint_blocks": True}), ("upsample", 28, {}, {"recompute_generator": True}),
-    ("dcgan", 28, {}, {}), ("dcgan", 32, {"precision": "bf16"}, {"checkpoint_blocks": True}),
-    ("dcgan", 32, {"in_place": False}, {}),
-    ("r3", 16, {}, {}), ("r3", 28, {}, {"penalty": "jvp"}), ("r3", 16, {"lean_adam": False}, {"separate_terms": True}),
-    ("r3", 28, {"precision": "bf16"}, {"penalty": "jvp", "checkpoint_blocks": True, "separate_terms": True}),
-    ("r3", 28, {}, {"recompute_generator": True, "checkpoint_blocks": True}),
+    ("mlp", 16, {}, []), ("mlp", 48, {"in_place": False}, []),
+    ("mlp", 28, {"precision": "bf16"}, []), ("mlp", 28, {}, ["separate_terms"]),
+    ("upsample", 16, {}, ["checkpoint_blocks"]), ("upsample", 28, {}, ["recompute_generator"]),
+    ("dcgan", 28, {}, []), ("dcgan", 32, {"precision": "bf16"}, ["checkpoint_blocks"]),
+    ("dcgan", 32, {"in_place": False}, []),
+    ("r3", 16, {}, []), ("r3", 28, {}, ["penalty"]), ("r3", 16, {"lean_adam": False}, ["separate_terms"]),
+    ("r3", 28, {"precision": "bf16"}, ["penalty", "checkpoint_blocks", "separate_terms"]),
+    ("r3", 28, {}, ["recompute_generator", "checkpoint_blocks"]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "side", "memory", "used"), CELLS)
 @pytest.mark.parametrize("parts", [1, 3])
 def test_what_is_predicted_is_what_the_allocator_gives_out(
-    name: str, side: int, memory: dict[str, object], used: dict[str, object], parts: int
+    name: str, side: int, memory: dict[str, object], used: list[str], parts: int
 ) -> None:
     recipe = recipes.get(name).replace(image_size=side, channels=1, batch_size=24, flip=True, **memory)
-    layout = Layout.of(24, parts, **used)
+    layout = Layout.of(24, parts, named(used))
     model = Model(recipe, CPU)
     search = Search(jobs(recipe, CPU, (False, False), model.growth), CPU)
     predicted = max(search.exact(job, layout).moment.bytes for job in search.jobs)
@@ -202,7 +203,7 @@ def test_levers_that_are_asked_for_are_used(few: Path, tmp_path: Path, train: Ca
 def test_a_resumed_run_keeps_its_plan(few: Path, tmp_path: Path, train: Callable[..., Path]) -> None:
     run = train(tmp_path / "r", recipe="r3", epochs=1)
     plan = json.loads((run / "plan.json").read_text())
-    plan["layouts"]["D"] = Layout.of(16, 4, separate_terms=True).as_dict()  # as if memory had run out
+    plan["layouts"]["D"] = Layout.of(16, 4, named(["separate_terms"])).as_dict(LEVERS.values())  # as if memory had run out
     (run / "plan.json").write_text(json.dumps(plan))
     train(tmp_path / "r", recipe="r3", epochs=2)
     assert json.loads((run / "plan.json").read_text())["layouts"]["D"] == plan["layouts"]["D"]
@@ -251,12 +252,12 @@ def test_another_process_makes_the_same_traces(tmp_path: Path, monkeypatch: pyte
     for apart in (False, True):
         monkeypatch.setenv("FRUGAN_CACHE", str(tmp_path / str(apart)))
         traces = Traces(recipe, CPU, apart=apart)
-        made.append((traces.growth("D", {"separate_terms": True}), traces.facts.held, traces.facts.coupled_d))
+        made.append((traces.growth("D", named(["separate_terms"])), traces.facts.held, traces.facts.coupled_d))
         traces.close()
     assert made[0][1:] == made[1][1:]
     assert [g.peaks([2, 7], several=True) for g, *_ in made[:1]] == [g.peaks([2, 7], several=True) for g, *_ in made[1:]]
     known = Traces(recipe, CPU)  # from the cache, without running anything
-    assert known.knows("D", {"separate_terms": True}) and known.growth("D", {"separate_terms": True}).steps == made[1][0].steps
+    assert known.knows("D", named(["separate_terms"])) and known.growth("D", named(["separate_terms"])).steps == made[1][0].steps
 
 
 def test_memory_that_runs_out_in_the_process_that_plans_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +267,7 @@ def test_memory_that_runs_out_in_the_process_that_plans_is_one_sentence(tmp_path
     maker._process.kill()
     traces._maker = maker
     with pytest.raises(UserError, match=r"memory ran out while planning: close other programs.*nothing was written"):
-        traces.growth("D", {})
+        traces.growth("D", ())
     traces.close()
     assert not list(tmp_path.rglob("*.json"))
 
@@ -284,7 +285,7 @@ def test_networks_that_look_at_values_are_planned_like_any(
         return generator, discriminator
 
     monkeypatch.setattr("frugan.gan.networks.build", looking)
-    monkeypatch.setattr("frugan.training.trainer.build", looking)
+    monkeypatch.setattr("frugan.training.state.build", looking)
     run = train(tmp_path / "r", epochs=1)
     assert json.loads((run / "plan.json").read_text())["training_allocates"] > 0
     looking_engine = Engine(
@@ -303,7 +304,7 @@ def test_the_engine_trains_any_module_the_same_in_pieces() -> None:
         )
         engine.plan(torch.zeros(1, 6, dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64))
         if parts:
-            engine.recovery.layouts["the step"] = Layout.of(12, parts, checkpoint_blocks=True)
+            engine.recovery.layouts["the step"] = Layout.of(12, parts, [CHECKPOINT_BLOCKS])
         with engine:
             for _ in range(5):
                 engine.step(torch.randn(12, 6, dtype=torch.float64), torch.randn(12, 2, dtype=torch.float64))

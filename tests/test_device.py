@@ -23,6 +23,7 @@ from frugan.memory.recover import Change
 from frugan.memory.segments import Full, Segments
 from frugan.reporting.console import Console
 from frugan.training.planner import TooLittle, find
+from frugan.training.session import Session
 from frugan.training.trainer import Trainer
 from frugan.utils import device
 from frugan.utils.accelerator import accelerator
@@ -150,7 +151,9 @@ def test_memory_that_runs_out_in_an_update_is_recovered_from(recipe: str, few: P
     def some_allocations(images: int) -> None:
         if images != 32:
             return
-        state, recovery = trainer.state, trainer.recovery
+        assert trainer.loop
+        loop = trainer.loop
+        state, recovery = loop.state, loop.recovery
         before, layouts, counters = everything(trainer), dict(recovery.layouts), (state.images, state.updates)
         changes: list[Change] = []
         recovery.changed = changes.append
@@ -162,7 +165,7 @@ def test_memory_that_runs_out_in_an_update_is_recovered_from(recipe: str, few: P
             recovery.layouts = dict(layouts)
             changes.clear()
             with Scarce(fails, DEVICE) as scarce:
-                trainer._advance()
+                loop.advance()
             return everything(trainer), scarce.allocations
 
         wanted, allocations = update(None)
@@ -178,7 +181,7 @@ def test_memory_that_runs_out_in_an_update_is_recovered_from(recipe: str, few: P
         update(None)
 
     run = Run(out=str(tmp_path / "r"), device=NAME)
-    trainer = Trainer(recipes.get(recipe).replace(data=str(few), **asked), run, Console(True), some_allocations)
+    trainer = Trainer(Session.open(recipes.get(recipe).replace(data=str(few), **asked), run, Console(True)), some_allocations)
     trainer.train()
     assert len(outcomes) > 20 and (recipe != "r3" or any(outcomes))
 
@@ -246,17 +249,17 @@ def test_an_update_with_offloaded_moments_allocates_nothing_on_the_device(few: P
 
     def look(images: int) -> None:
         if images == 16:
-            trainer.state.optimizer_d.zero_grad(set_to_none=False)
-            for parameter in trainer.state.discriminator.parameters():
+            trainer.loop.state.optimizer_d.zero_grad(set_to_none=False)
+            for parameter in trainer.loop.state.discriminator.parameters():
                 parameter.grad = torch.zeros_like(parameter)
             there.forget_peak()
             before = there.allocated()
-            trainer.state.optimizer_d.step()
+            trainer.loop.state.optimizer_d.step()
             allocated.append(there.most_allocated() - before)
-            trainer.state.optimizer_d.zero_grad(set_to_none=True)
+            trainer.loop.state.optimizer_d.zero_grad(set_to_none=True)
 
     recipe = recipes.get("r3").replace(data=str(few), image_size=8, batch_size=16, epochs=1, offload_state="yes")
-    trainer = Trainer(recipe, Run(out=str(tmp_path / "r"), device=NAME), Console(True), look)
+    trainer = Trainer(Session.open(recipe, Run(out=str(tmp_path / "r"), device=NAME), Console(True)), look)
     trainer.train()
     assert allocated == [0]
 

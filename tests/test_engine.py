@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, NAdam, Optimizer, Rprop
 
 from frugan.memory import Engine, accumulate
-from frugan.memory.layout import Guarantee, Layout
+from frugan.memory.layout import CHECKPOINT_BLOCKS, Guarantee, Layout
 from frugan.memory.recover import Change
 from frugan.utils.errors import UserError
 
@@ -180,7 +180,7 @@ def test_blocks_with_dropout_that_are_recomputed_give_the_same_bits() -> None:
     def updated(recomputed: bool) -> tuple[Tensor, ...]:
         model, block = dropping()
         optimizer = Keeps(model.parameters(), lr=0.1)
-        engine = planned(model, optimizer, 12, Layout.of(12, 1, checkpoint_blocks=recomputed), blocks=[block])
+        engine = planned(model, optimizer, 12, Layout.of(12, 1, [CHECKPOINT_BLOCKS] if recomputed else []), blocks=[block])
         torch.manual_seed(7)
         with engine:
             engine.step(*batches(12)[0])

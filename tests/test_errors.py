@@ -289,15 +289,15 @@ from frugan.training import trainer
 from frugan.cli import main
 from frugan.memory import host, limit
 
-build = trainer.Trainer._build
+begin = trainer.begin
 
-def taken_meanwhile(self, resuming):
-    state = build(self, resuming)
-    trainer.room = limit.limited(host.resident() + (60 << 20), self.device)  # the plan had counted on all that is free
+def taken_meanwhile(session):
+    state = begin(session)
+    trainer.room = limit.limited(host.resident() + (60 << 20), session.device)  # the plan had counted on all that is free
     trainer.room.__enter__()
     return state
 
-trainer.Trainer._build = taken_meanwhile
+trainer.begin = taken_meanwhile
 main(["train", {str(few)!r}, "--image-size", "64", "--batch-size", "64", "--quiet", "--epochs", "1", "--device", "cpu",
       "--out", {str(tmp_path / "r")!r}])
 """

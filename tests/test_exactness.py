@@ -1,6 +1,6 @@
 """Accumulation is exact: any split of a batch into micro-batches adds up to the whole batch's gradients."""
 
-from typing import Any
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from frugan.config.architectures import R3, Architecture, Dcgan, Mlp, Upsample
 from frugan.config.objectives import Bce, Hinge, Objective, RpGan, WganGp
+from frugan.gan.levers import named
 from frugan.gan.networks import build
 from frugan.gan.step import Step
 from frugan.memory.layout import Layout, split
@@ -37,7 +38,9 @@ def micro_batches(total: int) -> st.SearchStrategy[list[int]]:
     return cuts.map(lambda c: [b - a for a, b in zip([0, *sorted(c)], [*sorted(c), total], strict=True)])
 
 
-def gradients(network: str, objective: Objective, sizes: list[int], first: int, **levers: Any) -> dict[str, torch.Tensor]:
+def gradients(
+    network: str, objective: Objective, sizes: list[int], first: int, levers: Iterable[str] = ()
+) -> dict[str, torch.Tensor]:
     options = NETWORKS[network]
     generator, discriminator = (n.double() for n in build(options, 12, 2))
     torch.manual_seed(1)
@@ -46,7 +49,7 @@ def gradients(network: str, objective: Objective, sizes: list[int], first: int, 
             p.add_(torch.randn_like(p), alpha=0.1)
     images = torch.randint(0, 256, (sum(sizes), 2, 12, 12), dtype=torch.uint8)
     step = Step(generator, discriminator, objective, options.latent_dim, Draws(3), flip=True)
-    layout = Layout(sizes=tuple(sizes), **levers)
+    layout = Layout(tuple(sizes), named(levers))
     for phase in (step.discriminator_phase, step.generator_phase):
         phase(lambda row, n: images[row - first : row - first + n], first, layout)
     return {

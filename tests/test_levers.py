@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from frugan.config import recipes
 from frugan.config.architectures import R3, Architecture, Dcgan, Mlp, Upsample
 from frugan.config.objectives import Objective, RpGan
-from frugan.gan.losses import squared_norm, unit_norm
+from frugan.gan.levers import LEVERS, jobs, named
 from frugan.gan.networks import build
 from frugan.gan.networks.blocks import Block
+from frugan.gan.penalties import squared_norm, unit_norm
 from frugan.gan.step import Step
 from frugan.memory import levers, private
 from frugan.memory.layout import Guarantee, Layout
-from frugan.training.phases import Model, jobs
+from frugan.training.model import Model
 from frugan.utils.draws import Draws
 from frugan.utils.errors import UserError
 
@@ -27,13 +28,6 @@ COUPLED = {
     "dcgan-batch": Dcgan(latent_dim=5, width_g=4, width_d=4),
     "upsample-batch": Upsample(latent_dim=5, width_g=4, width_d=4, norm_d="batch"),
     "mlp-batch": Mlp(latent_dim=5, width_g=4, width_d=8, norm_d="batch"),
-}
-LEVERS = {
-    "separate_terms": True,
-    "penalty": "jvp",
-    "recompute_generator": True,
-    "checkpoint_blocks": True,
-    "offload_activations": True,
 }
 
 
@@ -71,7 +65,7 @@ def test_any_levers_give_what_they_promise(
     options = vars(OBJECTIVES[kind]) | {"r1": penalties[0], "r2": penalties[1]}
     objective = type(OBJECTIVES[kind])(**options)
     plain = outcome(network, objective, Layout.of(6, parts))
-    layout = Layout.of(6, parts, **{name: LEVERS[name] for name in used})
+    layout = Layout.of(6, parts, named(used))
     other = outcome(network, objective, layout)
     assert plain.keys() == other.keys()
     bitwise = all(g == Guarantee.BITWISE for n, g in layout.named().items() if not n.startswith("micro"))
@@ -90,8 +84,8 @@ def test_penalties_by_jvp_are_refused_with_batch_norm() -> None:
         jobs(asked, torch.device("cpu"), (True, True), Model(asked, torch.device("cpu")).growth)
     auto = asked.replace(penalty="auto")
     assert all(
-        v["penalty"] == "double-backward"
-        for v in jobs(auto, torch.device("cpu"), (True, True), Model(auto, torch.device("cpu")).growth)[0].variants
+        LEVERS["penalty"] not in levers
+        for levers in jobs(auto, torch.device("cpu"), (True, True), Model(auto, torch.device("cpu")).growth)[0].variants
     )
 
 
@@ -157,9 +151,9 @@ def test_penalties_by_jvp_compile_whole() -> None:
             assert torch.allclose(p.grad, wanted[name], rtol=1e-12, atol=1e-15), name
 
 
-@pytest.mark.parametrize("used", [{}, {"separate_terms": True}, {"penalty": "jvp"}])
+@pytest.mark.parametrize("used", [[], ["separate_terms"], ["penalty"]])
 @pytest.mark.parametrize("penalties", [(0.0, 0.0), (0.7, 0.4)])
-def test_images_get_no_gradients_that_nobody_reads(used: dict[str, object], penalties: tuple[float, float]) -> None:
+def test_images_get_no_gradients_that_nobody_reads(used: list[str], penalties: tuple[float, float]) -> None:
     if "penalty" in used and not any(penalties):
         return
     r1, r2 = penalties
@@ -175,6 +169,6 @@ def test_images_get_no_gradients_that_nobody_reads(used: dict[str, object], pena
 
     step._judge = watch  # type: ignore[method-assign]
     images = torch.randint(0, 256, (6, 2, 12, 12), dtype=torch.uint8)
-    step.discriminator_phase(lambda row, n: images[row : row + n], 0, Layout.of(6, 2, **used))
+    step.discriminator_phase(lambda row, n: images[row : row + n], 0, Layout.of(6, 2, named(used)))
     assert len(seen) >= 4
     assert all(image.grad is None for image in seen if image.is_leaf)

@@ -15,10 +15,12 @@ from torch.utils._pytree import tree_leaves
 
 from frugan.config import recipes
 from frugan.config.run import Run
+from frugan.gan.levers import named
 from frugan.memory import limit
 from frugan.memory.layout import Guarantee, Layout, slices
 from frugan.memory.recover import PATIENCE, Change, OutOfMemory, Recovery
 from frugan.reporting.console import Console
+from frugan.training.session import Session
 from frugan.training.trainer import Trainer
 
 TINY = {"batch_size": 16, "epochs": 1, "image_size": 8, "latent_dim": 4, "width_g": 4, "width_d": 4}
@@ -44,7 +46,8 @@ class Scarce(TorchDispatchMode):
 
 
 def everything(trainer: Trainer) -> dict[str, Tensor]:
-    return {name: t.clone() for name, t in trainer.state.capture()[0].items()}
+    assert trainer.loop
+    return {name: t.clone() for name, t in trainer.loop.state.capture()[0].items()}
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -55,7 +58,9 @@ def test_memory_running_out_at_every_allocation_of_an_update(name: str, few: Pat
     def every_allocation(images: int) -> None:
         if images != 32:  # the second update is the one that is done again and again
             return
-        state, recovery = trainer.state, trainer.recovery
+        assert trainer.loop
+        loop = trainer.loop
+        state, recovery = loop.state, loop.recovery
         before, layouts = everything(trainer), dict(recovery.layouts)
         counters = state.images, state.updates
 
@@ -66,7 +71,7 @@ def test_memory_running_out_at_every_allocation_of_an_update(name: str, few: Pat
             recovery.layouts, recovery.handling = dict(layouts), "reuse"
             changes.clear()
             with Scarce(fails) as scarce:
-                trainer._advance()
+                loop.advance()
             return everything(trainer), scarce.allocations
 
         gc.collect()
@@ -89,12 +94,8 @@ def test_memory_running_out_at_every_allocation_of_an_update(name: str, few: Pat
                         assert torch.allclose(tensor.float(), got[key].float(), rtol=1e-4, atol=1e-4), (fails, key, changes)
         update(None)
 
-    trainer = Trainer(
-        recipes.get(name).replace(data=str(few), **asked),
-        Run(out=str(tmp_path / "r"), device="cpu"),
-        Console(True),
-        every_allocation,
-    )
+    asked_for = recipes.get(name).replace(data=str(few), **asked)
+    trainer = Trainer(Session.open(asked_for, Run(out=str(tmp_path / "r"), device="cpu"), Console(True)), every_allocation)
     try:
         trainer.train()
     finally:
@@ -135,7 +136,12 @@ class Told:
         self.samples = torch.randn(16, 3, dtype=torch.float64)
         self.tried: list[Layout] = []
         self.told: list[Change] = []
-        options: dict[str, Any] = {"levers": {"D": {"checkpoint_blocks"}}, "smallest": {"D": 1}, "coupled": False, "needs": None}
+        options: dict[str, Any] = {
+            "levers": {"D": named(["checkpoint_blocks"])},
+            "smallest": {"D": 1},
+            "coupled": False,
+            "needs": None,
+        }
         known = named.pop("known", True)
         options |= {"needs": lambda _, layout: needs(layout) if known else None} | named
         layouts = options.pop("layouts", {"D": Layout.of(16, 1)})
@@ -162,7 +168,7 @@ class Told:
 
 def halves(layout: Layout) -> int:
     """Bytes that go with the micro-batch, and by half with recomputed blocks."""
-    return 10 * layout.micro_batch // (2 if layout.checkpoint_blocks else 1)
+    return 10 * layout.micro_batch // (2 if layout.uses("checkpoint_blocks") else 1)
 
 
 @pytest.fixture
@@ -193,7 +199,7 @@ def test_the_fastest_way_of_saving_is_taken_first() -> None:
 @pytest.mark.usefixtures("_as_before")
 def test_where_samples_are_coupled_what_changes_the_training_comes_last() -> None:
     told = Told(halves, 25, coupled=True, smallest={"D": 2})
-    assert told.run() == Layout.of(16, 4, checkpoint_blocks=True)
+    assert told.run() == Layout.of(16, 4, named(["checkpoint_blocks"]))
     assert told.words() == [
         ("blocks recomputed", Guarantee.BITWISE),
         ("micro-batches of 8", Guarantee.APPROXIMATE),
@@ -204,12 +210,12 @@ def test_where_samples_are_coupled_what_changes_the_training_comes_last() -> Non
 @pytest.mark.usefixtures("_as_before")
 def test_what_saves_nothing_is_neither_tried_nor_told() -> None:
     def needs(layout: Layout) -> int:
-        return 100 + 10 * layout.micro_batch if layout.micro_batch > 4 else 140 - layout.separate_terms
+        return 100 + 10 * layout.micro_batch if layout.micro_batch > 4 else 140 - layout.uses("separate_terms")
 
-    told = Told(needs, 139, levers={"D": {"checkpoint_blocks", "separate_terms", "recompute_generator"}})
-    assert told.run() == Layout.of(16, 4, separate_terms=True)
+    told = Told(needs, 139, levers={"D": named(["checkpoint_blocks", "separate_terms", "recompute_generator"])})
+    assert told.run() == Layout.of(16, 4, named(["separate_terms"]))
     assert [change for change, _ in told.words()] == ["micro-batches of 8", "micro-batches of 4", "separate terms"]
-    assert not any(layout.recompute_generator for layout in told.tried)
+    assert not any(layout.uses("recompute_generator") for layout in told.tried)
     told.there = 0
     with pytest.raises(OutOfMemory):
         told.run()
@@ -219,7 +225,7 @@ def test_what_saves_nothing_is_neither_tried_nor_told() -> None:
 @pytest.mark.usefixtures("_as_before")
 def test_where_nobody_knows_what_a_layout_needs_all_are_tried() -> None:
     told = Told(halves, 25, known=False)
-    assert told.run() == Layout.of(16, 4, checkpoint_blocks=True)
+    assert told.run() == Layout.of(16, 4, named(["checkpoint_blocks"]))
 
 
 @pytest.mark.usefixtures("_as_before")
@@ -255,7 +261,7 @@ def test_a_run_that_began_short_of_memory_goes_back_to_its_plan() -> None:
     assert [c.cause for c in told.told] == ["memory suffices again"]
 
 
-FOUR = {"D": Layout.of(16, 4, checkpoint_blocks=True)}
+FOUR = {"D": Layout.of(16, 4, named(["checkpoint_blocks"]))}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """``frugan plan``: what a training would need and how it would be laid out, without training."""
 
-import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,34 +33,20 @@ def run(said: Any) -> None:
         raise UserError(f"--plot {said.plot}: pictures are written as .png, .jpg, .svg or .pdf.")
     spin_briefly()
     import frugan.training.trainer  # noqa: F401  # what a training imports is part of what it needs
-    from frugan.data.opening import bytes_of, keepable, resolve
-    from frugan.data.sources import open_source
-    from frugan.memory import limit
     from frugan.reporting import pictures
     from frugan.reporting.console import Console
-    from frugan.training.planner import find
+    from frugan.training.planner import plan_for
     from frugan.utils import device
     from frugan.utils.units import size
 
     console = Console(quiet=said.json)
-    where = device.choose(said.device)
     if said.threads:
         import torch
 
         torch.set_num_threads(said.threads)
-    source = open_source(recipe.data)
-    data = resolve(source, recipe.data, console.tell)
-    recipe = recipe.replace(image_size=data.image_size, channels=data.channels)
-    if recipe.memory.precision == "auto":
-        recipe = recipe.replace(precision=device.fast_precision(where))
-    with device.arithmetic(recipe.memory.precision, where):  # which refuses what the device has not
-        keep = keepable(limit.budget(said.memory, where), where)
-    batch = recipe.training.batch_size
-    held = bytes_of(source, data, batch, keep)
-    let_go = (lambda: True) if source.random_access and held else None
-    gc.collect()
-    gc.freeze()  # as training does: collections, of which planning makes many, need not look at what was imported
-    planner, found = find(recipe, where, data=held, memory=said.memory, approximate=said.allow_approximate, let_go=let_go)
+    where = device.choose(said.device)
+    planner, found = plan_for(recipe, where, console.tell, memory=said.memory, approximate=said.allow_approximate)
+    recipe = planner.recipe
     looked_at = planner.looked_at(found) if said.compare else []
     speed = planner.images_per_second(found) if said.compare else None
     if said.json:
@@ -82,7 +67,8 @@ def run(said: Any) -> None:
             f"{name}: {min(2, parts)} of {parts} micro-batches" if parts > 1 else name: timeline.course()
             for name, (timeline, parts) in planner.timelines(found).items()
         }
-        title = f"{recipe.recipe}, {data.image_size}x{data.image_size}, batch {recipe.training.batch_size}: {size(found.allocated)}"
+        side, batch = recipe.data.image_size, recipe.training.batch_size
+        title = f"{recipe.recipe}, {side}x{side}, batch {batch}: {size(found.allocated)}"
         pictures.plot_memory(courses, Path(said.plot), title)
         console.tell(f"Memory over one update is drawn in {said.plot}.")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from frugan.cli.parsing import Command, described, extra, recipe_options, recipe_said, spin_briefly
 from frugan.config.run import Run
+from frugan.training import run_training
 
 
 class Train:
@@ -23,12 +24,10 @@ def run(said: Any) -> None:
     recipe = recipe_said(said)
     asked = Run(**{f.name: getattr(said, f.name) for f in fields(Run)})
     spin_briefly()
-    from frugan.reporting.console import Console
-    from frugan.training.trainer import train
     from frugan.utils.signals import Stopped
 
     try:
-        train(recipe, asked, Console(said.quiet))
+        run_training(recipe, asked, said.quiet)
     except Stopped as stopped:
         print(f"frugan: {stopped}", file=sys.stderr)
         sys.exit(128 + stopped.number)

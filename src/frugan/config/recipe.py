@@ -16,7 +16,7 @@ import tomli_w
 
 from frugan.config.architectures import Architecture
 from frugan.config.objectives import Objective
-from frugan.config.section import Kinded, Section, option
+from frugan.config.section import Kinded, Section, lever, option
 from frugan.utils.errors import UserError, nearest
 
 SMALLEST_IMAGE = 8  # pixels a side: below it no recipe has a stage left to learn with
@@ -91,13 +91,23 @@ class Memory(Section):
     generator_accumulation_steps: int | None = option(
         None, "micro-batches that the generator's batch is cut into; unset: as the discriminator's, or as few as fit", least=1
     )
-    separate_terms: Choice = option("auto", "one backward for real images, then one for generated ones (reassociation)")
-    penalty: Literal["auto", "double-backward", "jvp"] = option(
-        "auto", "how gradient penalties are differentiated; jvp: forwards, which takes less together with the next (reassociation)"
+    separate_terms: Choice = lever(
+        "separate terms", "reassociation", "D", 1, "one backward for real images, then one for generated ones"
     )
-    checkpoint_blocks: Choice = option("auto", "keep the inputs of each block alone and compute it again in backward (bitwise)")
-    recompute_generator: Choice = option("auto", "run G again for its backward, so that it is not held beside D (bitwise)")
-    offload_activations: Choice = option("auto", "what backward needs waits on the host (bitwise; accelerators)")
+    penalty: Literal["auto", "double-backward", "jvp"] = lever(
+        "penalties by jvp", "reassociation", "D", 2,
+        "how gradient penalties are differentiated; jvp: forwards, which takes less together with the next",
+        used="jvp", plain="double-backward",
+    )  # fmt: skip
+    checkpoint_blocks: Choice = lever(
+        "blocks recomputed", "bitwise", "DG", 2, "keep the inputs of each block alone and compute it again in backward"
+    )
+    recompute_generator: Choice = lever(
+        "generator recomputed", "bitwise", "G", 1, "run G again for its backward, so that it is not held beside D"
+    )
+    offload_activations: Choice = lever(
+        "activations on the host", "bitwise", "DG", 3, "what backward needs waits on the host, on accelerators"
+    )
     offload_state: Choice = option(
         "auto", "moments and the averaged generator wait on the host (bitwise; accelerators); auto: where nothing fits otherwise"
     )

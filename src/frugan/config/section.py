@@ -16,6 +16,22 @@ def option(default: Any, help: str, *, above: float | None = None, least: float 
     return field(default=default, metadata={"help": help, "above": above, "least": least, "most": most})
 
 
+def lever(words: str, guarantee: str, phases: str, rung: int, help: str, used: str = "yes", plain: str = "no") -> Any:
+    """A field for a way of saving memory, with the values ``auto``, ``used`` and ``plain``; `frugan.gan.levers` makes it a lever.
+
+    Args:
+        words: what a person reads where it is in use.
+        guarantee: ``bitwise``, ``reassociation`` or ``approximate``.
+        phases: that have it, one letter each.
+        rung: when it is tried if memory runs out, see `frugan.memory.layout.Lever`.
+        help: its line of help.
+        used: its value where it is in use.
+        plain: its value where it is not.
+    """
+    about = {"words": words, "guarantee": guarantee, "phases": phases, "rung": rung, "used": used, "plain": plain}
+    return field(default="auto", metadata={"help": f"{help} ({guarantee})", "lever": about})
+
+
 def flag(name: str) -> str:
     """How a field is written on the command line."""
     return "--" + name.replace("_", "-")

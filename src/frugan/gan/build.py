@@ -1,5 +1,7 @@
 """What a recipe makes on a device: networks as they are laid out in memory, optimizers, average and step."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -8,7 +10,8 @@ from torch import nn
 from frugan.config.recipe import Recipe
 from frugan.gan.networks import Network
 from frugan.gan.optim import Ema, FrugalAdam, LowBitAdam
-from frugan.gan.step import Step
+from frugan.gan.step import Images, Step, Terms
+from frugan.memory.layout import Layout
 from frugan.utils.draws import Draws
 from frugan.utils.errors import UserError
 
@@ -76,3 +79,29 @@ def make_step(recipe: Recipe, generator: Network, discriminator: Network) -> Ste
         generator, discriminator, recipe.objective, recipe.network.latent_dim, Draws(recipe.training.seed, device),
         flip=recipe.data.flip, precision=memory.precision, channels_last=memory.channels_last,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one network does in an update.
+
+    Args:
+        name: D or G, in plans, logs and messages.
+        network: the one that learns.
+        optimizer: of its parameters.
+        compute: adds its gradients for a batch, see `Step.discriminator_phase`.
+    """
+
+    name: str
+    network: Network
+    optimizer: FrugalAdam
+    compute: Callable[[Images, int, Layout], Terms]
+
+
+def phases(step: Step, optimizer_g: FrugalAdam, optimizer_d: FrugalAdam) -> dict[str, Phase]:
+    """The phases of an update by their names, in their order (`frugan.gan.levers.PHASES`)."""
+    made = (
+        Phase("D", step.discriminator, optimizer_d, step.discriminator_phase),
+        Phase("G", step.generator, optimizer_g, step.generator_phase),
+    )
+    return {phase.name: phase for phase in made}

@@ -1,7 +1,7 @@
-"""Objectives: logits and gradients in, one term per sample out. Nothing here sees a module.
+"""Losses: logits in, one term per sample out. Nothing here sees a module.
 
 A term per sample is what makes accumulation exact: micro-batches of any size add up to the mean over the whole batch. Add a
-loss by adding a dataclass to `frugan.config.recipe` and its two functions to `LOSSES`.
+loss by adding a dataclass to `frugan.config.objectives` and its two functions to `LOSSES`.
 """
 
 from collections.abc import Callable
@@ -68,15 +68,3 @@ LOSSES: dict[type[Objective], Loss] = {
     WganGp: Loss(_wgan_d, _negated),
     RpGan: Loss(_rpgan_d, _rpgan_g, paired=True),
 }
-
-
-def squared_norm(gradient: Tensor) -> Tensor:
-    """Half the squared norm of each sample's gradient, ``[n, ...]`` to ``[n]``: R1 at real images, R2 at generated ones
-    (Mescheder et al. 2018, arXiv 1801.04406, equation 9)."""
-    return gradient.square().flatten(1).sum(1) / 2
-
-
-def unit_norm(gradient: Tensor) -> Tensor:
-    """(norm - 1)^2 of each sample's gradient, ``[n, ...]`` to ``[n]`` (Gulrajani et al. 2017, equation 3)."""
-    # The square root has no slope at 0, where images are that D has no opinion on.
-    return (gradient.square().flatten(1).sum(1).clamp_min(1e-12).sqrt() - 1).square()

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from frugan.config.objectives import Objective, WganGp
-from frugan.gan.losses import LOSSES, squared_norm, unit_norm
+from frugan.config.objectives import Objective
+from frugan.gan.losses import LOSSES
 from frugan.gan.networks import Network
+from frugan.gan.penalties import Penalty, penalties, weighted
 from frugan.memory import levers, private
 from frugan.memory.layout import Layout, slices
 from frugan.utils.draws import Draws, Rows
@@ -22,6 +23,7 @@ from frugan.utils.draws import Draws, Rows
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Images = Callable[[int, int], Tensor]  # (first, count) to uint8 images [count, c, h, w] on the host
 Terms = dict[str, Tensor]
+Weighted = tuple[float, Tensor]  # a weight, and terms [n]
 
 
 def normalise(images: Tensor, mirrored: Tensor | None, like: Tensor) -> Tensor:
@@ -30,15 +32,6 @@ def normalise(images: Tensor, mirrored: Tensor | None, like: Tensor) -> Tensor:
     if mirrored is not None:
         images = torch.where(mirrored.to(like.device)[:, None, None, None], images.flip(3), images)
     return images.to(like.dtype).div_(127.5).sub_(1)
-
-
-@dataclass(frozen=True)
-class Penalty:
-    """A function of D's gradient at its input, ``[n, c, h, w]`` to ``[n]``, and its weight in D's loss."""
-
-    name: str
-    weight: float
-    function: Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -72,11 +65,9 @@ class Step:
         self._generating = [*self.generator.parameters()]
         # Gradients of fp16 arithmetic underflow without a scale; with the other precisions the scaler does nothing.
         self.scaler = torch.amp.GradScaler(self.like.device.type, enabled=self.precision == "fp16")
-        objective = self.objective
-        self.r1 = Penalty("R1", objective.r1, squared_norm) if objective.r1 else None
-        self.r2 = Penalty("R2", objective.r2, squared_norm) if objective.r2 else None
-        weight = objective.gradient_penalty if isinstance(objective, WganGp) else 0.0
-        self.between = Penalty("GP", weight, unit_norm) if weight else None
+        self.penalties: dict[str, list[Penalty]] = {"real": [], "fake": [], "between": []}  # by the images that they are taken at
+        for penalty in penalties(self.objective):
+            self.penalties[penalty.where].append(penalty)
 
     def discriminator_phase(self, images: Images, first: int, layout: Layout) -> Terms:
         """Adds D's gradients for one batch.
@@ -97,15 +88,15 @@ class Step:
             real = self._real(images, row, count)
             fake = self._layout(self._generate("latent/d", row, count))
             between = None
-            if self.between:
+            if self.penalties["between"]:
                 share = self.draws.uniform("between", row, count, 1, 1, 1).to(real)
                 between = torch.lerp(fake, real, share)
-            compute = self._one_by_one if layout.separate_terms else self._at_once
+            compute = self._one_by_one if layout.uses("separate_terms") else self._at_once
             _add(total, compute(real, fake, row, batch, layout), batch)
-            if self.between and between is not None:
-                _, slope, values = self._penalised(between, row, "between", self.between, layout)
-                self._backward(self.between.weight * slope, batch, self._learning)
-                _add(total, {"GP": values}, batch)
+            if between is not None:
+                _, (weight, slope), measured = self._penalised(between, row, "between", layout)
+                self._backward(weight * slope, batch, self._learning)
+                _add(total, measured, batch)
         return total
 
     def generator_phase(self, images: Images, first: int, layout: Layout) -> Terms:
@@ -117,10 +108,11 @@ class Step:
         total: Terms = {}
         batch = sum(layout.sizes)
         self._judging(False)
+        recompute = layout.uses("recompute_generator")
         for begin, count in slices(layout.sizes):
             row = first + begin
-            fake = self._generate("latent/g", row, count, learns=not layout.recompute_generator, layout=layout)
-            if layout.recompute_generator:
+            fake = self._generate("latent/g", row, count, learns=not recompute, layout=layout)
+            if recompute:
                 fake.requires_grad_(True)
             with self._saving(self.discriminator, layout):
                 fake_logits = self._judge(self._layout(fake), row, "g/fake")
@@ -130,8 +122,8 @@ class Step:
                     real_logits = self._judge(self._real(images, row, count), row, "g/real")
             terms = self.loss.generator(self.objective, fake_logits, real_logits)
             _add(total, {"Loss_G": terms, "D(G(z))": self._score(fake_logits)}, batch)
-            self._backward(terms, batch, [fake] if layout.recompute_generator else self._generating)
-            if layout.recompute_generator:
+            self._backward(terms, batch, [fake] if recompute else self._generating)
+            if recompute:
                 gradient = fake.grad
                 del fake, fake_logits, terms
                 with levers.still_statistics(self.generator):
@@ -155,14 +147,11 @@ class Step:
 
     def _at_once(self, real: Tensor, fake: Tensor, row: int, batch: int, layout: Layout) -> Terms:
         """One backward for everything that concerns real and generated images."""
-        real_logits, real_slope, measured = self._judged(real, row, "real", self.r1, layout)
-        fake_logits, fake_slope, more = self._judged(fake, row, "fake", self.r2, layout)
+        real_logits, real_penalty, measured = self._judged(real, row, "real", layout)
+        fake_logits, fake_penalty, more = self._judged(fake, row, "fake", layout)
         terms = self.loss.discriminator(self.objective, real_logits, fake_logits)
         loss = {"Loss_D": terms.detach(), "D(x)": self._score(real_logits)}
-        for penalty, slope in ((self.r1, real_slope), (self.r2, fake_slope)):
-            if penalty and slope is not None:
-                terms = terms + penalty.weight * slope
-        self._backward(terms, batch, self._learning)
+        self._backward(_plus(_plus(terms, real_penalty), fake_penalty), batch, self._learning)
         return loss | measured | more
 
     def _one_by_one(self, real: Tensor, fake: Tensor, row: int, batch: int, layout: Layout) -> Terms:
@@ -174,52 +163,50 @@ class Step:
         if self.loss.paired:
             with torch.no_grad(), levers.still_statistics(self.discriminator):
                 other = self._judge(fake, row, "fake")
-        logits, slope, measured = self._judged(real, row, "real", self.r1, layout)
+        logits, penalty, measured = self._judged(real, row, "real", layout)
         terms = self.loss.discriminator(self.objective, logits, other)
-        self._backward(terms if slope is None or not self.r1 else terms + self.r1.weight * slope, batch, self._learning)
+        self._backward(_plus(terms, penalty), batch, self._learning)
         real_logits = logits.detach()
-        del logits, slope, terms
-        logits, slope, more = self._judged(fake, row, "fake", self.r2, layout)
+        del logits, penalty, terms
+        logits, penalty, more = self._judged(fake, row, "fake", layout)
         terms = self.loss.discriminator(self.objective, real_logits, logits)
         loss = {"Loss_D": terms.detach(), "D(x)": self._score(real_logits)}
-        self._backward(terms if slope is None or not self.r2 else terms + self.r2.weight * slope, batch, self._learning)
+        self._backward(_plus(terms, penalty), batch, self._learning)
         return loss | measured | more
 
-    def _judged(
-        self, images: Tensor, row: int, scope: str, penalty: Penalty | None, layout: Layout
-    ) -> tuple[Tensor, Tensor | None, Terms]:
-        """Logits, what to backpropagate for the penalty if there is one, and the penalty's values by name."""
-        if penalty:
-            logits, slope, values = self._penalised(images, row, scope, penalty, layout)
-            return logits, slope, {penalty.name: values}
+    def _judged(self, images: Tensor, row: int, where: str, layout: Layout) -> tuple[Tensor, Weighted | None, Terms]:
+        """Logits, what penalties there are add to D's loss, and their values by name."""
+        if self.penalties[where]:
+            return self._penalised(images, row, where, layout)
         with self._saving(self.discriminator, layout):
-            return self._judge(images, row, scope), None, {}
+            return self._judge(images, row, where), None, {}
 
-    def _penalised(self, images: Tensor, row: int, scope: str, penalty: Penalty, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, terms ``[n]`` whose gradient in D's weights is the penalty's, and the penalty's values ``[n]``."""
+    def _penalised(self, images: Tensor, row: int, where: str, layout: Layout) -> tuple[Tensor, Weighted, Terms]:
+        """Logits, a weight with terms ``[n]`` whose gradient in D's weights is the penalties', and their values ``[n]``."""
         images.requires_grad_(True)
-        if layout.penalty == "double-backward":
+        if not layout.uses("penalty"):
             with self._offloading(self.discriminator, layout):
-                logits = self._judge(images, row, scope)
-                values = penalty.function(_input_gradient(logits, images, create_graph=True))
-            return logits, values, values.detach()
+                logits = self._judge(images, row, where)
+                weight, terms, measured = weighted(self.penalties[where], _input_gradient(logits, images, create_graph=True))
+            return logits, (weight, terms), measured
         private.load_forward_mode()
         self._judging(False)
         with self._saving(self.discriminator, layout):
-            gradient = _input_gradient(self._judge(images, row, scope), images)
+            gradient = _input_gradient(self._judge(images, row, where), images)
         self._judging(True)
         gradient.requires_grad_(True)
-        values = penalty.function(gradient)
-        (direction,) = torch.autograd.grad(values.sum(), gradient)
-        rows = Rows(self.draws, scope, row, len(images))
+        weight, terms, measured = weighted(self.penalties[where], gradient)
+        (direction,) = torch.autograd.grad(terms.sum(), gradient)
+        rows = Rows(self.draws, where, row, len(images))
         blocks = list(self.discriminator.blocks)
+        recompute = layout.uses("checkpoint_blocks")
         with (
             self.autocast(),
             self._offloading(self.discriminator, layout),
             levers.still_statistics(self.discriminator),
         ):  # they have moved in the pass before
-            logits, slope = levers.directional(blocks, images.detach(), direction, rows, recompute=layout.checkpoint_blocks)
-        return logits.to(self.like.dtype), slope.to(self.like.dtype), values.detach()
+            logits, slope = levers.directional(blocks, images.detach(), direction, rows, recompute=recompute)
+        return logits.to(self.like.dtype), (weight, slope.to(self.like.dtype)), measured
 
     def _judging(self, learns: bool) -> None:
         for parameter in self._learning:
@@ -247,12 +234,12 @@ class Step:
     @contextmanager
     def _saving(self, network: Network, layout: Layout | None) -> Iterator[None]:
         """While open, what ``network`` keeps for backward is kept as ``layout`` says."""
-        blocks = network.blocks if layout and layout.checkpoint_blocks else ()
+        blocks = network.blocks if layout and layout.uses("checkpoint_blocks") else ()
         with self._offloading(network, layout), levers.recomputing(blocks):
             yield
 
     def _offloading(self, network: Network, layout: Layout | None) -> AbstractContextManager[object]:
-        return levers.offloading(self.like.device, bool(layout and layout.offload_activations), network.parameters())
+        return levers.offloading(self.like.device, bool(layout and layout.uses("offload_activations")), network.parameters())
 
     def _judge(self, images: Tensor, row: int, scope: str) -> Tensor:
         """Logits ``[n]`` in at least single precision."""
@@ -267,6 +254,10 @@ class Step:
     def _backward(self, terms: Tensor, batch: int, leaves: Sequence[Tensor]) -> None:
         """Adds gradients to ``leaves`` alone: those of images, which penalties make leaves too, nobody reads."""
         torch.autograd.backward(self.scaler.scale(terms.sum() / batch), inputs=leaves)
+
+
+def _plus(terms: Tensor, penalty: Weighted | None) -> Tensor:
+    return terms if penalty is None else terms + penalty[0] * penalty[1]
 
 
 def _input_gradient(logits: Tensor, images: Tensor, *, create_graph: bool = False) -> Tensor:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from frugan.memory import host, levers, limit, private
 from frugan.memory.growth import SMALL, Growth, traced
-from frugan.memory.layout import Layout, slices, split
+from frugan.memory.layout import CHECKPOINT_BLOCKS, Layout, slices, split
 from frugan.memory.limit import MIB
 from frugan.memory.recover import Change, Recovery
-from frugan.memory.search import AHEAD, MARGIN, Choice, Job, Search
+from frugan.memory.search import AHEAD, MARGIN, Choice, Job, Levers, Search
 from frugan.memory.trace import GRADIENTS, GRANULE, Event, Timeline, trace
 from frugan.utils.accelerator import drawn
 from frugan.utils.errors import UserError
@@ -134,22 +134,22 @@ class Engine(AbstractContextManager["Engine"]):
         before = limit.baseline(self.device)
         update = self._reserve()
         least = min(2, self.batch)
-        variants = [{"checkpoint_blocks": False}] + ([{"checkpoint_blocks": True}] if self.blocks else [])
+        usable = (CHECKPOINT_BLOCKS,) if self.blocks else ()
+        variants: list[Levers] = [(), usable] if self.blocks else [()]
         smallest = least if self.coupled else 1
         cpu = self.device.type == "cpu"
         # The first meets what libraries load, and the second what they load for one more size: what the training's own will take.
-        self._trace(tensors, {}, SMALL)
+        self._trace(tensors, (), SMALL)
         first, data = limit.at_rest(self.device), host.status("VmData")
-        growths = {False: self._growth(tensors, {})}
+        growths: dict[Levers, Growth] = {(): self._growth(tensors, ())}
         size_loads = max(0, limit.at_rest(self.device) - first) if cpu else 0
         reserved = max(0, host.status("VmData") - data - size_loads) if cpu else 0
-        self.draws = growths[False].random
+        self.draws = growths[()].random
 
-        def growth(levers: dict[str, Any]) -> Growth:
-            recomputed = bool(levers.get("checkpoint_blocks"))
-            if recomputed not in growths:
-                growths[recomputed] = self._growth(tensors, levers)
-            return growths[recomputed]
+        def growth(levers: Levers) -> Growth:
+            if levers not in growths:
+                growths[levers] = self._growth(tensors, levers)
+            return growths[levers]
 
         job = Job(STEP, self.batch, variants, growth, self.coupled, smallest, draws=self.draws)
         search = Search([job], self.device)
@@ -174,15 +174,15 @@ class Engine(AbstractContextManager["Engine"]):
         self._more = self.predicted - framework - state
         self.recovery = Recovery(
             [self.module], self.device, {STEP: choice.chosen[STEP].layout}, choice.handling, coupled=self.coupled or self.draws,
-            levers={STEP: {"checkpoint_blocks"} if self.blocks else set()}, smallest={STEP: smallest},
+            levers={STEP: usable}, smallest={STEP: smallest},
             changed=self.changed, needs=lambda _, layout: self._known(search, job, layout, growths),
         )  # fmt: skip
         return choice
 
     @staticmethod
-    def _known(search: Search, job: Job, layout: Layout, growths: dict[bool, Growth]) -> int | None:
+    def _known(search: Search, job: Job, layout: Layout, growths: dict[Levers, Growth]) -> int | None:
         """What ``layout`` allocates, if it has been traced: where memory has run out is no place to do that."""
-        return search.exact(job, layout).moment.bytes if layout.checkpoint_blocks in growths else None
+        return search.exact(job, layout).moment.bytes if layout.levers in growths else None
 
     def __enter__(self) -> Self:
         if self.choice is None:
@@ -226,7 +226,7 @@ class Engine(AbstractContextManager["Engine"]):
         return mean
 
     def _compute(self, layout: Layout, tensors: Sequence[Tensor], draws: bool = True) -> Tensor:
-        with levers.recomputing(self.blocks if layout.checkpoint_blocks else (), draws):
+        with levers.recomputing(self.blocks if layout.uses(CHECKPOINT_BLOCKS.name) else (), draws):
             return accumulate(self.loss, self.module, tensors, layout.sizes)
 
     def _reserve(self) -> Timeline | None:
@@ -286,11 +286,11 @@ class Engine(AbstractContextManager["Engine"]):
     def _held(self) -> list[Tensor]:
         return [*self.module.parameters(), *self.module.buffers(), *_tensors(self.optimizer), *self._reserved]
 
-    def _growth(self, tensors: Sequence[Tensor], levers: dict[str, Any]) -> Growth:
+    def _growth(self, tensors: Sequence[Tensor], levers: Levers) -> Growth:
         granule = 1 if self.device.type == "cpu" else GRANULE
         return traced(lambda count: self._trace(tensors, levers, count), granule)
 
-    def _trace(self, tensors: Sequence[Tensor], levers: dict[str, Any], count: int) -> Timeline:
+    def _trace(self, tensors: Sequence[Tensor], levers: Levers, count: int) -> Timeline:
         """What ``count`` samples allocate, whose gradients are thrown away; statistics and generators are as before.
 
         Raises:
@@ -308,7 +308,7 @@ class Engine(AbstractContextManager["Engine"]):
             "moments": [*_tensors(self.optimizer), *self._reserved],
             GRADIENTS: [p.grad for p in learning],
         }
-        layout = Layout(sizes=(count,), **levers)
+        layout = Layout((count,), levers)
         try:
             return trace(
                 lambda: self._compute(layout, inputs, draws=False), held, {GRADIENTS: lambda: [p.grad for p in learning]},

@@ -1,15 +1,13 @@
-"""Plans: how a batch is computed in the memory there is. Pure: bytes and names in, choices out; no torch."""
+"""Layouts: how a batch is computed in the memory there is. Pure: names in, choices out; no torch."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any, Literal, Self
+from itertools import groupby
+from typing import Any, Self
 
 SMALLEST_COUPLED = 16  # samples of which batch statistics may be taken without being asked
 FEW = 4  # samples below which micro-batches cost more than other ways of saving
-# What is tried in turn when memory runs out, besides smaller micro-batches; penalties by jvp and blocks that are recomputed gain
-# nothing without one another.
-STEPS = (("recompute_generator",), ("separate_terms",), ("checkpoint_blocks", "penalty"), ("offload_activations",))
 
 
 class Guarantee(IntEnum):
@@ -21,6 +19,30 @@ class Guarantee(IntEnum):
 
     def __str__(self) -> str:
         return self.name.lower()
+
+
+@dataclass(frozen=True, order=True, kw_only=True)
+class Lever:
+    """A way of computing the same in less memory, for more time. Who computes declares it, and asks `Layout.uses` for it.
+
+    Args:
+        rung: when it is tried if memory runs out: low ones first, those of the same rung together, as they help only one another.
+        name: under which plans keep it.
+        words: what a person reads where it is in use.
+        guarantee: what it leaves as it is.
+        plain: what plans say where it is not in use.
+        used: what they say where it is.
+    """
+
+    rung: int
+    name: str
+    words: str
+    guarantee: Guarantee
+    plain: Any = False
+    used: Any = True
+
+
+CHECKPOINT_BLOCKS = Lever(rung=2, name="checkpoint_blocks", words="blocks recomputed", guarantee=Guarantee.BITWISE)
 
 
 def split(batch: int, parts: int) -> list[int]:
@@ -37,47 +59,40 @@ def slices(sizes: Iterable[int]) -> Iterator[tuple[int, int]]:
         begin += count
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Layout:
     """How one phase computes its batch.
 
     Args:
         sizes: of the micro-batches.
-        separate_terms: one backward after the other for the parts of the loss, so that never all graphs are held.
-        penalty: how gradient penalties are differentiated, see `frugan.memory.levers.directional`.
-        recompute_generator: in the generator's phase, generate once without a graph and once more for backward.
-        checkpoint_blocks: keep the inputs of each block alone, and compute it again in backward.
-        offload_activations: what backward needs waits on the host.
+        levers: those in use, the lowest rung first.
     """
 
     sizes: tuple[int, ...]
-    separate_terms: bool = False
-    penalty: Literal["double-backward", "jvp"] = "double-backward"
-    recompute_generator: bool = False
-    checkpoint_blocks: bool = False
-    offload_activations: bool = False
+    levers: tuple[Lever, ...] = ()
 
     @classmethod
-    def of(cls, batch: int, parts: int, **levers: Any) -> Self:
+    def of(cls, batch: int, parts: int, levers: Iterable[Lever] = ()) -> Self:
         """A layout of ``parts`` micro-batches."""
-        return cls(sizes=tuple(split(batch, parts)), **levers)
+        return cls(tuple(split(batch, parts)), tuple(sorted(levers)))
 
     @property
     def micro_batch(self) -> int:
         """The largest micro-batch."""
         return self.sizes[0]
 
+    def uses(self, name: str) -> bool:
+        """Whether the lever called ``name`` is in use."""
+        return any(lever.name == name for lever in self.levers)
+
+    def using(self, levers: Iterable[Lever]) -> Self:
+        """The same with ``levers`` in use besides."""
+        return replace(self, levers=tuple(sorted({*self.levers, *levers})))
+
     def named(self) -> dict[str, Guarantee]:
-        """The levers that are in use, in words, with what each guarantees."""
-        used = {
-            f"micro-batches of {self.micro_batch}": (len(self.sizes) > 1, Guarantee.REASSOCIATION),
-            "separate terms": (self.separate_terms, Guarantee.REASSOCIATION),
-            "penalties by jvp": (self.penalty == "jvp", Guarantee.REASSOCIATION),
-            "generator recomputed": (self.recompute_generator, Guarantee.BITWISE),
-            "blocks recomputed": (self.checkpoint_blocks, Guarantee.BITWISE),
-            "activations on the host": (self.offload_activations, Guarantee.BITWISE),
-        }
-        return {name: guarantee for name, (is_used, guarantee) in used.items() if is_used}
+        """What saves memory here, in words, with what each guarantees."""
+        cut = {f"micro-batches of {self.micro_batch}": Guarantee.REASSOCIATION} if len(self.sizes) > 1 else {}
+        return cut | {lever.words: lever.guarantee for lever in self.levers}
 
     def guarantee(self, coupled: bool) -> Guarantee:
         """What holds for the whole; ``coupled``: a sample's output depends on the others of its micro-batch."""
@@ -90,20 +105,21 @@ class Layout:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        return vars(self) | {"sizes": list(self.sizes)}
+        return {"sizes": list(self.sizes)} | {lever.name: lever.used for lever in self.levers}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """What `as_dict` wrote."""
-        return cls(**(values | {"sizes": tuple(values["sizes"])}))
+    def from_dict(cls, values: Mapping[str, Any], levers: Iterable[Lever]) -> Self:
+        """What `as_dict` wrote, where there are ``levers``."""
+        used = [lever for lever in levers if values.get(lever.name, lever.plain) != lever.plain]
+        return cls(tuple(values["sizes"]), tuple(sorted(used)))
 
-    def cheaper(self, levers: Collection[str], smallest: int, coupled: bool = False) -> Iterator[Self]:
+    def cheaper(self, levers: Collection[Lever], smallest: int, coupled: bool = False) -> Iterator[Self]:
         """The layouts that may need less memory, the fastest first: smaller micro-batches while they are large, then the levers one
-        upon the other, then smaller micro-batches again. Where samples are coupled, smaller micro-batches change the training, and
-        levers go first.
+        rung upon the other, then smaller micro-batches again. Where samples are coupled, smaller micro-batches change the training,
+        and levers go first.
 
         Args:
-            levers: the names of those that may be used.
+            levers: those that may be used.
             smallest: what a micro-batch must not be smaller than.
             coupled: whether a sample's output depends on the others of its micro-batch.
         """
@@ -111,11 +127,9 @@ class Layout:
         least = max(smallest, FEW)
         while not coupled and (halved := layout.halved(least)) is not None:
             yield (layout := halved)
-        for step in STEPS:
-            unused = [lever for lever in step if lever in levers and getattr(layout, lever) in (False, "double-backward")]
-            if unused and not ("penalty" in levers and unused == ["checkpoint_blocks"] and layout.penalty != "jvp"):
-                layout = replace(layout, **{lever: "jvp" if lever == "penalty" else True for lever in unused})  # type: ignore[arg-type]
-                yield layout
+        for _, rung in groupby(sorted(levers), key=lambda lever: lever.rung):
+            if unused := [lever for lever in rung if lever not in layout.levers]:
+                yield (layout := layout.using(unused))
         while (halved := layout.halved(smallest)) is not None:
             yield (layout := halved)
 

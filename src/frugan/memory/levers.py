@@ -80,8 +80,8 @@ def recomputing(blocks: Iterable[nn.Module], draws: bool = False) -> Iterator[No
 def directional(blocks: Sequence[nn.Module], x: Tensor, v: Tensor, *inputs: Any, recompute: bool = False) -> tuple[Tensor, Tensor]:
     """A chain of blocks at ``x``, and its derivative there in the direction ``v``, which is a constant.
 
-    With v = the gradient of a penalty p(g) with respect to g = grad_x D(x), the derivative's gradient in the weights is that of
-    p(grad_x D(x)): a gradient penalty without double backward. Equal but for rounding.
+    With v = the gradient of a function p(g) with respect to g = grad_x f(x), the derivative's gradient in the weights is that of
+    p(grad_x f(x)): what is asked of a gradient, without double backward. Equal but for rounding.
 
     Args:
         blocks: are called with what the one before returned and ``inputs``.

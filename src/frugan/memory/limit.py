@@ -115,7 +115,7 @@ def went_over(device: torch.device) -> int | None:
 
 
 def budget(memory: str | None, device: torch.device) -> int | None:
-    """The bytes that ``--memory`` says, once it is clear that they can be held.
+    """The bytes that ``memory`` says, as 2GiB, once it is clear that they can be held.
 
     Raises:
         UserError: it says nothing, is more than the machine has, or cannot be held on this device.
@@ -124,11 +124,11 @@ def budget(memory: str | None, device: torch.device) -> int | None:
         return None
     named = parse_bytes(memory)
     if not can_be_limited(device):
-        raise UserError(f"--memory {memory} cannot be held on {device} here: leave it out, or use --device cuda, or cpu on Linux.")
+        raise UserError(f"a budget of {memory} cannot be held on {device} here: leave it out, or use CUDA, or the CPU on Linux.")
     found = accelerator(device)
     there = found.total() if found else host.total()
     if named > there:
-        raise UserError(f"--memory {memory} is more than the {size(there)} there are: name less, or leave it out.")
+        raise UserError(f"a budget of {memory} is more than the {size(there)} there are: name less, or leave it out.")
     return named
 
 

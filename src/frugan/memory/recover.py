@@ -15,7 +15,7 @@ from torch import nn
 
 from frugan.memory import limit
 from frugan.memory.host import Handling
-from frugan.memory.layout import Guarantee, Layout
+from frugan.memory.layout import Guarantee, Layout, Lever
 
 T = TypeVar("T")
 Cause = Literal["memory ran out", "the budget was exceeded", "memory suffices again"]
@@ -44,7 +44,7 @@ class Recovery:
         device: where they are.
         layouts: of each phase.
         handling: what becomes of freed memory on the CPU now.
-        levers: for each phase the names of the levers that may be used (`Layout`).
+        levers: for each phase those that may be used.
         smallest: for each phase what a micro-batch must not be smaller than.
         coupled: whether a sample's output depends on the others of its micro-batch.
         changed: is told of every change.
@@ -54,7 +54,7 @@ class Recovery:
 
     def __init__(
         self, modules: Sequence[nn.Module], device: torch.device, layouts: Mapping[str, Layout], handling: Handling, *,
-        levers: Mapping[str, Collection[str]], smallest: Mapping[str, int], coupled: bool, changed: Callable[[Change], None],
+        levers: Mapping[str, Collection[Lever]], smallest: Mapping[str, int], coupled: bool, changed: Callable[[Change], None],
         needs: Callable[[str, Layout], int | None], planned: Mapping[str, Layout] | None = None,
     ) -> None:  # fmt: skip
         self.modules = modules
@@ -187,7 +187,7 @@ class Recovery:
                 if needed is None or needs is None or needs < needed:
                     return layout
                 refused.add(layout)
-                if useless := {lever for lever in levers if getattr(layout, lever) != getattr(before, lever)}:
+                if useless := levers & set(layout.levers) - set(before.levers):
                     levers -= useless
                     break  # the ladder without it
             else:

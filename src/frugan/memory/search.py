@@ -10,14 +10,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 
 from frugan.memory import pool
 from frugan.memory.growth import Growth
 from frugan.memory.host import Handling
-from frugan.memory.layout import SMALLEST_COUPLED, Guarantee, Layout, split
+from frugan.memory.layout import SMALLEST_COUPLED, Guarantee, Layout, Lever, split
 from frugan.memory.private import UNMEASURED, can_record
 from frugan.memory.segments import LEAST, ROUND, SMALL_SEGMENT, Full, Segments
 from frugan.memory.trace import Timeline
@@ -28,7 +27,7 @@ MARGIN = 12 << 20  # bytes of a budget left free: the framework differs by a few
 AHEAD = 8 << 20  # bytes that what is named as smallest has above what would do: the next process may hold a little more
 SLOWER = 1.05  # micro-batches alone that take no longer than this, of the whole batch's time, are not bettered by levers
 
-PLAIN = {k: v for k, v in vars(Layout(sizes=(1,))).items() if k != "sizes"}
+Levers = tuple[Lever, ...]
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ class Job:
     Args:
         name: of the phase.
         batch: its samples.
-        variants: the combinations of levers there are, the plainest first: arguments of `Layout`.
-        trace: levers to what a micro-batch allocates with them.
+        variants: the combinations of levers there are, the plainest first.
+        trace: a combination of levers to what a micro-batch allocates with them.
         coupled: whether a sample's output depends on the others of its micro-batch.
         smallest: what a micro-batch must not be smaller than.
         parts: how many micro-batches, if that was asked for.
@@ -63,8 +62,8 @@ class Job:
 
     name: str
     batch: int
-    variants: Sequence[dict[str, Any]]
-    trace: Callable[[dict[str, Any]], Growth]
+    variants: Sequence[Levers]
+    trace: Callable[[Levers], Growth]
     coupled: bool = False
     smallest: int = 1
     parts: int | None = None
@@ -157,9 +156,9 @@ class Search:
         self.device = device
         self.approximate = approximate  # whether coupled samples may be cut as small as one likes
         self.rates = RATES.get(device.type, RATES["cuda"])
-        self._growths: dict[tuple[str, str], Growth] = {}
+        self._growths: dict[tuple[str, Levers], Growth] = {}
         self._exact: dict[tuple[str, Layout], Exact] = {}
-        self._estimates: dict[tuple[str, str], list[Candidate]] = {}
+        self._estimates: dict[tuple[str, Levers], list[Candidate]] = {}
 
     @property
     def handlings(self) -> tuple[Handling, ...]:
@@ -168,10 +167,10 @@ class Search:
 
     def growth(self, job: Job, layout: Layout) -> Growth:
         """What a micro-batch of ``job`` allocates with the levers of ``layout``."""
-        return self._growth(job, {k: v for k, v in vars(layout).items() if k != "sizes"})
+        return self._growth(job, layout.levers)
 
-    def _growth(self, job: Job, levers: dict[str, Any]) -> Growth:
-        key = (job.name, repr(sorted((PLAIN | levers).items())))
+    def _growth(self, job: Job, levers: Levers) -> Growth:
+        key = (job.name, levers)
         if key not in self._growths:
             self._growths[key] = job.trace(levers)
         return self._growths[key]
@@ -231,14 +230,14 @@ class Search:
             timeline.seconds(self.rates) * cut, int(timeline.fresh * cut), exact,
         )  # fmt: skip
 
-    def candidates(self, job: Job, levers: dict[str, Any]) -> list[Candidate]:
+    def candidates(self, job: Job, levers: Levers) -> list[Candidate]:
         """All layouts of ``job`` with ``levers``, estimated; few micro-batches first."""
-        key = (job.name, repr(levers))
+        key = (job.name, levers)
         if key not in self._estimates:
             growth = self._growth(job, levers)
             apart = 0 if self.device.type == "cpu" else LEAST
             kept = 1.15 * SEGMENTS_MARGIN if apart else 1 if pool.available() else KEPT
-            layouts = [Layout.of(job.batch, parts, **levers) for parts in job.counts]
+            layouts = [Layout.of(job.batch, parts, levers) for parts in job.counts]
             alone = growth.peaks([x.micro_batch for x in layouts], several=False)
             several = growth.peaks([x.micro_batch for x in layouts], several=True)
             few, many = (growth.timeline((n,), accumulated=True) for n in (4, 16))
@@ -329,7 +328,7 @@ class Search:
             refused[estimate.job.name] = estimate
         return None
 
-    def _allowed(self, job: Job, levers: dict[str, Any]) -> list[Candidate]:
+    def _allowed(self, job: Job, levers: Levers) -> list[Candidate]:
         """Coupled samples are cut to `SMALLEST_COUPLED` at least, unless it was asked for otherwise."""
         least = 0 if self.approximate or job.parts or not job.coupled else SMALLEST_COUPLED
         every = self.candidates(job, levers)

@@ -16,6 +16,7 @@ from frugan.config import recipes
 from frugan.config.recipe import Recipe
 from frugan.config.section import flag
 from frugan.evaluation.metrics import METRICS, shown
+from frugan.gan.levers import LEVERS
 from frugan.memory.layout import Layout
 from frugan.reporting import page
 from frugan.reporting.story import Curve, Measure, Story, number
@@ -326,6 +327,6 @@ def _value(measure: Measure, value: float | None) -> str:
 
 def _layout(layout: Any) -> str:
     try:
-        return str(Layout.from_dict(layout))
+        return str(Layout.from_dict(layout, LEVERS.values()))
     except (TypeError, ValueError, LookupError):
         return "in a way that this version does not know"

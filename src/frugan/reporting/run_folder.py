@@ -85,12 +85,19 @@ class RunFolder:
                 "Give another --out to start anew, or --accept-changes to go on with the new ones."
             )
 
-    def claim(self, recipe: Recipe, plan: Mapping[str, Any]) -> None:
-        """Writes down what is asked of this run and how it is laid out, and clears away what a kill left half written."""
+    def claim(self, recipe: Recipe, plan: Mapping[str, Any], images: int) -> bool:
+        """Writes down what is asked of this run and how it is laid out, clears away what a kill left half written, and drops what
+        was logged after ``images`` images: it is about to be trained. Whether there was a checkpoint to go on from."""
+        resumed = self.newest_checkpoint() is not None
+        if resumed:
+            self.rewind_log(images)
         for part in self.path.rglob(".*.part.*"):
             part.unlink(missing_ok=True)
         write_text(self.plan_file, json.dumps(plan, indent=2) + "\n")
         write_text(self.recipe_file, recipe.to_toml())
+        if not resumed:
+            self.log_file.unlink(missing_ok=True)
+        return resumed
 
     def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint, or None."""

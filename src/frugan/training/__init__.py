@@ -1,5 +1,6 @@
 """Training, from Python: `train` and, for what it made, `load`. torch is imported only once there is work to do."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -10,6 +11,8 @@ from frugan.config.run import Run
 
 if TYPE_CHECKING:
     from frugan.gan.sampling import Generator
+
+_begun: list[bool] = []  # one for each training of this process
 
 
 def train(
@@ -39,8 +42,6 @@ def train(
         frugan.utils.signals.Stopped: SIGINT or SIGTERM came, and the state was saved.
     """
     from frugan.config import recipes
-    from frugan.reporting.console import Console
-    from frugan.training.trainer import train as run_trainer
 
     own = {f.name for f in fields(Run)}
     chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
@@ -48,7 +49,21 @@ def train(
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in said.items()}
     run: dict[str, Any] = {k: v for k, v in plain.items() if k in own}
     chosen = chosen.replace(**{k: v for k, v in plain.items() if k not in own})
-    return run_trainer(chosen, Run(**run), Console(quiet), on_update)
+    return run_training(chosen, Run(**run), quiet, on_update)
+
+
+def run_training(recipe: Recipe, run: Run, quiet: bool = False, on_update: Callable[[int], None] | None = None) -> Path:
+    """What `train` does, once it is clear what is asked for."""
+    from frugan.memory import limit
+    from frugan.reporting.console import Console
+    from frugan.training.session import Session
+    from frugan.training.trainer import Trainer
+
+    if _begun:
+        gc.collect()  # what an earlier training left, if it was broken off: `Trainer` freezes what is there
+    _begun.append(True)
+    with limit.as_before():
+        return Trainer(Session.open(recipe, run, Console(quiet)), on_update).train()
 
 
 def load(run: str | Path, device: str = "cpu", *, best: bool = False) -> "Generator":

@@ -1,28 +1,30 @@
 """The plan of a training: how its two phases are laid out within a budget, and what the process needs besides."""
 
+import gc
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
 
 from frugan.config.recipe import Recipe
+from frugan.data.opening import bytes_of, keepable
+from frugan.data.sources.base import Tell
 from frugan.gan import build
-from frugan.gan.networks import Network
-from frugan.gan.step import Step
-from frugan.memory import host, limit, pool
+from frugan.gan.levers import LEVERS, PHASES, jobs
+from frugan.memory import limit
 from frugan.memory.host import Handling
 from frugan.memory.layout import SMALLEST_COUPLED, Guarantee, Layout
 from frugan.memory.limit import MIB
 from frugan.memory.plan import Plan
-from frugan.memory.recover import Change, Recovery
 from frugan.memory.search import AHEAD, MARGIN, Candidate, Choice, Search
 from frugan.memory.trace import Timeline
 from frugan.reporting.pictures import GRID
-from frugan.training.phases import PHASES, Model, jobs, levers, penalised
+from frugan.training.model import Model
+from frugan.training.session import Session, resolved
 from frugan.training.traces import Traces
+from frugan.utils.device import arithmetic
 from frugan.utils.errors import UserError
 from frugan.utils.units import size
 
@@ -179,7 +181,7 @@ class Planner:
             plain, taken = self.search.candidates(job, job.variants[0])[0], self.choice.chosen[job.name]
             for chosen in job.variants:
                 mine = self.search.candidates(job, chosen)
-                if taken.layout == replace(taken.layout, **chosen):
+                if taken.layout.levers == chosen:
                     candidate = taken
                 else:
                     candidate = next((c for c in mine if c.needs(plan.handling) <= available), mine[-1])
@@ -286,58 +288,45 @@ class Planner:
         )
 
 
-def notices(recipe: Recipe, plan: Plan, generator: Network, discriminator: Network, device: torch.device) -> list[str]:
-    """What a person should know of what ``plan`` and ``recipe`` do to the training."""
-    told = []
-    if recipe.memory.offload_state == "yes" and device.type != "cpu":
-        told.append("Moments and the averaged generator wait on the host: the same bits, and copies in every update.")
-    if recipe.memory.moments == "8bit":
-        told.append("Approximate: Adam keeps its moments in 8 bits; --moments fp32 does not.")
-    if "yes" in (recipe.memory.offload_state, recipe.memory.offload_activations) and device.type == "cpu":
-        told.append("On the CPU there is nothing to offload to: --offload-state and --offload-activations do nothing.")
-    if device.type == "cpu" and host.libc() and not pool.available():
-        told.append(
-            "The pool for tensors is not there, so that training is slower or needs more memory: install frugan where there is "
-            "a C compiler (gcc)."
+def plan_of(session: Session, evaluation: int) -> tuple[Plan, Recipe]:
+    """The plan of a run, and its recipe as planned: the plan it was started with if that still fits, so that it goes on as it was.
+
+    Args:
+        session: the run.
+        evaluation: bytes that evaluating takes, between two epochs.
+
+    Raises:
+        UserError: nothing fits; names the smallest budget that would do.
+    """
+    recipe, run, loader, folder = session.recipe, session.run, session.loader, session.folder
+    options: dict[str, Any] = {"data": loader.ahead(session.batch), "memory": run.memory, "evaluation": evaluation}
+    options |= {"approximate": run.allow_approximate, "apart": True}
+    saved = folder.saved_plan() if folder.newest_checkpoint() else {}
+    if "layouts" in saved:
+        layouts, planned = (
+            {name: Layout.from_dict(layout, LEVERS.values()) for name, layout in saved.get(key, {}).items()}
+            for key in ("layouts", "planned")
         )
-    precision = recipe.memory.precision
-    if precision == "fp16" and device.type == "cpu":
-        told.append("The CPU has no arithmetic of its own for fp16 and is many times slower in it: use --precision bf16 or fp32.")
-    if precision in ("tf32", "bf16", "fp16"):
-        told.append(f"Approximate: {precision} rounds inside the networks; --precision fp32 does not.")
-    for name, network in (("discriminator", discriminator), ("generator", generator)):
-        cut = {p: layout.micro_batch for p, layout in plan.layouts.items() if len(layout.sizes) > 1}
-        if network.couples_samples and cut:
-            where = " and ".join(f"{size} in {p}'s phase" for p, size in cut.items())
-            told.append(f"Approximate: batch norm in the {name} takes its statistics from micro-batches of {where}.")
-    if discriminator.couples_samples and penalised(recipe):
-        told.append(
-            "Gradient penalties are meant for each sample alone, and batch norm in D couples them: consider --norm-d group."
-        )
-    return told
+        if all(sum(layout.sizes) == session.batch for layout in layouts.values()):
+            plan = Planner(recipe, session.device, **options).with_layouts(layouts, saved["freed_memory"])
+            if plan is not None:
+                return replace(plan, planned=planned or None), recipe
+            session.console.tell("The plan this run was started with does not fit any more; planning anew.")
+    planner, plan = find(recipe, session.device, let_go=loader.let_go, **options)
+    return plan, planner.recipe
 
 
-def recovery(recipe: Recipe, plan: Plan, step: Step, approximate: bool, changed: Callable[[Change], None]) -> Recovery:
-    """What runs both phases as ``plan`` says, and goes on in a cheaper way when memory runs out."""
-    device = step.like.device
-    coupled = step.generator.couples_samples or step.discriminator.couples_samples
-    least = {p: min(SMALLEST_COUPLED, *layout.sizes) if coupled else 1 for p, layout in plan.layouts.items()}
-    coupled_d = step.discriminator.couples_samples
+def plan_for(recipe: Recipe, device: torch.device, tell: Tell, *, memory: str | None, approximate: bool) -> tuple[Planner, Plan]:
+    """The planner and the plan of a training of ``recipe`` that is not begun.
 
-    traces = Traces(recipe, device)
-    known = Search(jobs(recipe, device, (step.generator.couples_samples, coupled_d), traces.growth), device)
-
-    @cache
-    def needs(phase: str, layout: Layout) -> int | None:
-        """What a layout allocates, if it is known: now is no time to find out."""
-        if not traces.knows(phase, {k: v for k, v in vars(layout).items() if k != "sizes"}):
-            return None
-        job = next(job for job in known.jobs if job.name == phase)
-        return known.exact(job, layout).moment.bytes
-
-    usable = {p: {k for k, v in levers(recipe, p, device, coupled_d).items() if len(v) > 1} for p in PHASES}
-    return Recovery(
-        [step.generator, step.discriminator], device, plan.layouts, plan.handling, levers=usable,
-        smallest=dict.fromkeys(PHASES, 2) if coupled and approximate else least, coupled=coupled, changed=changed, needs=needs,
-        planned=plan.planned,
-    )  # fmt: skip
+    Raises:
+        UserError: as for a training.
+    """
+    recipe, source = resolved(recipe, device, tell)
+    with arithmetic(recipe.memory.precision, device):  # which refuses what the device has not
+        keep = keepable(limit.budget(memory, device), device)
+    held = bytes_of(source, recipe.data, recipe.training.batch_size, keep)
+    let_go = (lambda: True) if source.random_access and held else None
+    gc.collect()
+    gc.freeze()  # as training does: collections, of which planning makes many, need not look at what was imported
+    return find(recipe, device, data=held, memory=memory, approximate=approximate, let_go=let_go)

@@ -1,7 +1,6 @@
 """The state of a training: everything that it changes, and how that is written down and read back."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,10 +8,15 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from frugan.gan.networks import Network
-from frugan.gan.optim import Ema
+from frugan.config.recipe import Recipe
+from frugan.data.sources.base import Tell
+from frugan.gan import sampling
+from frugan.gan.build import average, freeze, lay_out, make_step, optimizers, phases
+from frugan.gan.networks import Network, build
+from frugan.gan.optim import rate_factor
 from frugan.gan.step import Terms
 from frugan.utils.checkpoint import Tensors
+from frugan.utils.draws import Draws
 
 PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")  # what changes in it; the rest are settings
 
@@ -24,11 +28,14 @@ class Mean:
         self.sums: Terms = {}
         self.counts: dict[str, int] = {}
 
-    def add(self, terms: Mapping[str, Tensor]) -> None:
-        """Takes in one update's terms."""
-        sums = {name: self.sums[name] + value if name in self.sums else value for name, value in terms.items()}
-        self.sums |= sums  # all of them or, if memory runs out, none
-        self.counts |= {name: self.counts.get(name, 0) + 1 for name in terms}
+    def plus(self, terms: Mapping[str, Tensor]) -> Terms:
+        """The sums with one update's terms; takes nothing in yet, as memory may run out."""
+        return {name: self.sums[name] + value if name in self.sums else value for name, value in terms.items()}
+
+    def take_in(self, sums: Terms) -> None:
+        """Takes in what `plus` gave."""
+        self.sums |= sums
+        self.counts |= {name: self.counts.get(name, 0) + 1 for name in sums}
 
     def take(self) -> dict[str, float]:
         """The means so far; begins anew."""
@@ -37,23 +44,63 @@ class Mean:
         return means
 
 
-@dataclass
 class State:
-    """Everything that training changes, and how it is written down and read back."""
+    """Everything that training changes, and how it is written down and read back.
 
-    generator: Network
-    discriminator: Network
-    ema: Ema | None
-    optimizer_g: Adam
-    optimizer_d: Adam
-    scaler: torch.amp.GradScaler
-    plateau_g: ReduceLROnPlateau
-    plateau_d: ReduceLROnPlateau
-    images: int = 0
-    updates: int = 0
+    Args:
+        recipe: what is trained, resolved.
+        device: on what.
+        weights: of another training to start from, as it captured them; ``tell`` says what of them fits.
+        tell: is called with what a person should know.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, weights: Tensors | None = None, tell: Tell = print) -> None:
+        self.recipe = recipe
+        options = recipe.optimizer
+        channels, size, _ = recipe.data.shape
+        self.generator, self.discriminator = build(recipe.network, size, channels, recipe.training.seed)
+        if weights is not None:
+            for name, (fitted, of, new) in take_weights(weights, self.generator, self.discriminator).items():
+                shown = f"; new are {', '.join(new[:3])}{' ...' if len(new) > 3 else ''}" if new else ""
+                tell(f"From {recipe.training.init_from}: {fitted} of {of} tensors of the {name} fit{shown}.")
+        lay_out(recipe, self.generator, self.discriminator)
+        self.generator.to(device)
+        self.discriminator.to(device)
+        freeze(recipe, self.discriminator)
+        self.step = make_step(recipe, self.generator, self.discriminator)
+        self.scaler = self.step.scaler
+        self.optimizer_g, self.optimizer_d = optimizers(recipe, self.generator, self.discriminator, device)
+        self.phases = phases(self.step, self.optimizer_g, self.optimizer_d)
+        self.ema = average(recipe, self.generator, device)
+        self.plateau_g, self.plateau_d = (
+            ReduceLROnPlateau(o, factor=options.schedule_factor, patience=options.schedule_patience, threshold=0)
+            for o in (self.optimizer_g, self.optimizer_d)
+        )
+        self.images = self.updates = 0
         self.epoch_mean = Mean()
+
+    def set_rates(self, epochs: float) -> None:
+        """Sets both learning rates as the schedule says after ``epochs`` epochs; plateau, which looks at losses, sets its own."""
+        options = self.recipe.optimizer
+        if options.schedule != "plateau":
+            factor = rate_factor(options, epochs, self.recipe.training.epochs)
+            self.optimizer_g.param_groups[0]["lr"] = options.lr_g * factor
+            self.optimizer_d.param_groups[0]["lr"] = options.lr_d * factor
+
+    def rates(self) -> dict[str, float]:
+        """Both learning rates."""
+        return {"lr_g": self.optimizer_g.param_groups[0]["lr"], "lr_d": self.optimizer_d.param_groups[0]["lr"]}
+
+    def update(self, optimizer: Adam) -> None:
+        """One update by the gradients that are there, which are let go of."""
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    def sample(self, seed: int, first: int, count: int, chunk: int) -> Tensor:
+        """Images of the generator to use, ``chunk`` at a time: uint8 ``[count, c, h, w]``."""
+        noise = Draws(seed).normal("sample", first, count, self.recipe.network.latent_dim)
+        return sampling.to_images(self.averaged, noise, chunk)
 
     @property
     def averaged(self) -> nn.Module:

@@ -24,9 +24,9 @@ import torch
 from frugan.config.recipe import Recipe
 from frugan.memory import host, limit
 from frugan.memory.growth import LARGE, SMALL, Growth
-from frugan.memory.search import PLAIN
+from frugan.memory.search import Levers
 from frugan.reporting.pictures import rehearse
-from frugan.training.phases import Model
+from frugan.training.model import Model
 from frugan.utils.errors import UserError
 from frugan.utils.files import cache_folder, write_text
 
@@ -194,9 +194,9 @@ class Traces:
         elsewhere = ["apart"] if self.apart or self._key("facts", ["apart"]) in self._known else []
         return self._read("facts", elsewhere, lambda known: Facts(**known))
 
-    def growth(self, phase: str, levers: dict[str, Any]) -> Growth:
+    def growth(self, phase: str, levers: Levers) -> Growth:
         """What a micro-batch of ``phase`` allocates with ``levers``."""
-        return self._read("growth", [phase, _used(levers)], Growth.from_dict)
+        return self._read("growth", [phase, [lever.name for lever in levers]], Growth.from_dict)
 
     def sampling(self) -> Growth:
         """What making images allocates."""
@@ -206,9 +206,9 @@ class Traces:
         """What an update of the network that ``phase`` trains allocates."""
         return self._read("updating", [phase], Growth.from_dict)
 
-    def knows(self, phase: str, levers: dict[str, Any]) -> bool:
+    def knows(self, phase: str, levers: Levers) -> bool:
         """Whether `growth` need not be made."""
-        return self._key("growth", [phase, _used(levers)]) in self._known
+        return self._key("growth", [phase, [lever.name for lever in levers]]) in self._known
 
     def _key(self, what: str, arguments: list[Any]) -> str:
         return f"{what} {json.dumps(arguments, sort_keys=True)}"
@@ -261,11 +261,6 @@ def fingerprint(recipe: Recipe, device: torch.device) -> str:
         torch.backends.cpu.get_cpu_capability(), str(device), alike.to_toml(), [(f.name, f.stat().st_mtime_ns) for f in files],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
-
-
-def _used(levers: dict[str, Any]) -> dict[str, Any]:
-    """Those of ``levers`` that are in use: the others change nothing."""
-    return {name: value for name, value in levers.items() if PLAIN[name] != value}
 
 
 def _bytes(model: Model) -> dict[str, int]:

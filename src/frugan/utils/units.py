@@ -16,10 +16,10 @@ def parse_bytes(text: str) -> int:
     """
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
     if not found:
-        raise UserError(f"--memory {text!r} is no amount of memory: say it like 800MiB or 2GiB.")
+        raise UserError(f"a budget of {text!r} is no amount of memory: say it like 800MiB or 2GiB.")
     number, unit = found.groups()
     if unit.lower() not in UNITS:
-        raise UserError(f"--memory {text}: there is no unit {unit!r}; use KiB, MiB, GiB or TiB (or KB, MB, GB, TB).")
+        raise UserError(f"a budget of {text!r}: there is no unit {unit!r}; use KiB, MiB, GiB or TiB (or KB, MB, GB, TB).")
     return int(float(number) * UNITS[unit.lower()])
 
 

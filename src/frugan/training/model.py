@@ -1,31 +1,23 @@
-"""The phases of a training as the memory engine sees them: what they allocate, and which levers they have."""
+"""A training on zeros and few samples: what its phases allocate."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from frugan.config.objectives import WganGp
 from frugan.config.recipe import Recipe
 from frugan.gan import networks, sampling
-from frugan.gan.build import average, freeze, lay_out, make_step, optimizers
+from frugan.gan.build import average, freeze, lay_out, make_step, optimizers, phases
+from frugan.gan.levers import named
 from frugan.gan.optim import FrugalAdam
 from frugan.memory import limit
 from frugan.memory.growth import SMALL, Growth, traced
-from frugan.memory.layout import Layout, split
-from frugan.memory.search import Job
+from frugan.memory.layout import Layout
 from frugan.memory.trace import GRADIENTS, GRANULE, Timeline, trace
-from frugan.utils.errors import UserError
-
-PHASES = {"D": "discriminator_phase", "G": "generator_phase"}
-LEVERS = {"D": ("separate_terms", "checkpoint_blocks", "offload_activations"),
-          "G": ("recompute_generator", "checkpoint_blocks", "offload_activations")}  # fmt: skip
 
 
 class Model:
@@ -41,11 +33,10 @@ class Model:
         freeze(recipe, self.discriminator)
         self.generator.to(device)
         self.discriminator.to(device)
-        networks_ = {"D": self.discriminator, "G": self.generator}
-        self._learning = {phase: [p for p in network.parameters() if p.requires_grad] for phase, network in networks_.items()}
         self.average = average(recipe, self.generator, device)
         self.optimizers = optimizers(recipe, self.generator, self.discriminator, device)
         self.step = make_step(recipe, self.generator, self.discriminator)
+        self.phases = phases(self.step, *self.optimizers)
         self._first = 0
         self._granule = 1 if device.type == "cpu" else GRANULE
         self._met = False
@@ -62,17 +53,17 @@ class Model:
             "average": [t for t in averaged if t.device.type == self.device.type],
         }
 
-    def growth(self, phase: str, levers: dict[str, Any]) -> Growth:
-        """What a micro-batch of ``phase`` allocates with ``levers``; it finds gradients of an earlier one."""
+    def growth(self, phase: str, names: Sequence[str]) -> Growth:
+        """What a micro-batch of ``phase`` allocates with the levers called ``names``; it finds gradients of an earlier one."""
         if not self._met:
             self.warm()
-        return traced(lambda count: self._trace(phase, Layout(sizes=(count,), **levers)), self._granule)
+        return traced(lambda count: self._trace(phase, Layout((count,), named(names))), self._granule)
 
     def warm(self, count: int = SMALL) -> None:
         """Does all that a training does on ``count`` samples: libraries load what they need, and masks are drawn ahead."""
         self._met = True
-        for phase, optimizer in zip(PHASES, reversed(self.optimizers), strict=True):
-            self._run(phase, Layout(sizes=(count,)), optimizer)
+        for phase in self.phases.values():
+            self._run(phase.name, Layout((count,)), phase.optimizer)
         if self.average:
             self.average.update(self.generator, count, count)
         self.step.judge_generated(self._first, (count,))
@@ -88,7 +79,7 @@ class Model:
             network.zero_grad(set_to_none=True)
 
     def _trace(self, phase: str, layout: Layout) -> Timeline:
-        learning = self._learning[phase]
+        learning = _learning(self.phases[phase].network)
         for parameter in learning:
             parameter.grad = torch.zeros_like(parameter)
         held: dict[str, list[Tensor | None]] = {GRADIENTS: [p.grad for p in learning], "noise": [*self.step.draws.kept()]}
@@ -98,7 +89,7 @@ class Model:
     def _run(self, phase: str, layout: Layout, optimizer: FrugalAdam | None = None) -> None:
         self._first += 1 << 20  # rows that were not drawn before
         try:
-            getattr(self.step, PHASES[phase])(self._images, self._first, layout)
+            self.phases[phase].compute(self._images, self._first, layout)
             if optimizer:
                 optimizer.step()
         finally:
@@ -115,10 +106,10 @@ class Model:
 
     def updating(self, phase: str) -> Growth:
         """What Adam allocates in its update of the network that ``phase`` trains."""
-        network, optimizer = (self.discriminator, self.optimizers[1]) if phase == "D" else (self.generator, self.optimizers[0])
+        network, optimizer = self.phases[phase].network, self.phases[phase].optimizer
 
         def update(_: int) -> Timeline:
-            gradients = {p: torch.zeros_like(p) for p in network.parameters() if p.requires_grad}
+            gradients = {p: torch.zeros_like(p) for p in _learning(network)}
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
             try:
@@ -154,80 +145,9 @@ class _Undrawn(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _learning(network: nn.Module) -> list[nn.Parameter]:
+    return [p for p in network.parameters() if p.requires_grad]
+
+
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
-
-
-def levers(recipe: Recipe, phase: str, device: torch.device, coupled_d: bool) -> dict[str, tuple[Any, ...]]:
-    """The values that each lever of ``phase`` may take, the plainest first.
-
-    Raises:
-        UserError: penalties by jvp were asked for with batch norm in D, whose forward derivative torch differentiates as if the
-            batch's statistics were constants; with group norm it is right.
-    """
-    memory = recipe.memory
-    allowed: dict[str, tuple[Any, ...]] = {}
-    for name in LEVERS[phase]:
-        if name == "offload_activations" and device.type == "cpu":
-            allowed[name] = (False,)  # they are on the host
-        else:
-            allowed[name] = {"auto": (False, True), "yes": (True,), "no": (False,)}[getattr(memory, name)]
-    if phase == "D" and penalised(recipe):
-        if memory.penalty == "jvp" and coupled_d:
-            raise UserError("--penalty jvp would be wrong with batch norm in the discriminator: use --norm-d group, or none.")
-        allowed["penalty"] = ("double-backward", "jvp") if memory.penalty == "auto" else (memory.penalty,)
-        if coupled_d:
-            allowed["penalty"] = ("double-backward",)
-    return allowed
-
-
-def penalised(recipe: Recipe) -> bool:
-    """Whether D's loss has a gradient penalty."""
-    objective = recipe.objective
-    return bool(objective.r1 or objective.r2 or (isinstance(objective, WganGp) and objective.gradient_penalty))
-
-
-def variants(recipe: Recipe, phase: str, device: torch.device, coupled_d: bool) -> list[dict[str, Any]]:
-    """The combinations of levers worth a look, the plainest first.
-
-    Penalties by jvp need as much as by double backward until blocks are recomputed, and blocks under a double backward are all
-    needed at once: the two are used together or not at all, unless one was asked for.
-    """
-    allowed = levers(recipe, phase, device, coupled_d)
-    made = [dict(zip(allowed, values, strict=True)) for values in product(*allowed.values())]
-    if recipe.memory.checkpoint_blocks == "auto" and len(allowed.get("penalty", ())) > 1:
-        made = [
-            v for v in made if (v["penalty"] == "jvp") == v["checkpoint_blocks"] and v["separate_terms"] >= v["checkpoint_blocks"]
-        ]
-    return sorted(made, key=lambda v: sum(x not in (False, "double-backward") for x in v.values()))
-
-
-def jobs(
-    recipe: Recipe, device: torch.device, coupled: tuple[bool, bool], trace: Callable[[str, dict[str, Any]], Growth]
-) -> list[Job]:  # fmt: skip
-    """Both phases, for the search, traced by ``trace`` (`Model.growth`).
-
-    Args:
-        recipe: what is trained.
-        device: on what.
-        coupled: whether a sample's output depends on the others of its micro-batch, in the generator and in the discriminator.
-        trace: a phase and its levers to what a micro-batch allocates.
-
-    Raises:
-        UserError: batch norm was asked to work on single samples.
-    """
-    memory, batch = recipe.memory, recipe.training.batch_size
-    either, coupled_d = any(coupled), coupled[1]
-    parts = {"D": memory.accumulation_steps, "G": memory.generator_accumulation_steps or memory.accumulation_steps}
-    if either and min(min(split(batch, count or 1)) for count in parts.values()) < 2:
-        raise UserError(
-            "batch norm cannot train on micro-batches of 1: use a larger --batch-size or fewer --accumulation-steps, "
-            "or --norm-g group --norm-d group."
-        )
-    return [
-        Job(
-            phase, batch, variants(recipe, phase, device, coupled_d), partial(trace, phase), coupled=either,
-            smallest=2 if either else 1, parts=parts[phase],
-        )
-        for phase in PHASES
-    ]  # fmt: skip

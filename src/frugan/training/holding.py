@@ -1,0 +1,65 @@
+"""Holding a plan: goes on in a cheaper way when memory runs out, says so, and compares the peak with what was predicted."""
+
+from functools import cache
+
+from frugan.gan.levers import PHASES, jobs, usable
+from frugan.memory import limit
+from frugan.memory.layout import SMALLEST_COUPLED, Layout
+from frugan.memory.plan import Plan
+from frugan.memory.recover import Change, Recovery
+from frugan.memory.search import Search
+from frugan.training.session import Session
+from frugan.training.state import State
+from frugan.training.traces import Traces
+from frugan.utils.units import size
+
+
+def recovery(session: Session, plan: Plan, state: State) -> Recovery:
+    """What runs both phases as ``plan`` says, and goes on in a cheaper way when memory runs out."""
+    recipe, device, approximate = session.recipe, session.device, session.run.allow_approximate
+
+    def changed(change: Change) -> None:
+        """Says and writes down what was changed because memory ran out, or suffices again."""
+        cause, folder = change.cause, session.folder
+        session.console.tell(
+            f"{cause[0].upper()}{cause[1:]} in {change.phase}'s phase after {state.images:,} images; going on with "
+            f"{change.change} ({change.guarantee})."
+        )
+        event = {"event": cause, "images": state.images, "phase": change.phase, "change": change.change}
+        folder.log(event | {"guarantee": str(change.guarantee)})
+        layouts = {name: layout.as_dict() for name, layout in made.layouts.items()}
+        folder.rewrite_plan({"layouts": layouts, "freed_memory": made.handling})
+
+    coupled = state.generator.couples_samples or state.discriminator.couples_samples
+    least = {p: min(SMALLEST_COUPLED, *layout.sizes) if coupled else 1 for p, layout in plan.layouts.items()}
+    coupled_d = state.discriminator.couples_samples
+
+    traces = Traces(recipe, device)
+    known = Search(jobs(recipe, device, (state.generator.couples_samples, coupled_d), traces.growth), device)
+
+    @cache
+    def needs(phase: str, layout: Layout) -> int | None:
+        """What a layout allocates, if it is known: now is no time to find out."""
+        if not traces.knows(phase, layout.levers):
+            return None
+        job = next(job for job in known.jobs if job.name == phase)
+        return known.exact(job, layout).moment.bytes
+
+    made = Recovery(
+        [state.generator, state.discriminator], device, plan.layouts, plan.handling,
+        levers={p: usable(recipe, p, device, coupled_d) for p in PHASES},
+        smallest=dict.fromkeys(PHASES, 2) if coupled and approximate else least, coupled=coupled, changed=changed, needs=needs,
+        planned=plan.planned,
+    )  # fmt: skip
+    return made
+
+
+def compare_peak(session: Session, plan: Plan, images: int) -> None:
+    """Predicted and measured peak, side by side, after ``images`` images."""
+    measured = limit.peak(session.device)
+    if measured is None:
+        return
+    within = f", within --memory {size(plan.budget)}" if plan.named else ""
+    session.console.tell(f"Memory: {size(measured)} at most, {size(plan.predicted)} predicted{within}.")
+    event = {"event": "memory", "images": images, "predicted": plan.predicted, "measured": measured}
+    session.folder.log(event | {"budget": plan.budget if plan.named else None})

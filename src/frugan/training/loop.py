@@ -1,0 +1,167 @@
+"""The loop of a training: one update after the other, and what is done between them."""
+
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from frugan.memory import limit
+from frugan.memory.recover import Recovery
+from frugan.training.checkpoints import save, save_generator
+from frugan.training.messages import diverged
+from frugan.training.observer import Observer
+from frugan.training.session import Session
+from frugan.training.state import Mean, State, Terms
+from frugan.utils.errors import UserError
+from frugan.utils.signals import Signals, Stopped
+
+OnUpdate = Callable[[int], None]
+
+
+class Loop:
+    """Trains ``state`` to the end of ``session``.
+
+    Args:
+        session: what is trained.
+        budget: bytes that the process may hold, if a person named them.
+        state: all that changes.
+        recovery: runs phases, and goes on where memory runs out.
+        observer: looks at it as it goes.
+        signals: that may ask it to stop.
+        on_update: is called with the number of images seen after every update.
+    """
+
+    def __init__(
+        self, session: Session, budget: int | None, state: State, recovery: Recovery, observer: Observer, signals: Signals,
+        on_update: OnUpdate | None = None,
+    ) -> None:  # fmt: skip
+        self.session = session
+        self.budget = budget
+        self.state = state
+        self.recovery = recovery
+        self.observer = observer
+        self.signals = signals
+        self.on_update = on_update
+        self.mean = Mean()
+        self.line: dict[str, Any] = {}
+        self._clock, self._clock_images = 0.0, state.images
+
+    def run(self) -> None:
+        """Trains to the end.
+
+        Raises:
+            UserError: a file cannot be written, images cannot be reached any more, or the training diverged.
+            Stopped: a signal came, and the state was saved.
+        """
+        session, state, loader = self.session, self.state, self.session.loader
+        self._clock, self._clock_images = time.monotonic(), state.images
+        session.console.start(state.images, session.total)
+        while state.images < session.total:
+            drawn = state.images
+            terms = self.advance()
+            ended = state.images // len(loader) > drawn // len(loader)
+            within = state.images % len(loader) // session.batch  # updates of this epoch, so that a resumed log is the same
+            last = state.images >= session.total
+            if ended or last or (within and within % session.run.report_every == 0):
+                self._report(self._scores(terms, drawn))
+            session.console.progress(self.line | self._position(), session.recipe.training.epochs, self.budget)
+            if ended:
+                self._end_epoch(state.images // len(loader))
+            if self.on_update:
+                self.on_update(state.images)
+            if self.signals.received is not None and state.images < session.total:
+                save(session, state)
+                raise Stopped(self.signals.received, state.images)
+
+    def advance(self) -> Terms:
+        """One update: every phase whose turn it is, then the average; what was measured.
+
+        Raises:
+            UserError: images cannot be reached any more; everything until now is saved.
+        """
+        session, state = self.session, self.state
+        first, steps_g = state.images, session.recipe.training.discriminator_steps
+        state.set_rates(first / len(session.loader))
+        try:
+            images = self.recovery.again(partial(session.loader.images, first, session.batch))
+        except UserError:  # nothing of this update has happened yet
+            save(session, state)
+            raise
+        terms: Terms = {}
+        for phase in state.phases.values():
+            if phase.name == "G" and (state.updates + 1) % steps_g:
+                continue
+            terms |= self.recovery.run(phase.name, partial(phase.compute, images, first))
+            state.update(phase.optimizer)
+        self.recovery.again(partial(self._take_in, terms, session.batch * steps_g))
+        state.images += session.batch
+        state.updates += 1
+        return terms
+
+    def _take_in(self, terms: Terms, images: int) -> None:
+        """Means, and the average if G has moved by ``images`` images: what allocates comes before what changes anything."""
+        state = self.state
+        means = [(mean, mean.plus(terms)) for mean in (self.mean, state.epoch_mean)]
+        if state.ema and "Loss_G" in terms:
+            state.ema.update(state.generator, images, state.images + self.session.batch)
+        for mean, sums in means:
+            mean.take_in(sums)
+
+    def _scores(self, terms: Terms, first: int) -> dict[str, float]:
+        """D's scores of generated images before and after the update of both, if both were updated."""
+        if "Loss_G" not in terms:
+            return {}
+        sizes = self.recovery.layouts["G"].sizes
+        after = self.recovery.again(lambda: self.state.step.judge_generated(first, sizes))
+        return {"D(G(z)) before": float(terms["D(G(z))"]), "D(G(z)) after": float(after)}
+
+    def _report(self, scores: dict[str, float]) -> None:
+        state = self.state
+        measured = self.mean.take() | scores
+        # fp16 overflows now and then: the scaler skips the update and lowers its scale, at worst until nothing is left of it.
+        skipping = state.scaler.is_enabled() and state.scaler.get_scale() >= 1
+        for name, value in list(measured.items()):
+            if not math.isfinite(value):
+                if not skipping:
+                    raise diverged(self.session, state.images, name, state.scaler.is_enabled())
+                del measured[name]
+        self.line = self._position() | measured | state.rates()
+        self.session.folder.log(self.line)
+        self.observer.line(self.line)
+
+    def _position(self) -> dict[str, Any]:
+        """How far training is, and how fast it goes."""
+        images, session = self.state.images, self.session
+        rate = (images - self._clock_images) / max(time.monotonic() - self._clock, 1e-9)
+        return {
+            "images": images, "epoch": images / len(session.loader), "updates": self.state.updates,
+            "images/s": rate, "seconds left": (session.total - images) / rate, "memory": limit.held(session.device),
+        }  # fmt: skip
+
+    def _end_epoch(self, number: int) -> None:
+        state, session = self.state, self.session
+        means = state.epoch_mean.take()
+        if session.recipe.optimizer.schedule == "plateau":
+            state.plateau_d.step(means["Loss_D"])
+            if "Loss_G" in means:
+                state.plateau_g.step(means["Loss_G"])
+        session.console.epoch(self.line | means, number, session.recipe.training.epochs)
+        is_best = self.observer.epoch(number, state.images, state.updates, self.sample)
+        if is_best or number % session.run.checkpoint_every == 0 or state.images >= session.total:
+            save(session, state)
+        if is_best:
+            session.folder.keep_best()
+        limit.release(session.device)
+
+    def finish(self) -> None:
+        """Everything that stands at the end of a run."""
+        save_generator(self.session, self.state)
+        self.observer.finish(self.sample)
+
+    def sample(self, seed: int, first: int, count: int) -> Tensor:
+        """Images of the averaged generator: uint8 ``[count, c, h, w]``."""
+        limit.release(self.session.device)
+        return self.state.sample(seed, first, count, self.recovery.layouts["G"].micro_batch)

@@ -1,0 +1,87 @@
+"""What a training says: its introduction, its notices, and the sentences with which it ends early."""
+
+import torch
+
+from frugan.config.recipe import Recipe
+from frugan.gan.networks import Network
+from frugan.gan.penalties import penalties
+from frugan.gan.summary import summarise
+from frugan.memory import host, pool
+from frugan.memory.plan import Plan
+from frugan.memory.recover import OutOfMemory
+from frugan.training.session import Session
+from frugan.utils import device
+from frugan.utils.errors import UserError
+
+
+def introduce(session: Session, plan: Plan, generator: Network, discriminator: Network) -> None:
+    """Says what is about to be trained, on what, and how."""
+    recipe, tell = session.recipe, session.console.tell
+    data, memory = recipe.data, recipe.memory
+    classes = f" in {session.classes} classes" if session.classes else ""
+    kind = "grey" if data.channels == 1 else "colour"
+    tell(f"{len(session.loader):,} images of {session.name}{classes}, {kind}, {data.image_size}x{data.image_size}.")
+    session.console.networks(summarise(recipe, (generator, discriminator)))
+    tell(
+        f"Recipe {recipe.recipe}, {recipe.training.epochs} epochs, {memory.precision} on {session.device} with "
+        f"{torch.get_num_threads()} threads, into {session.folder.path}."
+    )
+    session.console.plan(plan, session.batch)
+    if memory.precision == "fp32" and (fast := device.fast_precision(session.device)) != "fp32":
+        tell(f"This device is faster in {fast}, which rounds more: --precision {fast}.")
+    for notice in notices(recipe, plan, generator, discriminator, session.device):
+        tell(notice)
+
+
+def notices(recipe: Recipe, plan: Plan, generator: Network, discriminator: Network, where: torch.device) -> list[str]:
+    """What a person should know of what ``plan`` and ``recipe`` do to the training."""
+    told = []
+    if recipe.memory.offload_state == "yes" and where.type != "cpu":
+        told.append("Moments and the averaged generator wait on the host: the same bits, and copies in every update.")
+    if recipe.memory.moments == "8bit":
+        told.append("Approximate: Adam keeps its moments in 8 bits; --moments fp32 does not.")
+    if "yes" in (recipe.memory.offload_state, recipe.memory.offload_activations) and where.type == "cpu":
+        told.append("On the CPU there is nothing to offload to: --offload-state and --offload-activations do nothing.")
+    if where.type == "cpu" and host.libc() and not pool.available():
+        told.append(
+            "The pool for tensors is not there, so that training is slower or needs more memory: install frugan where there is "
+            "a C compiler (gcc)."
+        )
+    precision = recipe.memory.precision
+    if precision == "fp16" and where.type == "cpu":
+        told.append("The CPU has no arithmetic of its own for fp16 and is many times slower in it: use --precision bf16 or fp32.")
+    if precision in ("tf32", "bf16", "fp16"):
+        told.append(f"Approximate: {precision} rounds inside the networks; --precision fp32 does not.")
+    for name, network in (("discriminator", discriminator), ("generator", generator)):
+        cut = {p: layout.micro_batch for p, layout in plan.layouts.items() if len(layout.sizes) > 1}
+        if network.couples_samples and cut:
+            sizes = " and ".join(f"{size} in {p}'s phase" for p, size in cut.items())
+            told.append(f"Approximate: batch norm in the {name} takes its statistics from micro-batches of {sizes}.")
+    if discriminator.couples_samples and penalties(recipe.objective):
+        told.append(
+            "Gradient penalties are meant for each sample alone, and batch norm in D couples them: consider --norm-d group."
+        )
+    return told
+
+
+def diverged(session: Session, images: int, name: str, scaled: bool) -> UserError:
+    """``name`` is not finite any more; ``scaled``: the loss is scaled, as fp16 needs."""
+    way = ", or --precision bf16 or fp32" if scaled else ""
+    return UserError(
+        f"{name} is not finite after {images:,} images: training diverged. Try lower --lr-g and --lr-d{way}; {last_state(session)}."
+    )
+
+
+def out_of_memory(session: Session, error: Exception) -> UserError:
+    """Memory ran out, after everything cheaper was tried."""
+    reason = str(error) if isinstance(error, OutOfMemory) else "memory ran out"
+    held = f" within --memory {session.run.memory}" if session.run.memory else ""
+    return UserError(
+        f"{reason}{held}: close other programs or give a larger --memory, then run the same command; {last_state(session)}."
+    )
+
+
+def last_state(session: Session) -> str:
+    """From where the run could go on."""
+    saved = session.folder.newest_checkpoint()
+    return f"the last good state is {saved}" if saved else "nothing was saved yet"

@@ -1,0 +1,145 @@
+"""A session: everything that a training is about, found and resolved before anything is planned or written."""
+
+import math
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from frugan.config.recipe import Recipe
+from frugan.config.run import Run
+from frugan.data.loader import Loader
+from frugan.data.opening import keepable, open_loader, resolve
+from frugan.data.sources import open_source
+from frugan.data.sources.base import Source, Tell
+from frugan.memory import limit
+from frugan.reporting.console import Console
+from frugan.reporting.run_folder import RunFolder
+from frugan.utils import device
+from frugan.utils.errors import UserError
+
+PACKING = 160 << 20  # bytes that decoding and packing images may take: below that a budget is not held while it goes on
+
+
+def resolved(recipe: Recipe, where: torch.device, tell: Tell) -> tuple[Recipe, Source]:
+    """``recipe`` with nothing left open, for the images that it names and for the device ``where``; and those images.
+
+    Raises:
+        UserError: they are not there, or cannot be read.
+    """
+    source = open_source(recipe.data)
+    memory = recipe.memory
+    if memory.precision == "auto":
+        memory = replace(memory, precision=device.fast_precision(where))  # type: ignore[arg-type]
+    return replace(recipe, data=resolve(source, recipe.data, tell), memory=memory), source
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a training is about.
+
+    Args:
+        recipe: what to train, resolved.
+        run: where, and with what.
+        device: on what.
+        name: of the images.
+        classes: how many classes they have.
+        loader: gives them.
+        folder: the run folder.
+        console: what speaks to the person.
+    """
+
+    recipe: Recipe
+    run: Run
+    device: torch.device
+    name: str
+    classes: int
+    loader: Loader
+    folder: RunFolder
+    console: Console
+
+    @classmethod
+    def open(cls, recipe: Recipe, run: Run, console: Console) -> "Session":
+        """Finds and resolves everything.
+
+        Raises:
+            UserError: anything about data, recipe or folder that cannot be trained; nothing was written then.
+        """
+        where = device.choose(run.device)
+        limit.handle("return", where)  # until there is a plan
+        recipe, source = resolved(recipe, where, console.tell)
+        loader = _loader(source, recipe, run, where, console)
+        batch = recipe.training.batch_size
+        if batch > len(loader):
+            raise UserError(
+                f"--batch-size {batch} is more than the {len(loader)} images of {source.name}: "
+                f"use --batch-size {min(64, len(loader))} or fewer."
+            )
+        folder = RunFolder(Path(run.out) if run.out else Path("runs") / f"{source.name}-{recipe.recipe}")
+        saved = folder.saved_plan()
+        if run.allow_approximate and saved.get("precision") == "bf16":
+            recipe = recipe.replace(precision="bf16")  # as it was planned
+        if recipe.memory.offload_state == "auto" and saved.get("offload_state") == "yes":
+            recipe = recipe.replace(offload_state="yes")
+        _set_threads(run, saved.get("threads"), console.tell)
+        # Not the source, which may hold a million names.
+        return cls(recipe, run, where, source.name, len(source.classes), loader, folder, console)
+
+    @property
+    def batch(self) -> int:
+        """Images of an update."""
+        return self.recipe.training.batch_size
+
+    @property
+    def total(self) -> int:
+        """Images that are seen until the end: whole batches."""
+        return math.ceil(self.recipe.training.epochs * len(self.loader) / self.batch) * self.batch
+
+    def machine(self) -> dict[str, Any]:
+        """What rounding depends on."""
+        return {"torch": torch.__version__, "device": self.device.type, "threads": torch.get_num_threads()}
+
+    def about(self) -> dict[str, Any]:
+        """What this run is about, so that it is known again."""
+        return {
+            "images": len(self.loader), "fingerprint": self.loader.fingerprint, "device": str(self.device),
+            "precision": self.recipe.memory.precision, "updates": self.total // self.batch,
+            "offload_state": self.recipe.memory.offload_state, "threads": torch.get_num_threads(),
+        }  # fmt: skip
+
+
+def _loader(source: Source, recipe: Recipe, run: Run, where: torch.device, console: Console) -> Loader:
+    """The images of ``source``; packing them is held to a budget on the CPU, if that leaves room for it."""
+    budget = limit.budget(run.memory, where)
+    keep = keepable(budget, where)
+    room = source.random_access and where.type == "cpu" and budget is not None and budget - limit.held(where) > PACKING
+    try:
+        with limit.limited(budget, where) if budget is not None and room else nullcontext():
+            return open_loader(
+                source, recipe.data, seed=recipe.training.seed, workers=run.workers, tell=console.tell, keep=keep, device=where,
+                progress=console.packing,
+            )  # fmt: skip
+    except limit.SHORTAGE as error:
+        if isinstance(error, UserError) or not limit.is_out_of_memory(error):
+            raise
+    within = f" within --memory {run.memory}" if room else ""
+    raise UserError(
+        f"memory ran out while packing {source.name}{within}: use fewer --workers, or pack it first with frugan data pack."
+    )
+
+
+def _set_threads(run: Run, before: object, tell: Tell) -> None:
+    """As asked for, else as many as the run was started with (``before``), since sums are split by threads.
+
+    Before memory is limited: each thread reserves its stack when it starts.
+    """
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    elif isinstance(before, int) and before != torch.get_num_threads():
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(before)
+        slow = f", more than this machine's {cores} cores: slow" if before > cores else ""
+        tell(f"With {before} threads, as it was started{slow}; --threads {cores} uses all cores, and differs by rounding.")
