@@ -45,8 +45,8 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     from frugan.gan.levers import LEVERS
     from frugan.gan.networks import build
     from frugan.memory import limit
+    from frugan.memory.budget import MARGIN
     from frugan.memory.layout import Layout
-    from frugan.memory.search import MARGIN
     from frugan.memory.trace import allocations, highest
     from frugan.training.planner import Planner
 

@@ -35,7 +35,7 @@ def run(said: Any) -> None:
     import frugan.training.trainer  # noqa: F401  # what a training imports is part of what it needs
     from frugan.reporting import pictures
     from frugan.reporting.console import Console
-    from frugan.training.planner import plan_for
+    from frugan.training.planning import plan_for
     from frugan.utils import device
     from frugan.utils.units import size
 
@@ -47,7 +47,7 @@ def run(said: Any) -> None:
     where = device.choose(said.device)
     planner, found = plan_for(recipe, where, console.tell, memory=said.memory, approximate=said.allow_approximate)
     recipe = planner.recipe
-    looked_at = planner.looked_at(found) if said.compare else []
+    looked_at = planner.budget.compared(found) if said.compare else []
     speed = planner.images_per_second(found) if said.compare else None
     if said.json:
         about = {"precision": planner.recipe.memory.precision, "candidates": looked_at, "images_per_second": speed}
@@ -56,7 +56,7 @@ def run(said: Any) -> None:
         console.bytes(found)
         if looked_at:
             console.candidates(looked_at)
-        for reason in planner.why(found):
+        for reason in planner.budget.why(found):
             console.tell(reason)
         console.plan(found, recipe.training.batch_size)
         precision = planner.recipe.memory.precision
@@ -65,7 +65,7 @@ def run(said: Any) -> None:
     if said.plot:
         courses = {
             f"{name}: {min(2, parts)} of {parts} micro-batches" if parts > 1 else name: timeline.course()
-            for name, (timeline, parts) in planner.timelines(found).items()
+            for name, (timeline, parts) in planner.budget.timelines().items()
         }
         side, batch = recipe.data.image_size, recipe.training.batch_size
         title = f"{recipe.recipe}, {side}x{side}, batch {batch}: {size(found.allocated)}"

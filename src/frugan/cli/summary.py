@@ -18,8 +18,7 @@ def options(arguments: Sequence[str]) -> type[Any]:
 def run(said: Any) -> None:
     """Prints both networks of a recipe, layer by layer."""
     recipe = recipe_said(said)
-    from frugan.data.opening import resolve
-    from frugan.data.sources import open_source
+    from frugan.data.opening import opened
     from frugan.gan.summary import summarise
     from frugan.reporting.console import Console
 
@@ -30,7 +29,7 @@ def run(said: Any) -> None:
 
         recipe = recipe.replace(precision=device.fast_precision(device.choose("auto")))
     if not (data.image_size and data.channels):
-        data = resolve(open_source(data), data, console.tell)
+        _, data = opened(data, console.tell)
     console.networks(summarise(recipe.replace(image_size=data.image_size, channels=data.channels)))
 
 

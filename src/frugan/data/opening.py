@@ -10,6 +10,7 @@ from frugan.config.recipe import Data
 from frugan.data.decode import background_colour, flatten, is_grey
 from frugan.data.loader import Loader
 from frugan.data.pack_loader import SMALL, PackLoader
+from frugan.data.sources import open_source
 from frugan.data.sources.base import Source, Tell
 from frugan.data.sources.streams import ShardSource
 from frugan.data.stream_loader import StreamLoader, block_of
@@ -17,6 +18,16 @@ from frugan.memory import limit
 
 DEFAULT_SIZE = 64  # pixels, where images have no size in common
 LOOKED_AT = 256  # images that decide whether a folder is grey
+
+
+def opened(data: Data, tell: Tell) -> tuple[Source, Data]:
+    """The images that ``data`` names, and ``data`` with image size and channels filled in from them.
+
+    Raises:
+        UserError: they are not there, or cannot be read.
+    """
+    source = open_source(data)
+    return source, resolve(source, data, tell)
 
 
 def resolve(source: Source, data: Data, tell: Tell) -> Data:

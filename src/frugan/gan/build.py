@@ -59,18 +59,6 @@ def average(recipe: Recipe, generator: Network, device: torch.device) -> Ema | N
     return Ema(generator, half_life, host).eval() if half_life else None
 
 
-def rehearse(device: torch.device) -> None:
-    """Updates and averages a network of two numbers, so that what only an update loads on ``device`` is there and counted."""
-    network = nn.Linear(1, 1, device=device)
-    optimizer, ema = FrugalAdam(network.parameters(), 0.0, (0.5, 0.9)), Ema(network, 1.0, device)
-    for images in (1, 2):
-        network(torch.ones(1, 1, device=device)).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update(network, 1, images)
-    all(bool(p.isfinite().all()) for p in ema.parameters())
-
-
 def make_step(recipe: Recipe, generator: Network, discriminator: Network) -> Step:
     """The step of ``recipe`` on these networks."""
     memory = recipe.memory

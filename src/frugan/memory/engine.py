@@ -8,8 +8,6 @@ with engine:
 """
 
 import inspect
-import math
-from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
@@ -18,20 +16,18 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from frugan.memory import host, levers, limit, private
+from frugan.memory import levers, limit
+from frugan.memory.budget import Beside, BudgetPlanner, Process
 from frugan.memory.growth import SMALL, Growth, traced
 from frugan.memory.layout import CHECKPOINT_BLOCKS, Layout, slices, split
-from frugan.memory.limit import MIB
+from frugan.memory.optimizer import state_of, tried
 from frugan.memory.recover import Change, Recovery
-from frugan.memory.search import AHEAD, MARGIN, Choice, Job, Levers, Search
-from frugan.memory.trace import GRADIENTS, GRANULE, Event, Timeline, trace
-from frugan.utils.accelerator import drawn
+from frugan.memory.search import Choice, Job, Levers, Search
+from frugan.memory.trace import GRADIENTS, GRANULE, Timeline, trace
 from frugan.utils.errors import UserError
-from frugan.utils.units import size
 
 Loss = Callable[..., Tensor]
 STEP = "the step"
-TRIED = 32 * MIB  # bytes of a parameter that an optimizer is tried on
 
 
 def accumulate(loss: Loss, module: nn.Module, tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
@@ -104,7 +100,7 @@ class Engine(AbstractContextManager["Engine"]):
         self.blocks = blocks
         self.device = next(module.parameters()).device
         self.budget = limit.budget(memory, self.device)
-        self.coupled = any(isinstance(m, private.batch_norm()) for m in module.modules())
+        self.coupled = levers.couples(module)
         self.draws = False  # whether it draws from torch's global generators
         self.changed = changed
         self.choice: Choice | None = None
@@ -132,7 +128,9 @@ class Engine(AbstractContextManager["Engine"]):
             )
         limit.handle("return", self.device)
         before = limit.baseline(self.device)
-        update = self._reserve()
+        sizes, update = tried(self.optimizer, self.device)
+        if not self.optimizer.state:
+            self._reserved = [torch.empty(n, dtype=torch.uint8, device=self.device).fill_(0) for n in sizes if n]
         least = min(2, self.batch)
         usable = (CHECKPOINT_BLOCKS,) if self.blocks else ()
         variants: list[Levers] = [(), usable] if self.blocks else [()]
@@ -140,38 +138,31 @@ class Engine(AbstractContextManager["Engine"]):
         cpu = self.device.type == "cpu"
         # The first meets what libraries load, and the second what they load for one more size: what the training's own will take.
         self._trace(tensors, (), SMALL)
-        first, data = limit.at_rest(self.device), host.status("VmData")
+        first, data = limit.at_rest(self.device), limit.addresses()
         growths: dict[Levers, Growth] = {(): self._growth(tensors, ())}
         size_loads = max(0, limit.at_rest(self.device) - first) if cpu else 0
-        reserved = max(0, host.status("VmData") - data - size_loads) if cpu else 0
+        reserved = max(0, limit.addresses() - data - size_loads) if cpu else 0
         self.draws = growths[()].random
 
-        def growth(levers: Levers) -> Growth:
-            if levers not in growths:
-                growths[levers] = self._growth(tensors, levers)
-            return growths[levers]
+        def growth(used: Levers) -> Growth:
+            if used not in growths:
+                growths[used] = self._growth(tensors, used)
+            return growths[used]
 
         job = Job(STEP, self.batch, variants, growth, self.coupled, smallest, draws=self.draws)
-        search = Search([job], self.device)
         state = sum(t.untyped_storage().nbytes() for t in self._held() if t.device.type == self.device.type)
         # The state is there already, and is part of every timeline.
-        framework = limit.at_rest(self.device) - state + size_loads
-        updating = search.holds([update], "return") if update else 0
-        available = (self.budget or framework + limit.spare(self.device)) - framework - MARGIN
-        choice = search.choose(available) if updating <= available else None
-        if choice is None:
-            binding = search.smallest()[STEP]
-            needs = max(binding.needs("return"), updating)
-            what = f"{binding.layout} allocates {size(needs)}" if needs > updating else f"the update allocates {size(updating)}"
-            raise UserError(
-                f"{size(self.budget or limit.spare(self.device))} are too little for this training: the smallest that works is "
-                f"{math.ceil(max(framework + MARGIN + AHEAD + needs, before) / MIB)}MiB, because "
-                f"the framework holds {size(framework)}, {what}, and {size(MARGIN + AHEAD)} are left free."
-            )
-        self.choice = choice
-        self.predicted = framework + max(choice.chosen[STEP].needs(choice.handling), updating)
+        process = Process(limit.at_rest(self.device) - state + size_loads, begun=before)
+        besides = {"update": Beside(update, {})} if update else {}
+        search = Search([job], self.device)
+        planner = BudgetPlanner(
+            search, self.device, self.budget, lambda: process, lambda: limit.spare(self.device), besides=lambda _: besides
+        )
+        plan = planner.plan()
+        choice = self.choice = planner.choice
+        self.predicted = plan.predicted
         self._loads = reserved
-        self._more = self.predicted - framework - state
+        self._more = self.predicted - plan.framework - state
         self.recovery = Recovery(
             [self.module], self.device, {STEP: choice.chosen[STEP].layout}, choice.handling, coupled=self.coupled or self.draws,
             levers={STEP: usable}, smallest={STEP: smallest},
@@ -212,7 +203,7 @@ class Engine(AbstractContextManager["Engine"]):
             raise UserError(
                 "the module has gradients already, which would be added to: call zero_grad() before the engine's step()."
             )
-        back = drawn(self.device) if self.draws else None
+        back = levers.drawn(self.device) if self.draws else None
 
         def compute(layout: Layout) -> Tensor:
             if back:
@@ -229,68 +220,14 @@ class Engine(AbstractContextManager["Engine"]):
         with levers.recomputing(self.blocks if layout.uses(CHECKPOINT_BLOCKS.name) else (), draws):
             return accumulate(self.loss, self.module, tensors, layout.sizes)
 
-    def _reserve(self) -> Timeline | None:
-        """What an update of the optimizer allocates, or None where it cannot be tried; keeps memory for the state it will make.
-
-        Copies of the optimizer make two updates of one parameter of each kind, so that its own state is left to begin as it would.
-        """
-        learning = [p for group in self.optimizer.param_groups for p in group["params"]]
-        made: dict[tuple[Any, ...], tuple[list[int], int]] = {}
-        sizes: list[int] = []
-        most = together = 0
-        try:
-            for parameter in learning:
-                kind = (tuple(parameter.shape), parameter.dtype, parameter.stride())
-                if kind not in made:
-                    made[kind] = self._tried([parameter])
-                sizes += made[kind][0]
-                most, together = max(most, made[kind][1]), together + made[kind][1]
-            largest = max(learning, key=lambda p: p.numel())
-            one, three = (self._tried([largest] * n, MIB)[1] for n in (1, 3))
-            if three > 2.5 * one:  # it updates all of them at once
-                most = together
-            elif one:  # what one leaves lasts until the next at most
-                most = int(most * max(1, three / one))
-        except limit.SHORTAGE as error:
-            if limit.is_out_of_memory(error):
-                raise
-            sizes, most = [p.untyped_storage().nbytes() for p in learning for _ in range(2)], 0  # as Adam's
-        except Exception:  # what an optimizer of somebody's own may do with a parameter alone
-            sizes, most = [p.untyped_storage().nbytes() for p in learning for _ in range(2)], 0
-        if not self.optimizer.state:
-            self._reserved = [torch.empty(n, dtype=torch.uint8, device=self.device).fill_(0) for n in sizes if n]
-        if not most:
-            return None
-        state = sum(sizes) + 2 * sum(p.untyped_storage().nbytes() for p in learning)  # weights and gradients too
-        return Timeline({0: state}, {0: "moments"}, {0}, [Event([], [most, -most])])
-
-    def _tried(self, parameters: Sequence[Tensor], largest: int = TRIED) -> tuple[list[int], int]:
-        """Bytes of each tensor of state that the optimizer makes for copies of ``parameters``, and what an update allocates.
-
-        Of a parameter of more than ``largest`` bytes a part is tried, and counted as the whole.
-        """
-        whole = len(parameters[0]) if parameters[0].dim() else 1
-        part = max(1, min(whole, whole * largest // max(1, parameters[0].nbytes)))
-        twin = _twin(self.optimizer, parameters, part)
-        weights = [p for group in twin.param_groups for p in group["params"]]
-        for p in weights:
-            p.grad = torch.zeros_like(p)
-        type(twin).step(twin)
-        there = [*weights, *(p.grad for p in weights), *_tensors(twin)]
-        timeline = trace(lambda: type(twin).step(twin), {}, ignore=there, device=self.device)
-        state = [t for t in _tensors(twin) if t.device.type == self.device.type]
-        grows = [whole / part if t.dim() and len(t) == part else 1 for t in state]
-        sizes = [round(t.untyped_storage().nbytes() * more) for t, more in zip(state, grows, strict=True)]
-        return sizes, round(timeline.peak().bytes * whole / part)
-
     def _held(self) -> list[Tensor]:
-        return [*self.module.parameters(), *self.module.buffers(), *_tensors(self.optimizer), *self._reserved]
+        return [*self.module.parameters(), *self.module.buffers(), *state_of(self.optimizer), *self._reserved]
 
-    def _growth(self, tensors: Sequence[Tensor], levers: Levers) -> Growth:
+    def _growth(self, tensors: Sequence[Tensor], used: Levers) -> Growth:
         granule = 1 if self.device.type == "cpu" else GRANULE
-        return traced(lambda count: self._trace(tensors, levers, count), granule)
+        return traced(lambda count: self._trace(tensors, used, count), granule)
 
-    def _trace(self, tensors: Sequence[Tensor], levers: Levers, count: int) -> Timeline:
+    def _trace(self, tensors: Sequence[Tensor], used: Levers, count: int) -> Timeline:
         """What ``count`` samples allocate, whose gradients are thrown away; statistics and generators are as before.
 
         Raises:
@@ -299,16 +236,16 @@ class Engine(AbstractContextManager["Engine"]):
         learning = [p for p in self.module.parameters() if p.requires_grad]
         inputs = [t[torch.arange(count) % len(t)] for t in tensors]
         buffers = [b.clone() for b in self.module.buffers()]
-        back = drawn(self.device)
+        back = levers.drawn(self.device)
         own = [p.grad for p in learning]
         for parameter in learning:
             parameter.grad = torch.zeros_like(parameter)
         held: dict[str, list[Tensor | None]] = {
             "weights": [*self.module.parameters(), *self.module.buffers()],
-            "moments": [*_tensors(self.optimizer), *self._reserved],
+            "moments": [*state_of(self.optimizer), *self._reserved],
             GRADIENTS: [p.grad for p in learning],
         }
-        layout = Layout((count,), levers)
+        layout = Layout((count,), used)
         try:
             return trace(
                 lambda: self._compute(layout, inputs, draws=False), held, {GRADIENTS: lambda: [p.grad for p in learning]},
@@ -335,23 +272,3 @@ def fitted(layout: Layout, count: int, smallest: int = 1) -> Layout:
         return layout
     parts = min(-(-count // layout.micro_batch), max(1, count // smallest))
     return replace(layout, sizes=tuple(split(count, parts)))
-
-
-def _twin(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], part: int) -> torch.optim.Optimizer:
-    """A copy of ``optimizer`` as new, without hooks, nor what hung on ``step``; on copies of ``part`` rows of ``parameters``."""
-    twin: torch.optim.Optimizer = object.__new__(type(optimizer))
-    twin.__dict__.update({name: value for name, value in vars(optimizer).items() if name != "step"})
-    twin.state = defaultdict(dict)
-    of = next(group for group in optimizer.param_groups if any(p is parameters[0] for p in group["params"]))
-    copies = [(p.detach()[:part] if p.dim() else p.detach()).clone() for p in parameters]
-    twin.param_groups = [
-        of | {"params": [nn.Parameter(p, copied.requires_grad) for p, copied in zip(copies, parameters, strict=True)]}
-    ]
-    for name in vars(twin):
-        if name.endswith("_hooks"):
-            setattr(twin, name, OrderedDict())
-    return twin
-
-
-def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]

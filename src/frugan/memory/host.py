@@ -22,6 +22,11 @@ UNKNOWN = 1 << 50  # bytes that are free where nobody says
 _handled = False  # whether the C library was told something
 
 
+def lacks_pool() -> bool:
+    """Whether this system could have a pool for tensors, and has none."""
+    return libc() is not None and not pool.available()
+
+
 def libc() -> ctypes.CDLL | None:
     """The C library, if it is glibc."""
     if sys.platform != "linux":

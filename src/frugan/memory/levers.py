@@ -9,7 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from frugan.memory import private
-from frugan.utils.accelerator import drawn
+from frugan.utils.accelerator import accelerator
+
+
+def drawn(device: torch.device) -> Callable[[], None]:
+    """What puts torch's global generators, of the CPU and of ``device``, back to where they are now."""
+    there = accelerator(device)
+    host, other = torch.get_rng_state(), there.generator() if there else None
+
+    def back() -> None:
+        torch.set_rng_state(host)
+        if there and other is not None:
+            there.set_generator(other)
+
+    return back
 
 
 def recomputed(block: nn.Module, function: Callable[..., Any], *inputs: Any, draws: bool = False) -> Any:
@@ -187,6 +200,11 @@ def _as_before(layers: Sequence[Any], tracked: Sequence[bool]) -> Iterator[None]
             m.track_running_stats, m.momentum = tracks, momentum
             if count is not None and m.num_batches_tracked is not None:
                 m.num_batches_tracked.copy_(count)
+
+
+def couples(module: nn.Module) -> bool:
+    """Whether ``module`` takes statistics over a batch, so that a sample's output depends on the others."""
+    return bool(_batch_norms(module))
 
 
 def _batch_norms(module: nn.Module) -> list[Any]:

@@ -139,6 +139,11 @@ def baseline(device: torch.device) -> int:
     return at_rest(device)
 
 
+def addresses() -> int:
+    """Bytes of addresses of data that this process has on the host, whether it has touched them or not."""
+    return host.status("VmData")
+
+
 def at_rest(device: torch.device) -> int:
     """Bytes that this process holds now, without tensors that nobody has any more."""
     gc.collect()

@@ -23,8 +23,6 @@ from frugan.memory.trace import Timeline
 
 KEPT = 1.4  # times what is live is what the C library's heap holds where there is no pool: 1.08 to 1.6 were seen (docs/LOG.md)
 SEGMENTS_MARGIN = 1.02  # the same of an accelerator's segments: a guess, until `make gpu` has measured it
-MARGIN = 12 << 20  # bytes of a budget left free: the framework differs by a few from process to process
-AHEAD = 8 << 20  # bytes that what is named as smallest has above what would do: the next process may hold a little more
 SLOWER = 1.05  # micro-batches alone that take no longer than this, of the whole batch's time, are not bettered by levers
 
 Levers = tuple[Lever, ...]

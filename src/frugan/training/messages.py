@@ -2,11 +2,10 @@
 
 import torch
 
-from frugan.config.recipe import Recipe
 from frugan.gan.networks import Network
 from frugan.gan.penalties import penalties
 from frugan.gan.summary import summarise
-from frugan.memory import host, pool
+from frugan.memory import host, limit
 from frugan.memory.plan import Plan
 from frugan.memory.recover import OutOfMemory
 from frugan.training.session import Session
@@ -29,20 +28,21 @@ def introduce(session: Session, plan: Plan, generator: Network, discriminator: N
     session.console.plan(plan, session.batch)
     if memory.precision == "fp32" and (fast := device.fast_precision(session.device)) != "fp32":
         tell(f"This device is faster in {fast}, which rounds more: --precision {fast}.")
-    for notice in notices(recipe, plan, generator, discriminator, session.device):
+    for notice in notices(session, plan, generator, discriminator):
         tell(notice)
 
 
-def notices(recipe: Recipe, plan: Plan, generator: Network, discriminator: Network, where: torch.device) -> list[str]:
-    """What a person should know of what ``plan`` and ``recipe`` do to the training."""
+def notices(session: Session, plan: Plan, generator: Network, discriminator: Network) -> list[str]:
+    """What a person should know of what plan and recipe do to the training."""
     told = []
+    recipe, where = session.recipe, session.device
     if recipe.memory.offload_state == "yes" and where.type != "cpu":
         told.append("Moments and the averaged generator wait on the host: the same bits, and copies in every update.")
     if recipe.memory.moments == "8bit":
         told.append("Approximate: Adam keeps its moments in 8 bits; --moments fp32 does not.")
     if "yes" in (recipe.memory.offload_state, recipe.memory.offload_activations) and where.type == "cpu":
         told.append("On the CPU there is nothing to offload to: --offload-state and --offload-activations do nothing.")
-    if where.type == "cpu" and host.libc() and not pool.available():
+    if where.type == "cpu" and host.lacks_pool():
         told.append(
             "The pool for tensors is not there, so that training is slower or needs more memory: install frugan where there is "
             "a C compiler (gcc)."
@@ -72,8 +72,10 @@ def diverged(session: Session, images: int, name: str, scaled: bool) -> UserErro
     )
 
 
-def out_of_memory(session: Session, error: Exception) -> UserError:
-    """Memory ran out, after everything cheaper was tried."""
+def out_of_memory(session: Session, error: Exception) -> UserError | None:
+    """Memory ran out, after everything cheaper was tried; None: ``error`` says something else."""
+    if not (isinstance(error, OutOfMemory) or limit.is_out_of_memory(error)):
+        return None
     reason = str(error) if isinstance(error, OutOfMemory) else "memory ran out"
     held = f" within --memory {session.run.memory}" if session.run.memory else ""
     return UserError(

@@ -13,7 +13,7 @@ from frugan.config.recipe import Recipe
 from frugan.gan import networks, sampling
 from frugan.gan.build import average, freeze, lay_out, make_step, optimizers, phases
 from frugan.gan.levers import named
-from frugan.gan.optim import FrugalAdam
+from frugan.gan.optim import Ema, FrugalAdam
 from frugan.memory import limit
 from frugan.memory.growth import SMALL, Growth, traced
 from frugan.memory.layout import Layout
@@ -133,6 +133,18 @@ class Model:
 
     def _images(self, first: int, count: int) -> Tensor:
         return torch.empty(count, *self.recipe.data.shape, dtype=torch.uint8)
+
+
+def rehearse_update(device: torch.device) -> None:
+    """Updates and averages a network of two numbers, so that what only an update loads on ``device`` is there and counted."""
+    network = nn.Linear(1, 1, device=device)
+    optimizer, ema = FrugalAdam(network.parameters(), 0.0, (0.5, 0.9)), Ema(network, 1.0, device)
+    for images in (1, 2):
+        network(torch.ones(1, 1, device=device)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(network, 1, images)
+    all(bool(p.isfinite().all()) for p in ema.parameters())
 
 
 class _Undrawn(TorchFunctionMode):

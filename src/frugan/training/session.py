@@ -12,8 +12,7 @@ import torch
 from frugan.config.recipe import Recipe
 from frugan.config.run import Run
 from frugan.data.loader import Loader
-from frugan.data.opening import keepable, open_loader, resolve
-from frugan.data.sources import open_source
+from frugan.data.opening import keepable, open_loader, opened
 from frugan.data.sources.base import Source, Tell
 from frugan.memory import limit
 from frugan.reporting.console import Console
@@ -30,11 +29,11 @@ def resolved(recipe: Recipe, where: torch.device, tell: Tell) -> tuple[Recipe, S
     Raises:
         UserError: they are not there, or cannot be read.
     """
-    source = open_source(recipe.data)
+    source, data = opened(recipe.data, tell)
     memory = recipe.memory
     if memory.precision == "auto":
         memory = replace(memory, precision=device.fast_precision(where))  # type: ignore[arg-type]
-    return replace(recipe, data=resolve(source, recipe.data, tell), memory=memory), source
+    return replace(recipe, data=data, memory=memory), source
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -24,9 +24,11 @@ import torch
 from frugan.config.recipe import Recipe
 from frugan.memory import host, limit
 from frugan.memory.growth import LARGE, SMALL, Growth
+from frugan.memory.host import Handling
+from frugan.memory.layout import Layout
 from frugan.memory.search import Levers
 from frugan.reporting.pictures import rehearse
-from frugan.training.model import Model
+from frugan.training.model import Model, rehearse_update
 from frugan.utils.errors import UserError
 from frugan.utils.files import cache_folder, write_text
 
@@ -236,6 +238,19 @@ class Traces:
         self._maker.close()  # whatever is the matter with the other process: then here
         self.apart, self._maker = False, Here(self.recipe, self.device)
         return self._maker.ask(what, arguments)
+
+    def rehearse(self) -> None:
+        """Has what only an update loads on an accelerator there, so that it is counted."""
+        rehearse_update(self.device)
+
+    def seconds(self, layouts: Mapping[str, Layout], handling: Handling) -> float:
+        """About how long an update takes here with ``layouts``: the first micro-batch of each phase is run and timed."""
+        model = Model(self.recipe, self.device)
+        limit.handle(handling, self.device)
+        total = sum(model.seconds(name, layout) for name, layout in layouts.items())
+        limit.handle("return", self.device)
+        self.close()
+        return total
 
     def close(self) -> None:
         """Writes down what is new, if that can be done, and lets go of what made it."""

@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from frugan.memory import limit
-from frugan.memory.recover import OutOfMemory
 from frugan.training.checkpoints import begin
 from frugan.training.holding import compare_peak, recovery
 from frugan.training.loop import Loop, OnUpdate
 from frugan.training.messages import introduce, out_of_memory
 from frugan.training.observer import Observer
-from frugan.training.planner import plan_of
+from frugan.training.planning import plan_of
 from frugan.training.session import Session
 from frugan.utils.device import arithmetic
 from frugan.utils.signals import Signals
@@ -28,7 +27,6 @@ class Trainer:
 
     Attributes:
         loop: once training has begun.
-
     """
 
     def __init__(self, session: Session, on_update: OnUpdate | None = None) -> None:
@@ -48,10 +46,10 @@ class Trainer:
         try:
             with _frozen() as freeze, session.folder, signals, arithmetic(session.recipe.memory.precision, session.device):
                 self._train(signals, freeze)
-        except (*limit.SHORTAGE, OutOfMemory) as error:
-            if not (isinstance(error, OutOfMemory) or limit.is_out_of_memory(error)):
+        except Exception as error:
+            if (short := out_of_memory(session, error)) is None:
                 raise
-            raise out_of_memory(session, error) from None
+            raise short from None
         finally:
             session.console.stop()
             session.loader.close()

@@ -4,7 +4,6 @@ Run on a simulated device in the test suite; what only CUDA or Metal can tell is
 """
 
 import os
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -181,19 +180,6 @@ def accelerator(device: torch.device) -> Accelerator | None:
     if device.type in ("cpu", "meta"):
         return None
     return Metal(device) if device.type == "mps" else Accelerator(device)
-
-
-def drawn(device: torch.device) -> Callable[[], None]:
-    """What puts torch's global generators, of the CPU and of ``device``, back to where they are now."""
-    there = accelerator(device)
-    host, other = torch.get_rng_state(), there.generator() if there else None
-
-    def back() -> None:
-        torch.set_rng_state(host)
-        if there and other is not None:
-            there.set_generator(other)
-
-    return back
 
 
 def _nvml(device: torch.device) -> Any:

@@ -1,0 +1,262 @@
+"""The plan of a training within a budget, for any list of phases: the fastest that fits, or the smallest budget that would do.
+
+`frugan.memory.Engine` plans its one phase by it, and a GAN's trainer its two.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from frugan.memory.host import Handling
+from frugan.memory.layout import Layout
+from frugan.memory.limit import MIB
+from frugan.memory.plan import Plan
+from frugan.memory.search import Candidate, Choice, Search
+from frugan.memory.trace import Timeline
+from frugan.utils.errors import UserError
+from frugan.utils.units import size
+
+MARGIN = 12 << 20  # bytes of a budget left free: the framework differs by a few from process to process
+AHEAD = 8 << 20  # bytes that what is named as smallest has above what would do: the next process may hold a little more
+SIZES = 3  # of micro-batches, of which two phases have two each, that there is room for
+
+
+@dataclass(frozen=True)
+class Process:
+    """What a process holds besides what its phases allocate, in bytes.
+
+    Args:
+        base: with what it comes to load for one size of micro-batch.
+        each: more of every further size, for which libraries make code of their own.
+        begun: that it has held already, or needs to begin again: no smaller budget is named.
+        now: that it holds now; None: ``base``.
+        reserved: of addresses that libraries reserve beyond that and never touch.
+        reserved_each: the same of every size.
+    """
+
+    base: int
+    each: int = 0
+    begun: int = 0
+    now: int | None = None
+    reserved: int = 0
+    reserved_each: int = 0
+
+    def framework(self, sizes: int = SIZES) -> int:
+        """What it holds for so many sizes of micro-batches."""
+        return self.base + (min(sizes, SIZES) - 1) * self.each
+
+
+class Beside(NamedTuple):
+    """What happens between phases, while no gradients are there: a timeline, and what is held meanwhile besides it."""
+
+    timeline: Timeline
+    held: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """Why nothing fits into a budget, in bytes.
+
+    Args:
+        budget: that there is.
+        named: whether a person named it.
+        smallest: the smallest that would do, whole MiB.
+        framework: what the process holds besides.
+        data: what images or other samples hold.
+        begun: what the process has held already.
+        binding: what needs most where everything is done as leanly as can be.
+        state: what of its bytes is weights, gradients, moments and the like.
+        free: what is left free.
+    """
+
+    budget: int
+    named: bool
+    smallest: int
+    framework: int
+    data: int
+    begun: int
+    binding: Candidate
+    state: int
+    free: int
+
+    def sentence(self, said: str, flag: str = "", ending: str = "") -> str:
+        """What a person reads: ``said`` is the budget in words, ``flag`` comes before the smallest one."""
+        phase, layout = self.binding.job.name, self.binding.layout
+        if self.budget < self.framework:
+            why = f"the framework itself holds {size(self.framework)}"
+        elif self.smallest <= self.begun + MIB:
+            why = f"importing torch and opening the images took {size(self.begun)}"
+        else:
+            images = f"images {size(self.data)}, " if self.data else ""
+            why = (
+                f"the framework holds {size(self.framework)}, {images}weights with gradients, moments and average "
+                f"{size(self.state)}, {phase}'s phase, with {layout}, {size(self.binding.needs('return') - self.state)}, and "
+                f"{size(self.free)} are left free"
+            )
+        return (
+            f"{said} is too little for this training: the smallest that works is {flag}{self.smallest // MIB}MiB, because "
+            f"{why}{ending}."
+        )
+
+
+class TooLittle(UserError):
+    """Nothing fits into the budget; ``shortage`` says why, and which would do."""
+
+    def __init__(self, sentence: str, smallest: int, shortage: Shortage | None = None) -> None:
+        super().__init__(sentence)
+        self.smallest = smallest
+        self.shortage = shortage
+
+
+@dataclass
+class BudgetPlanner:
+    """Plans the phases of ``search`` on ``device``.
+
+    Args:
+        search: the phases, and what layouts of them allocate.
+        device: on what.
+        named: the budget in bytes, if a person named one.
+        process: what the process holds besides; is asked again after ``let_go``.
+        spare: bytes that may be taken where no budget was named.
+        data: bytes of samples that training will hold besides what the process holds already.
+        besides: a micro-batch's size to what happens between phases, by name.
+        moments: bytes, by what they are for, of what else happens between phases, by name.
+        let_go: is called where nothing fits beside samples that are kept in memory; gives them up, and says whether there were any.
+    """
+
+    search: Search
+    device: torch.device
+    named: int | None
+    process: Callable[[], Process]
+    spare: Callable[[], int]
+    data: int = 0
+    besides: Callable[[int], Mapping[str, Beside]] = lambda micro_batch: {}
+    moments: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    let_go: Callable[[], bool] | None = None
+    choice: Choice = field(init=False, default_factory=lambda: Choice("return", {}, {}))  # of the newest plan
+
+    def plan(self) -> Plan:
+        """The fastest plan that fits.
+
+        Raises:
+            TooLittle: none does; names the smallest budget that would do, and what binds it.
+        """
+        process = self.process()
+        budget = self._budget(process)
+        while self.named is None or self.named >= process.begun - AHEAD:
+            available = self.available(process, budget)
+            choice = self.search.choose(available)
+            plan = choice and self._described(choice, process, budget)
+            if choice and plan and plan.predicted <= budget and self._between(_last(choice)) <= available:
+                return plan
+            if not (self.let_go and self.let_go()):
+                break
+            self.let_go, self.data = None, 0
+            process = self.process()
+        raise self.refusal(process, budget)
+
+    def available(self, process: Process, budget: int) -> int:
+        """Bytes of ``budget`` for phases."""
+        return budget - process.framework() - self.data - MARGIN
+
+    def with_layouts(self, layouts: Mapping[str, Layout], handling: Handling) -> Plan | None:
+        """The plan with these layouts, if it fits."""
+        chosen = {job.name: self.search.candidate(job, layouts[job.name]) for job in self.search.jobs}
+        process = self.process()
+        budget = self._budget(process)
+        if any(c.needs(handling) > self.available(process, budget) for c in chosen.values()):
+            return None
+        return self._described(Choice(handling, chosen, {}), process, budget)
+
+    def smallest(self) -> tuple[int, Candidate]:
+        """The smallest budget that would do, and what binds it."""
+        process = self.process()
+        binding = max(self.search.smallest().values(), key=lambda c: c.needs("return"))
+        held = max(binding.needs("return"), self._between(binding.layout.micro_batch))
+        needs = process.framework() + self.data + MARGIN + self._ahead() + held
+        return math.ceil(max(needs, process.begun) / MIB) * MIB, binding
+
+    def refusal(self, process: Process, budget: int) -> TooLittle:
+        """What says that nothing fits into ``budget``."""
+        smallest, binding = self.smallest()
+        parts = self.search.exact(binding.job, binding.layout).moment.parts
+        state = sum(parts.get(name, 0) for name in ("weights", "moments", "average", "gradients"))
+        shortage = Shortage(
+            budget, self.named is not None, smallest, process.framework(), self.data, process.begun, binding, state,
+            MARGIN + self._ahead(),
+        )  # fmt: skip
+        return TooLittle(shortage.sentence(size(budget)), smallest, shortage)
+
+    def why(self, plan: Plan) -> list[str]:
+        """For each phase why the next faster layout is not taken."""
+        available = plan.budget - plan.framework - plan.data
+        return [
+            f"{name}: the next faster, {c.layout}, would hold {size(c.needs(plan.handling))} of {size(available)} left."
+            for name, c in self.choice.refused.items()
+        ]
+
+    def compared(self, plan: Plan) -> list[dict[str, Any]]:
+        """For each combination of levers the largest micro-batch that fits, or if none does the smallest, beside what was taken."""
+        available = plan.budget - plan.framework - plan.data - MARGIN
+        rows = []
+        for job in self.search.jobs:
+            plain, taken = self.search.candidates(job, job.variants[0])[0], self.choice.chosen[job.name]
+            for levers in job.variants:
+                mine = self.search.candidates(job, levers)
+                fits = next((c for c in mine if c.needs(plan.handling) <= available), mine[-1])
+                candidate = taken if taken.layout.levers == levers else fits
+                needs = candidate.needs(plan.handling)
+                rows.append({
+                    "phase": job.name, "layout": candidate.layout.as_dict(), "in_words": str(candidate.layout),
+                    "guarantee": str(candidate.guarantee), "allocates": candidate.allocated, "holds": needs,
+                    "arithmetic": candidate.flops / plain.flops if plain.flops else 1.0,
+                    "speed": plain.seconds / candidate.seconds,
+                    "taken": candidate is taken, "too_much": max(0, int(needs - available)),
+                })  # fmt: skip
+        return rows
+
+    def timelines(self) -> dict[str, tuple[Timeline, int]]:
+        """What each phase of the newest plan allocates over time, with the number of its micro-batches (two of them are traced)."""
+        chosen = self.choice.chosen
+        return {name: (self.search.exact(c.job, c.layout).timeline, len(c.layout.sizes)) for name, c in chosen.items()}
+
+    def _budget(self, process: Process) -> int:
+        if self.named is not None:
+            return self.named
+        return (process.base if process.now is None else process.now) + self.spare()
+
+    def _ahead(self) -> int:
+        return AHEAD if self.device.type == "cpu" else 0  # an accelerator's context does not differ
+
+    def _between(self, micro_batch: int) -> int:
+        """Bytes that what happens between phases holds at most."""
+        return max((self.search.holds([b.timeline], "return") for b in self.besides(micro_batch).values()), default=0)
+
+    def _described(self, choice: Choice, process: Process, budget: int) -> Plan:
+        self.choice = choice
+        sizes = {size for c in choice.chosen.values() for size in c.layout.sizes}
+        framework = process.framework(len(sizes))
+        phases, timelines = {}, []
+        for name, candidate in choice.chosen.items():
+            exact = self.search.exact(candidate.job, candidate.layout)
+            phases[f"{name}'s phase"] = exact.moment.parts | {"workspaces": exact.moment.workspace}
+            timelines.append(exact.timeline)
+        # Between phases what is free goes back: only phases follow one another in the same memory.
+        held = self.search.holds(timelines, choice.handling, budget - process.framework() - self.data)
+        for name, beside in self.besides(_last(choice)).items():
+            moment = beside.timeline.peak()
+            phases[name] = moment.parts | {"workspaces": moment.workspace} | dict(beside.held)
+        phases |= {name: dict(parts) for name, parts in self.moments.items()}
+        held = max(held, self._between(_last(choice)), *(sum(parts.values()) for parts in phases.values()))
+        return Plan(
+            {name: c.layout for name, c in choice.chosen.items()}, choice.handling, budget, self.named is not None, framework,
+            self.data, phases, held, choice.guarantee, process.reserved + (len(sizes) + 1) * process.reserved_each,
+        )  # fmt: skip
+
+
+def _last(choice: Choice) -> int:
+    """The micro-batch of the last phase, whose size what happens between phases keeps to."""
+    return list(choice.chosen.values())[-1].layout.micro_batch

@@ -1,0 +1,90 @@
+"""The plan of a run, or of a training that is not begun: the first that fits of the ways that are allowed."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from frugan.config.recipe import Recipe
+from frugan.data.opening import bytes_of, keepable
+from frugan.gan.levers import LEVERS
+from frugan.memory import limit
+from frugan.memory.budget import TooLittle
+from frugan.memory.layout import Guarantee, Layout
+from frugan.memory.plan import Plan
+from frugan.training.planner import Planner
+from frugan.training.session import Session, resolved
+from frugan.utils.device import arithmetic
+
+
+def find(recipe: Recipe, device: torch.device, *, approximate: bool = False, **options: Any) -> tuple[Planner, Plan]:
+    """The planner of ``recipe`` (resolved), and its plan.
+
+    Where nothing fits, moments and average wait on the host if they may, and then bf16 is taken if ``approximate`` allows it. The
+    arguments are the `Planner`'s, and so are the errors.
+    """
+    ways = [recipe]
+    if recipe.memory.offload_state == "auto" and device.type != "cpu":
+        ways.append(recipe.replace(offload_state="yes"))
+    if approximate and recipe.memory.precision == "fp32":
+        ways += [way.replace(precision="bf16") for way in ways]
+    refused: TooLittle | None = None
+    for way in ways:
+        planner = Planner(way, device, approximate=approximate, **options)
+        try:
+            plan = planner.plan()
+            rounded = way.memory.precision != recipe.memory.precision
+            return planner, replace(plan, guarantee=Guarantee.APPROXIMATE) if rounded else plan
+        except TooLittle as error:
+            refused = error if refused is None or error.smallest < refused.smallest else refused
+        del planner  # with what it measured
+    assert refused
+    raise refused
+
+
+def plan_of(session: Session, evaluation: int) -> tuple[Plan, Recipe]:
+    """The plan of a run, and its recipe as planned: the plan it was started with if that still fits, so that it goes on as it was.
+
+    Args:
+        session: the run.
+        evaluation: bytes that evaluating takes, between two epochs.
+
+    Raises:
+        UserError: nothing fits; names the smallest budget that would do.
+    """
+    recipe, run, loader, folder = session.recipe, session.run, session.loader, session.folder
+    options: dict[str, Any] = {"data": loader.ahead(session.batch), "memory": run.memory, "evaluation": evaluation}
+    options |= {"approximate": run.allow_approximate, "apart": True}
+    saved = folder.saved_plan() if folder.newest_checkpoint() else {}
+    if "layouts" in saved:
+        layouts, planned = (
+            {name: Layout.from_dict(layout, LEVERS.values()) for name, layout in saved.get(key, {}).items()}
+            for key in ("layouts", "planned")
+        )
+        if all(sum(layout.sizes) == session.batch for layout in layouts.values()):
+            plan = Planner(recipe, session.device, **options).with_layouts(layouts, saved["freed_memory"])
+            if plan is not None:
+                return replace(plan, planned=planned or None), recipe
+            session.console.tell("The plan this run was started with does not fit any more; planning anew.")
+    planner, plan = find(recipe, session.device, let_go=loader.let_go, **options)
+    return plan, planner.recipe
+
+
+def plan_for(
+    recipe: Recipe, device: torch.device, tell: Callable[[str], None], *, memory: str | None, approximate: bool
+) -> tuple[Planner, Plan]:
+    """The planner and the plan of a training of ``recipe`` that is not begun.
+
+    Raises:
+        UserError: as for a training.
+    """
+    recipe, source = resolved(recipe, device, tell)
+    with arithmetic(recipe.memory.precision, device):  # which refuses what the device has not
+        keep = keepable(limit.budget(memory, device), device)
+    held = bytes_of(source, recipe.data, recipe.training.batch_size, keep)
+    let_go = (lambda: True) if source.random_access and held else None
+    gc.collect()
+    gc.freeze()  # as training does: collections, of which planning makes many, need not look at what was imported
+    return find(recipe, device, data=held, memory=memory, approximate=approximate, let_go=let_go)
