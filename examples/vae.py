@@ -6,6 +6,7 @@ The model knows nothing of frugan. What the engine asks for: a loss with one ter
 with the batch, so that cutting the batch changes nothing.
 """
 
+import gzip
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from frugan.data.sources import idx
 from frugan.memory import Engine
 from frugan.memory.limit import peak
 from frugan.utils.units import size
@@ -49,6 +49,13 @@ def loss(model: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
     return reconstruction + divergence
 
 
+def read(folder: Path) -> Tensor:
+    """The training images of a folder of IDX files, gzipped or not: uint8 ``[n, 1, 28, 28]``."""
+    file = next(folder.glob("train-images*idx3-ubyte*"))
+    content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    return torch.frombuffer(bytearray(content[16:]), dtype=torch.uint8).view(-1, 1, 28, 28)
+
+
 @dataclass
 class Options:
     data: tyro.conf.Positional[Path]
@@ -60,7 +67,7 @@ class Options:
 
 def main(options: Options) -> float:
     torch.manual_seed(options.seed)
-    images = torch.from_numpy(idx.read(idx.find(options.data)["train-images-idx3-ubyte"], 3).copy()).unsqueeze(1)
+    images = read(options.data)
     batch = min(options.batch, len(images))
     model = Vae()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, fused=True)

@@ -1,23 +1,12 @@
-"""Networks: one file and one dataclass (`frugan.config.architectures.Architecture`) for each kind."""
+"""Networks: for each kind of `frugan.config.architectures.Architecture` a file of its name here, with a function ``build``."""
 
-from collections.abc import Callable
-from typing import Any
+from importlib import import_module
 
 import torch
 
-from frugan.config.architectures import R3, Architecture, Dcgan, Mlp, Upsample
-from frugan.gan.networks import dcgan, mlp, r3, upsample
+from frugan.config.architectures import Architecture
 from frugan.gan.networks.blocks import Network
 from frugan.utils.draws import derive
-
-Builder = Callable[[Any, int, int], tuple[Network, Network]]
-
-BUILDERS: dict[type[Architecture], Builder] = {
-    Mlp: mlp.build,
-    Upsample: upsample.build,
-    Dcgan: dcgan.build,
-    R3: r3.build,
-}
 
 
 def build(network: Architecture, image_size: int, channels: int, seed: int = 0) -> tuple[Network, Network]:
@@ -26,9 +15,11 @@ def build(network: Architecture, image_size: int, channels: int, seed: int = 0) 
     Raises:
         UserError: widths or depths that do not go together, or do not fit the image size.
     """
+    builder = import_module(f"frugan.gan.networks.{network.kind.replace('-', '_')}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "weights"))
-        return BUILDERS[type(network)](network, image_size, channels)
+        made: tuple[Network, Network] = builder.build(network, image_size, channels)
+        return made
 
 
-__all__ = ["BUILDERS", "Network", "build"]
+__all__ = ["Network", "build"]
