@@ -62,7 +62,7 @@ class Plain:
         with torch.no_grad():
             fake = self._fake("latent/d", row, n)
         real, fake = self._laid(real).requires_grad_(objective.r1 > 0), fake.requires_grad_(objective.r2 > 0)
-        real_logits, fake_logits = self._judge(real, "real", row, n), self._judge(fake, "fake", row, n)
+        real_logits, fake_logits = self._discriminate(real, "real", row, n), self._discriminate(fake, "fake", row, n)
         terms = loss.discriminator(objective, real_logits, fake_logits)
         for weight, logits, given in ((objective.r1, real_logits, real), (objective.r2, fake_logits, fake)):
             if weight:
@@ -72,8 +72,8 @@ class Plain:
 
     def _generator(self, images: Images, row: int, n: int, batch: int) -> None:
         loss = LOSSES[type(self.recipe.objective)]
-        fake_logits = self._judge(self._fake("latent/g", row, n), "g/fake", row, n)
-        real_logits = self._judge(self._laid(images(row, n)), "g/real", row, n) if loss.paired else None
+        fake_logits = self._discriminate(self._fake("latent/g", row, n), "g/fake", row, n)
+        real_logits = self._discriminate(self._laid(images(row, n)), "g/real", row, n) if loss.paired else None
         (loss.generator(self.recipe.objective, fake_logits, real_logits).sum() / batch).backward()
 
     def _fake(self, purpose: str, row: int, n: int) -> Tensor:
@@ -82,7 +82,7 @@ class Plain:
             fake = self.generator(self.draws.normal(purpose, row, n, self.recipe.network.latent_dim).to(like))
         return self._laid(fake.to(like.dtype))
 
-    def _judge(self, images: Tensor, scope: str, row: int, n: int) -> Tensor:
+    def _discriminate(self, images: Tensor, scope: str, row: int, n: int) -> Tensor:
         with self._cast():
             return self.discriminator(images, Rows(self.draws, scope, row, n)).to(images.dtype)
 

@@ -73,7 +73,7 @@ def measure(cell: dict[str, Any]) -> dict[str, int]:
     from frugan.memory.layout import Layout
     from frugan.memory.search import Search
     from frugan.memory.trace import allocations, highest
-    from frugan.reporting.pictures import rehearse
+    from frugan.reporting.pictures import warm_up
     from frugan.training.traces import Traces
 
     device = torch.device("cpu")
@@ -109,7 +109,7 @@ def measure(cell: dict[str, Any]) -> dict[str, int]:
     host.handle("return")  # in the first update, as training does
     limit.forget_peak(device)
     training(1)
-    rehearse()
+    warm_up()
     host.handle(cell["handling"], pool.state().used + tensors)
     training(3)
     process = limit.peak(device) or 0

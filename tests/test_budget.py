@@ -26,7 +26,7 @@ from frugan.memory.trace import allocations, highest
 from frugan.reporting.run_folder import RunFolder
 from frugan.training.model import Model
 from frugan.training.planner import Planner
-from frugan.training.traces import Apart, Traces, fingerprint
+from frugan.training.traces import Subprocess, Traces, fingerprint
 from frugan.utils.errors import UserError
 
 from .conftest import final_state, write_idx
@@ -251,7 +251,7 @@ def test_another_process_makes_the_same_traces(tmp_path: Path, monkeypatch: pyte
     made = []
     for apart in (False, True):
         monkeypatch.setenv("FRUGAN_CACHE", str(tmp_path / str(apart)))
-        traces = Traces(recipe, CPU, apart=apart)
+        traces = Traces(recipe, CPU, separate=apart)
         made.append((traces.growth("D", named(["separate_terms"])), traces.facts.held, traces.facts.coupled_d))
         traces.close()
     assert made[0][1:] == made[1][1:]
@@ -262,8 +262,8 @@ def test_another_process_makes_the_same_traces(tmp_path: Path, monkeypatch: pyte
 
 def test_memory_that_runs_out_in_the_process_that_plans_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FRUGAN_CACHE", str(tmp_path))
-    traces = Traces(recipes.mlp().replace(image_size=16, channels=1), CPU, apart=True)
-    maker = Apart(traces.recipe, CPU)
+    traces = Traces(recipes.mlp().replace(image_size=16, channels=1), CPU, separate=True)
+    maker = Subprocess(traces.recipe, CPU)
     maker._process.kill()
     traces._maker = maker
     with pytest.raises(UserError, match=r"memory ran out while planning: close other programs.*nothing was written"):

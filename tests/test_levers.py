@@ -161,13 +161,13 @@ def test_images_get_no_gradients_that_nobody_reads(used: list[str], penalties: t
     generator, discriminator = build(network, 12, 2)
     step = Step(generator, discriminator, objective, network.latent_dim, Draws(3))
     seen: list[Tensor] = []
-    judge = step._judge
+    judge = step._discriminate
 
     def watch(images: Tensor, row: int, scope: str) -> Tensor:
         seen.append(images)
         return judge(images, row, scope)
 
-    step._judge = watch  # type: ignore[method-assign]
+    step._discriminate = watch  # type: ignore[method-assign]
     images = torch.randint(0, 256, (6, 2, 12, 12), dtype=torch.uint8)
     step.discriminator_phase(lambda row, n: images[row : row + n], 0, Layout.of(6, 2, named(used)))
     assert len(seen) >= 4

@@ -78,18 +78,20 @@ class Phase:
         network: the one that learns.
         optimizer: of its parameters.
         compute: adds its gradients for a batch, see `Step.discriminator_phase`.
+        every: in how many updates it has its turn once.
     """
 
     name: str
     network: Network
     optimizer: FrugalAdam
     compute: Callable[[Images, int, Layout], Terms]
+    every: int = 1
 
 
-def phases(step: Step, optimizer_g: FrugalAdam, optimizer_d: FrugalAdam) -> dict[str, Phase]:
-    """The phases of an update by their names, in their order (`frugan.gan.levers.PHASES`)."""
+def phases(step: Step, optimizer_g: FrugalAdam, optimizer_d: FrugalAdam, every: int = 1) -> dict[str, Phase]:
+    """The phases of an update by their names, in their order (`frugan.gan.levers.PHASES`); G's is due once in ``every`` updates."""
     made = (
         Phase("D", step.discriminator, optimizer_d, step.discriminator_phase),
-        Phase("G", step.generator, optimizer_g, step.generator_phase),
+        Phase("G", step.generator, optimizer_g, step.generator_phase, every),
     )
     return {phase.name: phase for phase in made}

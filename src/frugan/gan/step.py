@@ -82,7 +82,7 @@ class Step:
         """
         total: Terms = {}
         batch = sum(layout.sizes)
-        self._judging(True)
+        self._set_learning(True)
         for begin, count in slices(layout.sizes):
             row = first + begin
             real = self._real(images, row, count)
@@ -107,7 +107,7 @@ class Step:
         """
         total: Terms = {}
         batch = sum(layout.sizes)
-        self._judging(False)
+        self._set_learning(False)
         recompute = layout.uses("recompute_generator")
         for begin, count in slices(layout.sizes):
             row = first + begin
@@ -115,11 +115,11 @@ class Step:
             if recompute:
                 fake.requires_grad_(True)
             with self._saving(self.discriminator, layout):
-                fake_logits = self._judge(self._layout(fake), row, "g/fake")
+                fake_logits = self._discriminate(self._layout(fake), row, "g/fake")
             real_logits = None
             if self.loss.paired:
                 with torch.no_grad():
-                    real_logits = self._judge(self._real(images, row, count), row, "g/real")
+                    real_logits = self._discriminate(self._real(images, row, count), row, "g/real")
             terms = self.loss.generator(self.objective, fake_logits, real_logits)
             _add(total, {"Loss_G": terms, "D(G(z))": self._score(fake_logits)}, batch)
             self._backward(terms, batch, [fake] if recompute else self._generating)
@@ -132,12 +132,12 @@ class Step:
         return total
 
     @torch.no_grad()
-    def judge_generated(self, first: int, sizes: Sequence[int]) -> Tensor:
+    def score_generated(self, first: int, sizes: Sequence[int]) -> Tensor:
         """Mean D(G(z)) of both networks as they are now, on the noise of `generator_phase`; changes neither."""
         total: Terms = {}
         with levers.still_statistics(self.generator), levers.still_statistics(self.discriminator):
             for begin, count in slices(sizes):
-                logits = self._judge(self._layout(self._generate("latent/g", first + begin, count)), first + begin, "g/fake")
+                logits = self._discriminate(self._layout(self._generate("latent/g", first + begin, count)), first + begin, "g/fake")
                 _add(total, {"D(G(z))": self._score(logits)}, sum(sizes))
         return total["D(G(z))"]
 
@@ -147,8 +147,8 @@ class Step:
 
     def _at_once(self, real: Tensor, fake: Tensor, row: int, batch: int, layout: Layout) -> Terms:
         """One backward for everything that concerns real and generated images."""
-        real_logits, real_penalty, measured = self._judged(real, row, "real", layout)
-        fake_logits, fake_penalty, more = self._judged(fake, row, "fake", layout)
+        real_logits, real_penalty, measured = self._with_penalties(real, row, "real", layout)
+        fake_logits, fake_penalty, more = self._with_penalties(fake, row, "fake", layout)
         terms = self.loss.discriminator(self.objective, real_logits, fake_logits)
         loss = {"Loss_D": terms.detach(), "D(x)": self._score(real_logits)}
         self._backward(_plus(_plus(terms, real_penalty), fake_penalty), batch, self._learning)
@@ -162,38 +162,38 @@ class Step:
         other = real.new_zeros(len(fake))
         if self.loss.paired:
             with torch.no_grad(), levers.still_statistics(self.discriminator):
-                other = self._judge(fake, row, "fake")
-        logits, penalty, measured = self._judged(real, row, "real", layout)
+                other = self._discriminate(fake, row, "fake")
+        logits, penalty, measured = self._with_penalties(real, row, "real", layout)
         terms = self.loss.discriminator(self.objective, logits, other)
         self._backward(_plus(terms, penalty), batch, self._learning)
         real_logits = logits.detach()
         del logits, penalty, terms
-        logits, penalty, more = self._judged(fake, row, "fake", layout)
+        logits, penalty, more = self._with_penalties(fake, row, "fake", layout)
         terms = self.loss.discriminator(self.objective, real_logits, logits)
         loss = {"Loss_D": terms.detach(), "D(x)": self._score(real_logits)}
         self._backward(_plus(terms, penalty), batch, self._learning)
         return loss | measured | more
 
-    def _judged(self, images: Tensor, row: int, where: str, layout: Layout) -> tuple[Tensor, Weighted | None, Terms]:
+    def _with_penalties(self, images: Tensor, row: int, where: str, layout: Layout) -> tuple[Tensor, Weighted | None, Terms]:
         """Logits, what penalties there are add to D's loss, and their values by name."""
         if self.penalties[where]:
             return self._penalised(images, row, where, layout)
         with self._saving(self.discriminator, layout):
-            return self._judge(images, row, where), None, {}
+            return self._discriminate(images, row, where), None, {}
 
     def _penalised(self, images: Tensor, row: int, where: str, layout: Layout) -> tuple[Tensor, Weighted, Terms]:
         """Logits, a weight with terms ``[n]`` whose gradient in D's weights is the penalties', and their values ``[n]``."""
         images.requires_grad_(True)
         if not layout.uses("penalty"):
             with self._offloading(self.discriminator, layout):
-                logits = self._judge(images, row, where)
+                logits = self._discriminate(images, row, where)
                 weight, terms, measured = weighted(self.penalties[where], _input_gradient(logits, images, create_graph=True))
             return logits, (weight, terms), measured
         private.load_forward_mode()
-        self._judging(False)
+        self._set_learning(False)
         with self._saving(self.discriminator, layout):
-            gradient = _input_gradient(self._judge(images, row, where), images)
-        self._judging(True)
+            gradient = _input_gradient(self._discriminate(images, row, where), images)
+        self._set_learning(True)
         gradient.requires_grad_(True)
         weight, terms, measured = weighted(self.penalties[where], gradient)
         (direction,) = torch.autograd.grad(terms.sum(), gradient)
@@ -208,7 +208,7 @@ class Step:
             logits, slope = levers.directional(blocks, images.detach(), direction, rows, recompute=recompute)
         return logits.to(self.like.dtype), (weight, slope.to(self.like.dtype)), measured
 
-    def _judging(self, learns: bool) -> None:
+    def _set_learning(self, learns: bool) -> None:
         for parameter in self._learning:
             parameter.requires_grad_(learns)
 
@@ -241,7 +241,7 @@ class Step:
     def _offloading(self, network: Network, layout: Layout | None) -> AbstractContextManager[object]:
         return levers.offloading(self.like.device, bool(layout and layout.uses("offload_activations")), network.parameters())
 
-    def _judge(self, images: Tensor, row: int, scope: str) -> Tensor:
+    def _discriminate(self, images: Tensor, row: int, scope: str) -> Tensor:
         """Logits ``[n]`` in at least single precision."""
         with self.autocast():
             logits: Tensor = self.discriminator(images, Rows(self.draws, scope, row, len(images)))

@@ -86,7 +86,7 @@ def plot_memory(phases: Mapping[str, Sequence[Mapping[str, int]]], path: Path, t
 
 
 @cache
-def rehearse() -> None:
+def warm_up() -> None:
     """Draws once for nobody, so that all that drawing loads is there before the memory for it is counted."""
     with tempfile.TemporaryDirectory() as folder:
         plot_losses([{"images": 1, "Loss_D": 1.0}], Path(folder) / "nothing.png")

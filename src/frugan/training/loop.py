@@ -83,7 +83,7 @@ class Loop:
             UserError: images cannot be reached any more; everything until now is saved.
         """
         session, state = self.session, self.state
-        first, steps_g = state.images, session.recipe.training.discriminator_steps
+        first = state.images
         state.set_rates(first / len(session.loader))
         try:
             images = self.recovery.again(partial(session.loader.images, first, session.batch))
@@ -92,21 +92,20 @@ class Loop:
             raise
         terms: Terms = {}
         for phase in state.phases.values():
-            if phase.name == "G" and (state.updates + 1) % steps_g:
-                continue
-            terms |= self.recovery.run(phase.name, partial(phase.compute, images, first))
-            state.update(phase.optimizer)
-        self.recovery.again(partial(self._take_in, terms, session.batch * steps_g))
+            if (state.updates + 1) % phase.every == 0:
+                terms |= self.recovery.run(phase.name, partial(phase.compute, images, first))
+                state.update(phase.optimizer)
+        self.recovery.again(partial(self._take_in, terms))
         state.images += session.batch
         state.updates += 1
         return terms
 
-    def _take_in(self, terms: Terms, images: int) -> None:
-        """Means, and the average if G has moved by ``images`` images: what allocates comes before what changes anything."""
-        state = self.state
+    def _take_in(self, terms: Terms) -> None:
+        """Means, and the average if G has moved: what allocates comes before what changes anything."""
+        state, batch = self.state, self.session.batch
         means = [(mean, mean.plus(terms)) for mean in (self.mean, state.epoch_mean)]
         if state.ema and "Loss_G" in terms:
-            state.ema.update(state.generator, images, state.images + self.session.batch)
+            state.ema.update(state.generator, batch * state.phases["G"].every, state.images + batch)
         for mean, sums in means:
             mean.take_in(sums)
 
@@ -115,7 +114,7 @@ class Loop:
         if "Loss_G" not in terms:
             return {}
         sizes = self.recovery.layouts["G"].sizes
-        after = self.recovery.again(lambda: self.state.step.judge_generated(first, sizes))
+        after = self.recovery.again(lambda: self.state.step.score_generated(first, sizes))
         return {"D(G(z)) before": float(terms["D(G(z))"]), "D(G(z)) after": float(after)}
 
     def _report(self, scores: dict[str, float]) -> None:

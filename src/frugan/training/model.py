@@ -66,7 +66,7 @@ class Model:
             self._run(phase.name, Layout((count,)), phase.optimizer)
         if self.average:
             self.average.update(self.generator, count, count)
-        self.step.judge_generated(self._first, (count,))
+        self.step.score_generated(self._first, (count,))
         sampling.to_images(self.average.module if self.average else self.generator, self.step.latents("latent/g", 0, count), count)
 
     def multiply(self, rows: int = 16) -> None:
@@ -135,7 +135,7 @@ class Model:
         return torch.empty(count, *self.recipe.data.shape, dtype=torch.uint8)
 
 
-def rehearse_update(device: torch.device) -> None:
+def warm_up_update(device: torch.device) -> None:
     """Updates and averages a network of two numbers, so that what only an update loads on ``device`` is there and counted."""
     network = nn.Linear(1, 1, device=device)
     optimizer, ema = FrugalAdam(network.parameters(), 0.0, (0.5, 0.9)), Ema(network, 1.0, device)

@@ -29,7 +29,7 @@ class Planner:
         memory: the budget, as said.
         approximate: whether batch norm may work on micro-batches below `SMALLEST_COUPLED`.
         let_go: is called where nothing fits beside images that are kept in memory; gives them up, and says whether there were any.
-        apart: whether what must be run for a plan is run by another process (`Traces`).
+        separate: whether what must be run for a plan is run by another process (`Traces`).
 
     Raises:
         UserError: the budget says nothing, is more than the machine has, or cannot be held on this device.
@@ -37,7 +37,7 @@ class Planner:
 
     def __init__(
         self, recipe: Recipe, device: torch.device, *, data: int = 0, evaluation: int = 0, memory: str | None = None,
-        approximate: bool = False, let_go: Callable[[], bool] | None = None, apart: bool = False,
+        approximate: bool = False, let_go: Callable[[], bool] | None = None, separate: bool = False,
     ) -> None:  # fmt: skip
         self.recipe = recipe
         self.device = device
@@ -46,7 +46,7 @@ class Planner:
         self.approximate = approximate
         self._before = limit.baseline(device)  # in this process, without what planning leaves in it
         self._most = limit.most() if device.type == "cpu" else 0
-        self.traces = Traces(recipe, device, apart=apart and named is not None)
+        self.traces = Traces(recipe, device, separate=separate and named is not None)
         try:
             self.facts = self.traces.facts
             self.coupled = self.facts.coupled_g, self.facts.coupled_d
@@ -68,7 +68,7 @@ class Planner:
         """
         try:
             if self.device.type != "cpu":
-                self.traces.rehearse()
+                self.traces.warm_up()
                 self.budget.search.prepare()
             if self.budget.moments and self.budget.named is not None:
                 self._check_evaluating(self.budget.named)

@@ -56,7 +56,7 @@ def plan_of(session: Session, evaluation: int) -> tuple[Plan, Recipe]:
     """
     recipe, run, loader, folder = session.recipe, session.run, session.loader, session.folder
     options: dict[str, Any] = {"data": loader.ahead(session.batch), "memory": run.memory, "evaluation": evaluation}
-    options |= {"approximate": run.allow_approximate, "apart": True}
+    options |= {"approximate": run.allow_approximate, "separate": True}
     saved = folder.saved_plan() if folder.newest_checkpoint() else {}
     if "layouts" in saved:
         layouts, planned = (

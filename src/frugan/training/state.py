@@ -70,7 +70,7 @@ class State:
         self.step = make_step(recipe, self.generator, self.discriminator)
         self.scaler = self.step.scaler
         self.optimizer_g, self.optimizer_d = optimizers(recipe, self.generator, self.discriminator, device)
-        self.phases = phases(self.step, self.optimizer_g, self.optimizer_d)
+        self.phases = phases(self.step, self.optimizer_g, self.optimizer_d, recipe.training.discriminator_steps)
         self.ema = average(recipe, self.generator, device)
         self.plateau_g, self.plateau_d = (
             ReduceLROnPlateau(o, factor=options.schedule_factor, patience=options.schedule_patience, threshold=0)

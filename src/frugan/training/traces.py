@@ -27,8 +27,8 @@ from frugan.memory.growth import LARGE, SMALL, Growth
 from frugan.memory.host import Handling
 from frugan.memory.layout import Layout
 from frugan.memory.search import Levers
-from frugan.reporting.pictures import rehearse
-from frugan.training.model import Model, rehearse_update
+from frugan.reporting.pictures import warm_up
+from frugan.training.model import Model, warm_up_update
 from frugan.utils.errors import UserError
 from frugan.utils.files import cache_folder, write_text
 
@@ -68,7 +68,7 @@ class Maker(Protocol):
         """Lets go of everything."""
 
 
-class Here:
+class InProcess:
     """Makes traces in this process."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
@@ -94,7 +94,7 @@ class Here:
             return Facts(model.generator.couples_samples, model.discriminator.couples_samples, _bytes(model), 0, 0, 0, 0)
         found = [(limit.baseline(self.device), host.status("VmData"))]
         with ThreadPoolExecutor(1) as plots:
-            drawn = plots.submit(rehearse)
+            drawn = plots.submit(warm_up)
             model = self._model()
             model.warm(SMALL)
             model.multiply()
@@ -117,7 +117,7 @@ class Here:
         self.model = None
 
 
-class Apart:
+class Subprocess:
     """Has another process make traces."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
@@ -170,13 +170,13 @@ class Traces:
     Args:
         recipe: what is trained.
         device: on what.
-        apart: whether another process makes them, on the CPU.
+        separate: whether another process makes them, on the CPU.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device, *, apart: bool = False) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, *, separate: bool = False) -> None:
         self.recipe = recipe
         self.device = device
-        self.apart = apart and device.type == "cpu"
+        self.separate = separate and device.type == "cpu"
         self.file = cache_folder() / "plans" / f"{fingerprint(recipe, device)}.json"
         self._maker: Maker | None = None
         self._new = False
@@ -191,9 +191,9 @@ class Traces:
     def facts(self) -> Facts:
         """See `Facts`.
 
-        What is loaded shows in a process that has loaded nothing yet: facts of another process are preferred, and needed `apart`.
+        What is loaded shows in a process that has loaded nothing yet: facts of a separate process are preferred.
         """
-        elsewhere = ["apart"] if self.apart or self._key("facts", ["apart"]) in self._known else []
+        elsewhere = ["separate"] if self.separate or self._key("facts", ["separate"]) in self._known else []
         return self._read("facts", elsewhere, lambda known: Facts(**known))
 
     def growth(self, phase: str, levers: Levers) -> Growth:
@@ -229,19 +229,19 @@ class Traces:
 
     def _made(self, what: str, arguments: list[Any]) -> Any:
         if self._maker is None:
-            self._maker = Apart(self.recipe, self.device) if self.apart else Here(self.recipe, self.device)
+            self._maker = Subprocess(self.recipe, self.device) if self.separate else InProcess(self.recipe, self.device)
         try:
             return self._maker.ask(what, arguments)
         except RuntimeError as error:
-            if not self.apart or limit.is_out_of_memory(error):
+            if not self.separate or limit.is_out_of_memory(error):
                 raise
         self._maker.close()  # whatever is the matter with the other process: then here
-        self.apart, self._maker = False, Here(self.recipe, self.device)
+        self.separate, self._maker = False, InProcess(self.recipe, self.device)
         return self._maker.ask(what, arguments)
 
-    def rehearse(self) -> None:
+    def warm_up(self) -> None:
         """Has what only an update loads on an accelerator there, so that it is counted."""
-        rehearse_update(self.device)
+        warm_up_update(self.device)
 
     def seconds(self, layouts: Mapping[str, Layout], handling: Handling) -> float:
         """About how long an update takes here with ``layouts``: the first micro-batch of each phase is run and timed."""
@@ -297,7 +297,7 @@ def serve() -> None:
     limit.handle("return", device)
     gc.collect()
     gc.freeze()  # so that later collections, of which there are many, do not look at all that was imported
-    maker = Here(Recipe.from_toml(about["recipe"], "the recipe"), device)
+    maker = InProcess(Recipe.from_toml(about["recipe"], "the recipe"), device)
     for line in sys.stdin:
         what, arguments = json.loads(line)
         try:
