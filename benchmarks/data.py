@@ -1,5 +1,6 @@
 """How fast images are packed and read, what training waits for them, and what memory it takes with ever more of them.
 
+    pip install torchvision
     python benchmarks/data.py --data ../shared/data [--images 20000] [--million 1000000]
 
 Reading: random batches of 128 from a pack, against torchvision's `ImageFolder` with a `DataLoader` of as many workers as there are

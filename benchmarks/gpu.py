@@ -173,10 +173,11 @@ def recipe_of(cell: Cell, **own: Any) -> Any:
 def pictures(recipe: Any) -> Any:
     """A batch of handwritten digits, enlarged: uint8 ``[n, c, side, side]`` on the host."""
     import torch
-    from sklearn.datasets import load_digits
+
+    from frugan.data.sources.digits import as_published
 
     channels, side, _ = recipe.data.shape
-    digits = torch.from_numpy(load_digits().images).float()[:, None]
+    digits = torch.from_numpy(as_published()[0]).float()[:, None]
     some = digits[torch.arange(recipe.training.batch_size) % len(digits)]
     large = torch.nn.functional.interpolate(some, size=(side, side), mode="bilinear")
     return (large * 15.9375).round().to(torch.uint8).expand(-1, channels, -1, -1).contiguous()
@@ -369,7 +370,7 @@ def measure_prediction(gpu: Gpu, cell: Cell) -> Found:
 
 
 def trained(gpu: Gpu, cell: Cell, out: str, **own: Any) -> Found:
-    """A training as a person starts it, on the digits that come with scikit-learn; what its log says of memory."""
+    """A training as a person starts it, on the built-in digits; what its log says of memory."""
     import frugan
     from frugan.memory import limit
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from hypothesis import settings
 from PIL import Image
-from sklearn.datasets import load_digits
 
 import frugan
+from frugan.data.sources.digits import as_published
 from frugan.reporting.run_folder import RunFolder
 from frugan.utils import checkpoint
 
@@ -41,9 +41,8 @@ def write_idx(folder: Path, images: np.ndarray, labels: np.ndarray | None = None
 @pytest.fixture(scope="session")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 digits of 8x8 pixels as IDX files: four updates of 16 make an epoch."""
-    digits = load_digits()
-    images = np.rint(digits.images[:64] * 15.9375).astype(np.uint8)
-    return write_idx(tmp_path_factory.mktemp("data") / "few", images, digits.target[:64])
+    images, labels = as_published()
+    return write_idx(tmp_path_factory.mktemp("data") / "few", np.rint(images[:64] * 15.9375), labels[:64])
 
 
 @pytest.fixture

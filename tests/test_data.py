@@ -1,6 +1,7 @@
 """Images of every kind to uint8 batches."""
 
 import gzip
+import hashlib
 import os
 import re
 import shutil
@@ -10,7 +11,9 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +29,9 @@ from frugan.data import decode
 from frugan.data.decode import fit, flatten, is_grey
 from frugan.data.opening import resolve
 from frugan.data.pack_loader import SMALL, PackLoader
-from frugan.data.sources import open_source
+from frugan.data.sources import mnist, open_source
 from frugan.data.sources.base import ArraySource
+from frugan.data.sources.digits import as_published
 from frugan.gan.step import normalise
 from frugan.utils.errors import UserError
 
@@ -332,6 +336,15 @@ def test_fingerprints_tell_data_apart(photos: Callable[..., Path]) -> None:
     assert one.fingerprint == same.fingerprint != more.fingerprint
 
 
+def test_the_built_in_digits_are_the_published_ones() -> None:
+    """By the counts of the classes of the test set on its page, and bit for bit as scikit-learn 1.9 gives them."""
+    images, labels = as_published()
+    assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert images.max() == 16
+    both = images.tobytes() + labels.astype(np.uint8).tobytes()
+    assert hashlib.sha256(both).hexdigest() == "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"
+
+
 def test_a_download_that_cannot_be_had_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FRUGAN_CACHE", str(tmp_path / "cache"))
@@ -344,6 +357,66 @@ def test_a_download_that_cannot_be_had_is_one_sentence(tmp_path: Path, monkeypat
     assert "\n" not in str(caught.value)
 
 
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def mirrors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Folders that are served as the mirrors of a tiny MNIST: ``empty``, ``bad`` with another file, and ``good``."""
+    for part in ("train", "t10k"):
+        write_idx(tmp_path / "plain", np.arange(3 * 28 * 28).reshape(3, 28, 28), np.array([0, 1, 9]), part)
+    (tmp_path / "good").mkdir()
+    hashes = {}
+    for file in (tmp_path / "plain").iterdir():
+        packed = gzip.compress(file.read_bytes())
+        (tmp_path / "good" / f"{file.name}.gz").write_bytes(packed)
+        hashes[file.name] = hashlib.sha256(packed).hexdigest()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "train-images-idx3-ubyte.gz").write_bytes(b"<title>Log in</title>")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FRUGAN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever).start()
+        urls = [f"http://127.0.0.1:{server.server_port}/{name}/" for name in ("empty", "bad", "good")]
+        monkeypatch.setitem(mnist.MIRRORS, "mnist", urls)
+        monkeypatch.setitem(mnist.SHA256, "mnist", hashes)
+        yield tmp_path
+        server.shutdown()
+
+
+def test_a_named_data_set_comes_from_the_first_mirror_that_has_it(mirrors: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = mirrors / "cache" / "MNIST" / "raw"
+    (mirrors / "cache" / ".MNIST.part" / "raw").mkdir(parents=True)
+    (mirrors / "cache" / ".MNIST.part" / "raw" / "train-images-idx3-ubyte.gz").touch()  # a kill left it
+    source = open_source(Data(data="mnist"))
+    assert source.labels is not None and source.labels.tolist() == [0, 1, 9]
+    assert isinstance(source, ArraySource) and isinstance(source.images, np.memmap)
+    assert {p.name: p.read_bytes() for p in raw.iterdir()} == {p.name: p.read_bytes() for p in (mirrors / "plain").iterdir()}
+    assert sorted(p.name for p in (mirrors / "cache").iterdir()) == [".MNIST.lock", "MNIST"]
+    monkeypatch.setitem(mnist.MIRRORS, "mnist", [])
+    assert len(open_source(Data(data="mnist", split="all"))) == 6
+
+
+def test_what_each_mirror_answered_is_said(mirrors: Path) -> None:
+    mnist.MIRRORS["mnist"].pop()
+    with pytest.raises(UserError, match=r"\(127.0.0.1:\d+: Not Found; 127.0.0.1:\d+: another file than was published\); put"):
+        open_source(Data(data="mnist"))
+    assert not (mirrors / "cache" / "MNIST").exists()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_torchvision_downloaded_is_read(packed: bool, mirrors: Path) -> None:
+    raw = mirrors / "cache" / "MNIST" / "raw"
+    shutil.copytree(mirrors / "good", raw)
+    if not packed:
+        shutil.copytree(mirrors / "plain", raw, dirs_exist_ok=True)
+    mnist.MIRRORS["mnist"].clear()
+    assert isinstance(open_source(Data(data="mnist")).images, np.memmap) is not packed
+
+
 def test_a_local_copy_of_a_named_data_set_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_idx(tmp_path / "data" / "fashion-mnist", np.zeros((3, 28, 28), np.uint8), np.array([0, 1, 9]))
@@ -353,8 +426,6 @@ def test_a_local_copy_of_a_named_data_set_is_used(tmp_path: Path, monkeypatch: p
 
 
 def test_who_waits_for_the_download_of_another_process_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torchvision.datasets  # noqa: F401, so that only the lock is waited for
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FRUGAN_CACHE", str(tmp_path / "cache"))
     for proxy in ("https_proxy", "http_proxy"):

@@ -11,7 +11,8 @@ from frugan.config.recipe import Data
 from frugan.data.sources.base import Source, plain
 from frugan.data.sources.digits import digits
 from frugan.data.sources.files import archive, folder
-from frugan.data.sources.idx import NAMED, idx_files, named
+from frugan.data.sources.idx import CLASSES, idx_files
+from frugan.data.sources.mnist import named
 from frugan.data.sources.packs import pack
 from frugan.data.sources.streams import stream
 from frugan.data.sources.tables import records
@@ -45,6 +46,6 @@ def open_source(data: Data) -> Source:
         raise UserError(f"cannot read {path}: {error.strerror or error}.") from None
     near = "check the path"
     if path.parent == Path():
-        near += ", or " + nearest(data.data, [*NAMED, "digits"]).removesuffix(".").removesuffix("?")
+        near += ", or " + nearest(data.data, [*CLASSES, "digits"]).removesuffix(".").removesuffix("?")
     near += "."
     raise UserError(f"there is no folder or zip {path}: {near}")

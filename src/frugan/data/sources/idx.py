@@ -1,8 +1,7 @@
-"""IDX files: arrays of bytes as MNIST has them (LeCun et al. 1998), gzipped or not; MNIST and Fashion-MNIST themselves."""
+"""IDX files: arrays of bytes as MNIST has them (LeCun et al. 1998), gzipped or not."""
 
 import gzip
 import math
-import shutil
 import struct
 import zlib
 from collections.abc import Sequence
@@ -10,67 +9,29 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
 from frugan.config.recipe import Data
 from frugan.data.sources.base import ArraySource, Source, stamp_of
 from frugan.memory import host
 from frugan.utils.errors import UserError
-from frugan.utils.files import cache_folder
 from frugan.utils.units import size
 
 MOST = 1032  # times that deflate can make a file smaller
 PIECE = 1 << 20  # bytes that are read at a time
 
-# Name: torchvision's class, and the names of the classes.
-NAMED = {
-    "mnist": ("MNIST", [str(i) for i in range(10)]),
-    "fashion-mnist": (
-        "FashionMNIST",
-        ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"],
-    ),
+# Names of the classes of data sets that are known by name.
+CLASSES = {
+    "mnist": [str(i) for i in range(10)],
+    "fashion-mnist": ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"],
 }
-
-
-def named(data: Data) -> Source | None:
-    """MNIST and Fashion-MNIST: a copy in the working folder, in ``data/`` or in the cache, else the download."""
-    name = data.data.lower().replace("_", "-")
-    if name == "fashionmnist":
-        name = "fashion-mnist"
-    if name not in NAMED or Path(data.data).exists():
-        return None
-    kind, classes = NAMED[name]
-    for root in (Path(), Path("data"), cache_folder()):
-        for folder in (root / name, root / kind / "raw"):
-            if (source := idx_folder(folder, name, data.split, classes)) is not None:
-                return source
-    import torchvision.datasets
-
-    part, whole = cache_folder() / f".{kind}.part", cache_folder() / kind
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(part.with_suffix(".lock")):
-            if (source := idx_folder(whole / "raw", name, data.split, classes)) is not None:
-                return source  # another process has fetched it meanwhile
-            shutil.rmtree(part, ignore_errors=True)
-            getattr(torchvision.datasets, kind)(part, download=True)
-            shutil.rmtree(whole, ignore_errors=True)
-            (part / kind).replace(whole)  # so that what is there is complete
-    except (OSError, RuntimeError) as error:
-        why = " ".join(str(error).split())[:200].rstrip(".")  # torchvision tells of each mirror on a line of its own
-        raise UserError(
-            f"cannot download {name} ({why}); put its four IDX files into {Path('data') / name} and run the same command again."
-        ) from None
-    return idx_folder(whole / "raw", name, data.split, classes)
 
 
 def idx_files(data: Data) -> Source | None:
     """A folder of IDX files, gzipped or not (LeCun's MNIST format)."""
     folder = Path(data.data)
     name = folder.absolute().name
-    known = NAMED.get(name.lower())
-    return idx_folder(folder, name, data.split, known[1] if known else None)
+    return idx_folder(folder, name, data.split, CLASSES.get(name.lower()))
 
 
 def idx_folder(folder: Path, name: str, split: str, classes: Sequence[str] | None) -> Source | None:
