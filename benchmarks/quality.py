@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py --data ../shared/data/fashion-mnist [--run runs/quality] [--epochs 8]
 
-Trains a dcgan of width 32, unless ``--run`` is trained already, and judges each by 10,000 samples against 10,000 training images.
+Trains a dcgan of width 32, unless ``--run`` is trained already, and evaluates each: 10,000 samples against 10,000 training images.
 """
 
 import tempfile
@@ -17,8 +17,9 @@ from rich.table import Table
 import frugan
 from frugan.data.pack_loader import PackLoader
 from frugan.data.sources import open_source
-from frugan.evaluation.evaluator import Judge, Options
-from frugan.evaluation.metrics import METRICS, shown
+from frugan.evaluation.evaluator import Evaluator
+from frugan.evaluation.families import METRICS, shown
+from frugan.evaluation.families.base import Options
 from frugan.gan import sampling
 from frugan.gan.networks import build
 from frugan.utils.checkpoint import all_in
@@ -49,19 +50,19 @@ def main(arguments: Arguments) -> None:
         return PackLoader(source, asked, seed=0, workers=2, tell=print), len(source.classes)
 
     real, classes = loader("train")
-    judge = Judge(real, "fashion-mnist", classes, Options(reals=arguments.samples), torch.device("cpu"), print)
+    evaluator = Evaluator(real, "fashion-mnist", classes, Options(reals=arguments.samples), torch.device("cpu"), print)
     columns = {
-        name: judge(lambda first, n, g=g: g.generate(n, first=first), arguments.samples) for name, g in generators.items()
+        name: evaluator(lambda first, n, g=g: g.generate(n, first=first), arguments.samples) for name, g in generators.items()
     }  # fmt: skip
     held_out, _ = loader("test")
-    columns["test images"] = judge(held_out.batch, min(arguments.samples, len(held_out)))
+    columns["test images"] = evaluator(held_out.batch, min(arguments.samples, len(held_out)))
     table = Table(title="metrics")
     for heading in ("metric", *columns):
         table.add_column(heading, justify="left" if heading == "metric" else "right")
-    for name in judge.metrics:
+    for name in evaluator.metrics:
         table.add_row(METRICS[name].label, *(shown(name, values[name]) for values in columns.values()))
     Console(width=120).print(table)
-    print(judge.protocol(arguments.samples, "samples"))
+    print(evaluator.protocol(arguments.samples, "samples"))
 
 
 if __name__ == "__main__":

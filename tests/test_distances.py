@@ -19,10 +19,10 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from frugan.evaluation import patches
 from frugan.evaluation.distances import InceptionScore, Moments, class_coverage, frechet, kid, precision_recall
+from frugan.evaluation.families import patches
+from frugan.evaluation.families.patches import Patches, pyramid, swd
 from frugan.evaluation.features import Features
-from frugan.evaluation.patches import Patches, pyramid, swd
 from frugan.utils.draws import Draws, derive
 from frugan.utils.errors import UserError
 

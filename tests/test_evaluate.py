@@ -1,9 +1,11 @@
-"""Judging: real images before worse ones, numbers that can be repeated, within the budget, and sentences for what cannot be had."""
+"""Evaluation: real images before worse ones, numbers that can be repeated, within the budget, and sentences for what cannot be."""
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -16,8 +18,12 @@ from frugan.cli import main
 from frugan.config.recipe import Data
 from frugan.data.pack_loader import PackLoader
 from frugan.data.sources import open_source
-from frugan.evaluation.evaluator import FAMILIES, Judge, Options
-from frugan.evaluation.metrics import METRICS, better
+from frugan.evaluation.evaluator import Evaluator, chosen
+from frugan.evaluation.families import FAMILIES, METRICS, better, inception, register
+from frugan.evaluation.families.base import Metric, Options
+from frugan.evaluation.families.extractor import INCEPTION
+from frugan.evaluation.families.patches import PatchesFamily
+from frugan.evaluation.families.vectors import VectorFamily
 from frugan.memory import limit
 from frugan.reporting.run_folder import RunFolder
 from frugan.utils.errors import UserError
@@ -33,8 +39,8 @@ def loader(data: str = "digits", **settings: object) -> PackLoader:
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
-    return Judge(loader(), "digits", 10, Options(reals=600), CPU, print)
+def evaluator() -> Evaluator:
+    return Evaluator(loader(), "digits", 10, Options(reals=600), CPU, print)
 
 
 def noise(first: int, count: int) -> Tensor:
@@ -47,14 +53,16 @@ def faint(images: PackLoader) -> Callable[[int, int], Tensor]:
     return lambda first, count: (0.4 * images.batch(600 + first, count) + 0.6 * noise(first, count)).byte()
 
 
-def test_every_metric_is_in_a_family() -> None:
-    assert {name for names in FAMILIES.values() for name in names} == METRICS.keys()
+def test_every_metric_is_in_the_docs_that_the_help_names() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    listed = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    assert [name for names in listed for name in re.findall(r"`(\w+)`", names)] == list(METRICS)
 
 
-def test_every_offline_metric_puts_real_images_first_and_noise_last(judge: Judge) -> None:
-    images = judge.data
-    ranked = [judge(p, 512) for p in (lambda i, n: images.batch(600 + i, n), faint(images), noise)]
-    assert set(ranked[0]) == {*FAMILIES["classifier"], *FAMILIES["patches"]}
+def test_every_offline_metric_puts_real_images_first_and_noise_last(evaluator: Evaluator) -> None:
+    images = evaluator.data
+    ranked = [evaluator(p, 512) for p in (lambda i, n: images.batch(600 + i, n), faint(images), noise)]
+    assert set(ranked[0]) == {*FAMILIES["classifier"].metrics, *FAMILIES["patches"].metrics}
     for name in ranked[0]:
         best, middle, worst = (values[name] for values in ranked)
         if name == "classes":
@@ -65,20 +73,20 @@ def test_every_offline_metric_puts_real_images_first_and_noise_last(judge: Judge
             assert better(name, best, middle) and (better(name, middle, worst) or middle == worst == 0), name
 
 
-def test_the_number_of_pieces_does_not_matter_and_neither_does_looking_twice(judge: Judge) -> None:
+def test_the_number_of_pieces_does_not_matter_and_neither_does_looking_twice(evaluator: Evaluator) -> None:
     asked: list[tuple[int, int]] = []
 
     def produce(first: int, count: int) -> Tensor:
         asked.append((first, count))
-        return judge.data.batch(600 + first, count)
+        return evaluator.data.batch(600 + first, count)
 
-    assert judge(produce, 100) == judge(produce, 100)
+    assert evaluator(produce, 100) == evaluator(produce, 100)
     assert asked == [(0, 64), (64, 64)] * 2  # always the same shapes
 
 
-def test_what_was_seen_in_real_images_is_remembered(judge: Judge) -> None:
+def test_what_was_seen_in_real_images_is_remembered(evaluator: Evaluator) -> None:
     looked: list[int] = []
-    again = Judge(
+    again = Evaluator(
         loader(),
         "digits",
         10,
@@ -88,8 +96,90 @@ def test_what_was_seen_in_real_images_is_remembered(judge: Judge) -> None:
         lambda done, of: looked.append(of),
     )
     assert not looked
-    first, second = judge(noise, 64), again(noise, 64)
+    first, second = evaluator(noise, 64), again(noise, 64)
     assert all(second[name] == first[name] for name in second) and list(second) == ["frechet_classifier", "precision_classifier"]
+
+
+class ColourFamily(VectorFamily):
+    """How bright an image is: no network."""
+
+    name = "colour"
+    metrics: ClassVar = {"frechet_colour": Metric("Frechet distance (colour)", False, 4, "on the mean colours of images")}
+    frechet = "frechet_colour"
+    width = 1
+
+    def look(self, images: Tensor) -> tuple[Tensor, None]:
+        return images.float().mean((2, 3)), None
+
+    def key(self) -> list[str]:
+        return ["1"]
+
+    def needs(self) -> int:
+        return 0
+
+    def protocol(self) -> str:
+        return "mean colours"
+
+
+@pytest.fixture
+def colour() -> Iterator[None]:
+    register(ColourFamily)
+    yield
+    del FAMILIES["colour"], METRICS["frechet_colour"]
+
+
+@pytest.mark.usefixtures("colour")
+def test_a_new_family_is_one_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ways = {"recipe": "mlp", "epochs": 1, "batch_size": 64, "width_g": 8, "width_d": 8, "quiet": True}
+    run = frugan.train("digits", evaluate_every=1, evaluate_samples=64, metrics="swd,frechet_colour", out=tmp_path / "r", **ways)
+    (event,) = [event for event in RunFolder(run).read_events() if event["event"] == "metrics"]
+    assert list(event["values"]) == ["swd", "frechet_colour"] and event["protocol"].endswith("a level; mean colours.")
+    assert "Frechet distance (colour)" in (run / "report.html").read_text()
+    main(["evaluate", str(run), "--samples", "64", "--metrics", "frechet_colour"])
+    told = capsys.readouterr().out
+    assert "Frechet distance (colour)" in told and "on the mean colours of images" in told
+    assert chosen(Options(), labelled=False) == ["swd", "frechet_colour"]
+    with pytest.raises(UserError, match="did you mean 'frechet_colour'"):
+        chosen(Options("frechet_color"), labelled=False)
+
+
+@pytest.mark.usefixtures("colour")
+def test_the_name_of_a_family_or_a_metric_is_nobody_elses() -> None:
+    class Swd(PatchesFamily):
+        name = "other"
+
+    for taken, name in ((ColourFamily, "colour"), (Swd, "swd")):
+        with pytest.raises(ValueError, match=f"there is already a family or a metric called '{name}'"):
+            register(taken)
+
+
+class StandIn:
+    """In the place of Inception: the features are every fourth pixel."""
+
+    name, width, official, sha256 = INCEPTION, 64, False, "0123456789"
+
+    def __init__(self, name: str, **_: object) -> None:
+        assert name == self.name
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        pixels = images[:, 0].flatten(1).float() / 255
+        return {"features": pixels[:, ::4], "logits": pixels}
+
+
+def test_metrics_by_other_weights_are_not_called_fid(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(inception, "Extractor", StandIn)
+    command = ["evaluate", str(run), "--samples", "64", "--weights", "mine.pth", "--any-weights"]
+    main([*command, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    names = [f"{name}_by_other_weights" for name in ("fid", "kid", "is", "precision", "recall")]
+    assert list(found["metrics"])[:5] == names and "swd" in found["metrics"] and not found["official"]
+    assert "Inception v3 as in the TensorFlow original (weights 01234567) at 299x299, grey repeated to RGB" in found["protocol"]
+    main([*command, "--metrics", "is,fid"])
+    told = capsys.readouterr().out
+    assert "fid, other weights" in told and "is, other weights" in told and "FID  " not in told
+    assert "what is taken with mine.pth is no FID" in told and "64 images are few for a Frechet distance on 64 features" in told
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +208,7 @@ def test_training_keeps_the_best_checkpoint_and_writes_down_why(run: Path) -> No
     assert torch.equal(best.generate(2), frugan.load(run, best=True).generate(2))
 
 
-def test_a_resumed_training_judges_as_if_it_had_not_been_broken_off(run: Path, tmp_path: Path) -> None:
+def test_a_resumed_training_evaluates_as_if_it_had_not_been_broken_off(run: Path, tmp_path: Path) -> None:
     ways = {
         "recipe": "mlp",
         "batch_size": 64,
@@ -237,7 +327,7 @@ def test_metrics_without_evaluating_are_said(tmp_path: Path) -> None:
         frugan.train("digits", metrics="swd", out=tmp_path / "r", quiet=True)
 
 
-def test_images_are_judged_like_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_are_evaluated_like_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "noise"
     folder.mkdir()
     for i, image in enumerate(noise(0, 40)):
@@ -255,7 +345,7 @@ def test_images_are_judged_like_a_run(tmp_path: Path, capsys: pytest.CaptureFixt
         (["RUN", "--metrics", ","], "--metrics names none"),
         (["RUN", "--metrics", "fid"], "Inception's weights cannot be downloaded"),
         (["RUN", "--weights", "nowhere.pth"], "cannot read the weights nowhere.pth"),
-        (["RUN", "--samples", "5"], "--samples 5 is too few to judge by"),
+        (["RUN", "--samples", "5"], "--samples 5 is too few to evaluate by"),
         (["RUN", "PHOTOS", "--metrics", "recall_classifier"], "recall_classifier needs images of at least two classes"),
         (["RUN", "PACK"], "is packed as 20x20 with 3 channels"),
         (["BEGUN"], "has no generator yet"),
@@ -263,7 +353,7 @@ def test_images_are_judged_like_a_run(tmp_path: Path, capsys: pytest.CaptureFixt
         (["RUN", "--sample", "5"], "there is no flag --sample: did you mean"),
     ],
 )
-def test_what_cannot_be_judged_is_said(
+def test_what_cannot_be_evaluated_is_said(
     arguments: list[str], said: str, run: Path, photos: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -284,11 +374,11 @@ def test_what_cannot_be_judged_is_said(
 
 
 def test_one_class_has_no_classifier(photos: Callable[..., Path]) -> None:
-    judge = Judge(loader(str(photos(n=40))), "photos", 0, Options(), CPU, print)
-    assert judge.metrics == ["swd"]
-    assert judge(lambda i, n: judge.data.batch(i, n), 40)["swd"] < 1e-6
+    evaluator = Evaluator(loader(str(photos(n=40))), "photos", 0, Options(), CPU, print)
+    assert evaluator.metrics == ["swd"]
+    assert evaluator(lambda i, n: evaluator.data.batch(i, n), 40)["swd"] < 1e-6
     with pytest.raises(UserError, match="two classes"):
-        Judge(loader(str(photos(n=40))), "photos", 1, Options("classes"), CPU, print)
+        Evaluator(loader(str(photos(n=40))), "photos", 1, Options("classes"), CPU, print)
 
 
 def test_reports_are_written_by_training_and_on_demand(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-from frugan.evaluation.distances import InceptionScore, Moments, frechet, kid
-from frugan.evaluation.inception import DINOV2, INCEPTION_SHA256, Extractor, too_few
+from frugan.evaluation.distances import InceptionScore, Moments, frechet, kid, too_few
+from frugan.evaluation.families.extractor import DINOV2, INCEPTION_SHA256, Extractor
 from frugan.utils.device import arithmetic
 from frugan.utils.errors import UserError
 
@@ -159,7 +159,7 @@ def test_the_published_weights_bear_the_name(
         Extractor()
     cached.unlink()
     cached.hardlink_to(weights)
-    monkeypatch.setattr("frugan.evaluation.inception.INCEPTION_SHA256", extractor.sha256)
+    monkeypatch.setattr("frugan.evaluation.families.extractor.INCEPTION_SHA256", extractor.sha256)
     assert Extractor().official  # found where torch-fidelity puts them
     assert Extractor(weights=weights).official
 

@@ -10,26 +10,27 @@ import tyro
 
 from frugan.cli.parsing import Command, spin_briefly
 from frugan.config.recipe import Data
-from frugan.evaluation.metrics import METRICS
 from frugan.utils.errors import UserError
 
 
 @dataclass(kw_only=True)
 class Evaluate:
-    """Judges a trained generator, or images, against real ones: how it is done is printed with every number."""
+    """Evaluates a trained generator, or images, against real ones: how it is done is printed with every number."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="run folder, generator.safetensors, or images")]
     data: Annotated[
         str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA", help="real images; unset: the run's", help_behavior_hint="")
     ] = None
-    metrics: Annotated[str, tyro.conf.arg(help=f"auto (what needs no download), or of {', '.join(METRICS)}, with commas")] = "auto"
+    metrics: Annotated[
+        str, tyro.conf.arg(help="auto (what needs no download), or names as swd,frechet_classifier,fid: docs/evaluation.md")
+    ] = "auto"
     samples: Annotated[int, tyro.conf.arg(help="how many, and as many real images")] = 10_000
     seed: Annotated[int, tyro.conf.arg(help="of the samples")] = 0
     split: Annotated[
         str | None, tyro.conf.arg(help="part of the real images: train, test or all; unset: the run's", help_behavior_hint="")
     ] = None
     run_split: Annotated[str, tyro.conf.arg(help="the same of RUN, where it is images")] = "train"
-    best: Annotated[bool, tyro.conf.arg(help="the generator that was judged best while training, not the last one")] = False
+    best: Annotated[bool, tyro.conf.arg(help="the best generator by --evaluate-every, not the last one")] = False
     image_size: Annotated[
         int | None,
         tyro.conf.arg(help="side that images are brought to; unset: the run's or the data's own, or 64", help_behavior_hint=""),
@@ -45,28 +46,29 @@ class Evaluate:
 
 
 def run(options: Evaluate) -> None:
-    """Judges a trained generator, or images, against real ones."""
+    """Evaluates a trained generator, or images, against real ones."""
     spin_briefly()
     from frugan.data.opening import open_loader, resolve
     from frugan.data.sources import open_source
-    from frugan.evaluation import evaluator as judging
+    from frugan.evaluation.evaluator import FEWEST, SEED, Evaluator
+    from frugan.evaluation.families.base import Options
     from frugan.reporting.console import Console
     from frugan.utils import device
 
-    if options.samples < judging.FEWEST:
-        raise UserError(f"--samples {options.samples} is too few to judge by: at least {judging.FEWEST} are needed.")
+    if options.samples < FEWEST:
+        raise UserError(f"--samples {options.samples} is too few to evaluate by: at least {FEWEST} are needed.")
     console = Console(quiet=options.json)
-    what, judged_run = f"images of {options.run}", Path(options.run)
+    what, path = f"images of {options.run}", Path(options.run)
     asked = Data(data=options.data or Data().data, image_size=options.image_size, channels=options.channels)
     split = {"split": options.split} if options.split else {}
     produce: Callable[[int, int], Any] | None = None
     count = options.samples
-    if judged_run.suffix == ".safetensors" or (judged_run / "recipe.toml").exists():
+    if path.suffix == ".safetensors" or (path / "recipe.toml").exists():
         from frugan.reporting.run_folder import load_generator
 
         generator = load_generator(options.run, options.device, best=options.best)
         if options.image_size or options.channels:
-            raise UserError(f"--image-size and --channels are for images: {judged_run} has its own.")
+            raise UserError(f"--image-size and --channels are for images: {path} has its own.")
         said: dict[str, Any] = {"data": options.data} if options.data else {}
         asked = replace(generator.recipe.data, stream=False, **said)  # of the size that it makes
         averaged = ", averaged over training" if generator.recipe.training.ema_half_life else ", not averaged"
@@ -74,7 +76,7 @@ def run(options: Evaluate) -> None:
         what = f"samples of {which}{options.run} (seed {options.seed}, after {generator.images_seen:,} images{averaged})"
         produce = lambda first, n: generator.generate(n, seed=options.seed, first=first)  # noqa: E731
     elif options.data is None:
-        raise UserError(f"{judged_run} is no run folder: name a run, or images and DATA to judge them against.")
+        raise UserError(f"{path} is no run folder: name a run, or images and DATA to evaluate them by.")
     asked = replace(asked, **split)
     source = open_source(asked)
     if not source.random_access:
@@ -83,33 +85,31 @@ def run(options: Evaluate) -> None:
         )
     ways: dict[str, Any] = {"workers": options.workers, "tell": console.tell, "progress": console.packing}
     asked = resolve(source, asked, console.tell)
-    real = open_loader(source, asked, seed=judging.SEED, **ways)
+    real = open_loader(source, asked, seed=SEED, **ways)
     if produce is None:
         asked = replace(asked, data=options.run, split=options.run_split)
-        judged = open_source(asked)
-        images = open_loader(judged, asked, seed=judging.SEED, **ways)
+        evaluated = open_source(asked)
+        images = open_loader(evaluated, asked, seed=SEED, **ways)
         produce, count = images.batch, min(count, len(images))
-        what = f"{'images' if options.run_split == 'train' else options.run_split + ' images'} of {judged.name}"
-    asking = judging.Options(options.metrics, options.weights, options.any_weights, min(options.samples, len(real)))
-    judge = judging.Judge(
+        what = f"{'images' if options.run_split == 'train' else options.run_split + ' images'} of {evaluated.name}"
+    asking = Options(options.metrics, options.weights, options.any_weights, min(options.samples, len(real)))
+    evaluator = Evaluator(
         real,
         source.name,
         len(source.classes),
         asking,
         device.choose(options.device),
         console.tell,
-        console.judging,
+        console.evaluating,
         console.learning,
     )
-    values = judge(produce, count)
-    protocol = judge.protocol(count, what)
+    values, unofficial = evaluator(produce, count), evaluator.unofficial
+    protocol = evaluator.protocol(count, what)
     if options.json:
-        if not judge.official:
-            other = judging.FAMILIES["inception"]
-            values = {f"{name}_by_other_weights" if name in other else name: value for name, value in values.items()}
-        print(json.dumps({"metrics": values, "protocol": protocol, "official": judge.official}))
+        values = {f"{name}_by_other_weights" if name in unofficial else name: value for name, value in values.items()}
+        print(json.dumps({"metrics": values, "protocol": protocol, "official": not unofficial}))
     else:
-        console.judged(values, judge.official)
+        console.evaluated(values, unofficial)
         console.tell(protocol)
 
 

@@ -26,7 +26,7 @@ class Generate:
         tyro.conf.arg(help="seeds to go between: a strip and a GIF", metavar="SEED SEED ...", help_behavior_hint=""),
     ] = ()
     frames: Annotated[int, tyro.conf.arg(help="steps from one seed to the next")] = 16
-    best: Annotated[bool, tyro.conf.arg(help="the generator that was judged best while training, not the last one")] = False
+    best: Annotated[bool, tyro.conf.arg(help="the best generator by --evaluate-every, not the last one")] = False
     device: Annotated[str, tyro.conf.arg(help="cpu, cuda, mps or auto")] = "cpu"
 
 

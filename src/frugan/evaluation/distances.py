@@ -101,6 +101,16 @@ def _factor(covariance: Tensor) -> Tensor:
     return factor
 
 
+def too_few(images: int, width: int) -> str | None:
+    """What a person should know of a Frechet distance between so many samples, or None if they are as many as features."""
+    if images > width:
+        return None
+    return (
+        f"{images:,} images are few for a Frechet distance on {width:,} features: it comes out much too large, and can be compared "
+        f"only with that of as many images. KID has no such bias."
+    )
+
+
 def kid(a: Rows, b: Rows, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> tuple[float, float]:
     """Kernel inception distance (Binkowski et al. 2018): unbiased squared maximum mean discrepancy with a cubic polynomial kernel.
 

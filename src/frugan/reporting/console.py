@@ -3,7 +3,7 @@
 import atexit
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from rich.console import Console as Rich
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from frugan.config.recipe import Data
 from frugan.data.inspection import Report
-from frugan.evaluation.metrics import METRICS, shown
+from frugan.evaluation.families import METRICS, shown
 from frugan.gan.summary import Row
 from frugan.memory.plan import Plan
 from frugan.utils.units import size
@@ -157,25 +157,25 @@ class Console:
         """One line of what was measured while training."""
         self.tell("  ".join(f"{METRICS[name].label} {shown(name, value)}" for name, value in values.items()))
 
-    def judged(self, values: Mapping[str, float], official: bool) -> None:
-        """What `frugan evaluate` measured; not ``official``: on a network of other weights than the published ones."""
+    def evaluated(self, values: Mapping[str, float], unofficial: Container[str]) -> None:
+        """What `frugan evaluate` measured; ``unofficial``: on a network of other weights than the published ones."""
         table = Table(box=None, pad_edge=False, header_style="bold")
         for heading, side in (("metric", "left"), ("", "right"), ("better", "left"), ("what it is", "left")):
             table.add_column(heading, justify=side, no_wrap=heading != "what it is")  # type: ignore[arg-type]
         for name, value in values.items():
             metric = METRICS[name]
-            label = metric.label if official or "Inception" not in metric.means else f"{name}, other weights"
+            label = f"{name}, other weights" if name in unofficial else metric.label
             table.add_row(label, shown(name, value), "higher" if metric.higher else "lower", metric.means)
         self.rich.print(table, soft_wrap=False)
         self.rich.print()
 
     def learning(self, done: int, total: int) -> None:
-        """Shows how far the classifier is that judges samples."""
+        """Shows how far the classifier is that samples are evaluated by."""
         self._count("Updates of the classifier", done, total)
 
-    def judging(self, done: int, total: int) -> None:
-        """Shows how many images are looked at."""
-        self._count("Judged", done, total)
+    def evaluating(self, done: int, total: int) -> None:
+        """Shows how many images are evaluated."""
+        self._count("Evaluated", done, total)
 
     def packing(self, done: int, total: int) -> None:
         """Shows how many images are packed."""

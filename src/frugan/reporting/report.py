@@ -15,7 +15,7 @@ from typing import Any
 from frugan.config import recipes
 from frugan.config.recipe import Recipe
 from frugan.config.section import flag
-from frugan.evaluation.metrics import METRICS, shown
+from frugan.evaluation.families import METRICS, shown
 from frugan.gan.levers import LEVERS
 from frugan.memory.layout import Layout
 from frugan.reporting import page

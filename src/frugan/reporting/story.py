@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from frugan.config.recipe import Recipe, read
-from frugan.evaluation.metrics import METRICS
+from frugan.evaluation.families import METRICS
 from frugan.reporting.run_folder import RunFolder
 from frugan.utils.errors import UserError
 

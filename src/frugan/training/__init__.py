@@ -67,7 +67,7 @@ def run_training(recipe: Recipe, run: Run, quiet: bool = False, on_update: Calla
 
 
 def load(run: str | Path, device: str = "cpu", *, best: bool = False) -> "Generator":
-    """The trained generator of a run folder (``best``: the one judged best while training), or of a ``generator.safetensors``.
+    """The trained generator of a run folder (``best``: the best by ``evaluate_every``), or of a ``generator.safetensors``.
 
     Raises:
         UserError: there is none, or the file is damaged.

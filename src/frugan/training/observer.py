@@ -10,8 +10,9 @@ from torch import Tensor
 from frugan.config.recipe import Recipe
 from frugan.config.run import Run
 from frugan.data.loader import Loader
-from frugan.evaluation.evaluator import SEED, Judge, Options
-from frugan.evaluation.metrics import better
+from frugan.evaluation.evaluator import SEED, Evaluator
+from frugan.evaluation.families import better
+from frugan.evaluation.families.base import Options
 from frugan.memory import limit
 from frugan.reporting import pictures, report
 from frugan.reporting.console import Console, losses
@@ -49,14 +50,14 @@ class Observer:
         console: Console, device: torch.device,
     ) -> None:  # fmt: skip
         self.recipe, self.run, self.folder, self.loader, self.console, self.device = recipe, run, folder, loader, console, device
-        self.judge: Judge | None = None
+        self.evaluator: Evaluator | None = None
         if not run.evaluate_every and (run.metrics != Run.metrics or run.weights):
             raise UserError("--metrics and --weights are for evaluating while training: say how often, as --evaluate-every 5.")
         if run.evaluate_every:
             if not loader.random_access:
                 raise UserError("--evaluate-every needs images in any order: leave --stream out, or evaluate afterwards.")
             options = Options(run.metrics, run.weights, reals=run.evaluate_samples)
-            self.judge = Judge(loader, name, classes, options, device, console.tell, learning=console.learning)
+            self.evaluator = Evaluator(loader, name, classes, options, device, console.tell, learning=console.learning)
         self.watch = Watch(loader, recipe.objective, self._warn)
         self.best: float | None = None
         self.best_images = 0
@@ -65,7 +66,7 @@ class Observer:
 
     def needs(self) -> int:
         """Bytes that evaluating takes at most."""
-        return self.judge.needs() if self.judge else 0
+        return self.evaluator.needs() if self.evaluator else 0
 
     def begin(self, images: int) -> None:
         """Takes up what was seen before; training begins after ``images`` images."""
@@ -75,9 +76,9 @@ class Observer:
         for event in self.folder.read_events():
             if event["event"] == "warning":
                 self.watch.told.add(str(event.get("kind")))
-            elif event["event"] == "metrics" and self.judge and event.get("protocol") == self._protocol():  # else no comparison
+            elif event["event"] == "metrics" and self.evaluator and event.get("protocol") == self._protocol():  # else no comparison
                 values = event.get("values")
-                value = values.get(self.judge.metrics[0]) if isinstance(values, dict) else None
+                value = values.get(self.evaluator.metrics[0]) if isinstance(values, dict) else None
                 if isinstance(value, float) and self._improves(value):
                     self.best_images = event["images"]
         if images and self.best_images == images:
@@ -100,7 +101,7 @@ class Observer:
         grid = sample(self.recipe.training.seed, 0, GRID)
         self.watch.samples(grid, updates)
         is_best = False
-        if self.judge and number % self.run.evaluate_every == 0:
+        if self.evaluator and number % self.run.evaluate_every == 0:
             is_best = self._spare(lambda: self._evaluate(sample), "evaluating") or False
         if number % self.run.sample_every == 0:
             picture = pictures.grid(grid)
@@ -136,26 +137,26 @@ class Observer:
             self._board.close()
 
     def _evaluate(self, sample: Sample) -> bool:
-        assert self.judge
+        assert self.evaluator
         count = self.run.evaluate_samples
-        values = self.judge(lambda first, n: sample(SEED, first, n), count)
+        values = self.evaluator(lambda first, n: sample(SEED, first, n), count)
         event = {"event": "metrics", "images": self.images, "values": values, "samples": count}
         self.folder.log(event | {"protocol": self._protocol()})
         self.console.metrics(values)
-        if "classes" in values and count >= ENOUGH * self.judge.told_apart:
-            self.watch.classes(values["classes"], self.judge.told_apart, self.images // self.recipe.training.batch_size)
+        if "classes" in values and count >= ENOUGH * self.evaluator.told_apart:
+            self.watch.classes(values["classes"], self.evaluator.told_apart, self.images // self.recipe.training.batch_size)
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(f"metrics/{name}", value, self.images)
-        return self._improves(values[self.judge.metrics[0]])
+        return self._improves(values[self.evaluator.metrics[0]])
 
     def _protocol(self) -> str:
-        assert self.judge
-        return self.judge.protocol(self.run.evaluate_samples, "samples")
+        assert self.evaluator
+        return self.evaluator.protocol(self.run.evaluate_samples, "samples")
 
     def _improves(self, value: float) -> bool:
-        assert self.judge
-        if self.best is not None and not better(self.judge.metrics[0], value, self.best):
+        assert self.evaluator
+        if self.best is not None and not better(self.evaluator.metrics[0], value, self.best):
             return False
         self.best = value
         return True

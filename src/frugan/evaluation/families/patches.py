@@ -7,6 +7,7 @@ directions and sorted, the nearer two sets are, the less their numbers differ.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from frugan.evaluation.families.base import Family, Metric, folder
 from frugan.evaluation.features import Features
 from frugan.utils.draws import Draws, derive
 
@@ -22,6 +24,7 @@ SMALLEST = 16  # pixels of the last level
 DESCRIPTORS = 65_536  # patches of a level, of all images together
 PIECE = 1 << 20  # numbers of the largest level at once: 4 MiB, and a few times that while a pyramid is built
 BLOCK = 8192  # patches that are read at once
+DIRECTIONS = 16  # on which patches are projected at once
 
 
 class Patches:
@@ -173,3 +176,30 @@ def _sorted_projections(store: Features, mean: Tensor, deviation: Tensor, direct
 def _blocks(store: Features, channels: int) -> Iterator[Tensor]:
     for begin in range(0, len(store), BLOCK):
         yield store.read(begin, begin + BLOCK).view(-1, channels, SIDE**2)
+
+
+class PatchesFamily(Family[Patches]):
+    """Sliced Wasserstein distance of patches, the mean over the levels."""
+
+    name = "patches"
+    metrics: ClassVar = {"swd": Metric("Sliced Wasserstein distance", False, 2, "of patches at several sizes, times 1000")}
+
+    def new(self, images: int) -> Patches:
+        """As `Family` says."""
+        channels, size, _ = self.task.data.shape
+        return Patches(size, channels, images, folder=folder())
+
+    def compared(self, real: Patches, fake: Patches) -> dict[str, float]:
+        """As `Family` says."""
+        levels = swd(real, fake, chunk=DIRECTIONS)
+        return {"swd": sum(levels.values()) / len(levels)}
+
+    def needs(self) -> int:
+        """As `Family` says."""
+        projected = 2 * 4 * DIRECTIONS * DESCRIPTORS
+        read = 8 * BLOCK * 8 * self.task.data.shape[0] * SIDE**2
+        return projected + read + self.task.piece_bytes + (32 << 20)
+
+    def protocol(self) -> str:
+        """As `Family` says."""
+        return f"{DESCRIPTORS:,} patches of {SIDE}x{SIDE} a level"

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frugan.evaluation.families.base import Task
+from frugan.evaluation.families.vectors import VectorFamily
 from frugan.utils.device import arithmetic
 from frugan.utils.errors import UserError, nearest
 
@@ -128,14 +130,26 @@ class Extractor:
             ) from None
 
 
-def too_few(images: int, width: int) -> str | None:
-    """What a person should know of a Frechet distance between so many samples, or None if they are as many as features."""
-    if images > width:
-        return None
-    return (
-        f"{images:,} images are few for a Frechet distance on {width:,} features: it comes out much too large, and can be compared "
-        f"only with that of as many images. KID has no such bias."
-    )
+class ExtractorFamily(VectorFamily):
+    """Features of an `Extractor`."""
+
+    def __init__(self, task: Task, network: Extractor) -> None:
+        super().__init__(task)
+        self.network = network
+        self.width = network.width
+
+    def look(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `VectorFamily` says: with Inception's logits."""
+        outputs = self.network(images)
+        return outputs["features"], outputs.get("logits")
+
+    def key(self) -> list[str]:
+        """Its name, and the SHA-256 of its weights."""
+        return [self.network.name, str(self.network.sha256)]
+
+    def needs(self) -> int:
+        """As `Family` says."""
+        return 400 << 20
 
 
 def _torch_fidelity(module: str) -> Any:

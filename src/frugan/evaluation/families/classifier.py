@@ -5,13 +5,17 @@ generators of the same images, and nothing else: they are never called FID.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from frugan.evaluation.distances import class_coverage
+from frugan.evaluation.families.base import Metric, Task, folder
+from frugan.evaluation.families.vectors import BLOCK, VectorFamily, Vectors
+from frugan.evaluation.features import Features
 from frugan.gan.optim import FrugalAdam
 from frugan.utils import checkpoint
 from frugan.utils.draws import derive
@@ -157,3 +161,61 @@ def _batch(data: Labelled, held_out: int, learnt: int, update: int) -> tuple[Ten
     labels = data.labels(held_out + first, count)
     assert labels is not None
     return data.batch(held_out + first, count), labels
+
+
+class ClassifierFamily(VectorFamily):
+    """Frechet distance, precision and recall on the features, and what classes samples are taken for."""
+
+    name = "classifier"
+    metrics: ClassVar = {
+        "frechet_classifier": Metric("Frechet distance (classifier)", False, 3, "on a classifier of these images"),
+        "precision_classifier": Metric("Precision (classifier)", True, 3, "share of samples among real images, by the classifier"),
+        "recall_classifier": Metric("Recall (classifier)", True, 3, "share of real images among samples, by the classifier"),
+        "coverage_kl": Metric("Class KL divergence", False, 4, "of the samples' classes from the real ones', in nats"),
+        "classes": Metric("Classes covered", True, 0, "classes that samples have at least a tenth of their share of"),
+    }
+    labelled = True
+    frechet = "frechet_classifier"
+    neighbours = ("precision_classifier", "recall_classifier")
+    width = FEATURES
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.classifier = classifier(task.data, task.classes, progress=task.learning)
+
+    def look(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `VectorFamily` says: with classes."""
+        return self.classifier(images)
+
+    def key(self) -> list[str]:
+        """The version, and the fingerprint of the weights."""
+        return [str(VERSION), self.classifier.fingerprint]
+
+    def new(self, images: int) -> Vectors:
+        """As `Family` says."""
+        return Vectors(self.look, Features(folder()), classes=self.task.classes)
+
+    def compared(self, real: Vectors, fake: Vectors) -> dict[str, float]:
+        """As `Family` says."""
+        values = super().compared(real, fake)
+        values["coverage_kl"], values["classes"] = class_coverage(fake.counts, real.counts)
+        return values
+
+    def needs(self) -> int:
+        """As `Family` says."""
+        return 8 * 8 * BLOCK**2 + 3 * self.task.piece_bytes
+
+    def protocol(self) -> str:
+        """As `Family` says."""
+        return f"classifier of these images, version {VERSION}, {self.classifier.accuracy:.1%} right"
+
+    def notices(self) -> Iterable[str]:
+        """As `Family` says."""
+        yield f"A classifier of these images is right about {self.classifier.accuracy:.1%} of those it was not trained on."
+        if self.classifier.accuracy < 0.5:
+            yield "It can hardly tell the classes apart: what is taken with it says little."
+        yield from super().notices()
+
+    def told_apart(self, real: Vectors) -> int:
+        """As `Family` says."""
+        return int((real.counts > 0).sum())
