@@ -20,7 +20,7 @@ from frugan.memory.plan import Plan
 from frugan.memory.recover import Change, Recovery
 from frugan.memory.search import AHEAD, MARGIN, Candidate, Choice, Search
 from frugan.memory.trace import Timeline
-from frugan.reporting.pictures import GRID
+from frugan.reporting.album import GRID
 from frugan.training.phases import PHASES, Model, jobs, levers, penalised
 from frugan.training.traces import Traces
 from frugan.utils.errors import UserError

@@ -33,6 +33,7 @@ from frugan.memory.layout import Layout
 from frugan.memory.plan import Plan
 from frugan.memory.recover import Change, OutOfMemory
 from frugan.reporting.console import Console
+from frugan.reporting.records import LayoutChanged, Line, MemoryMeasured
 from frugan.reporting.run_folder import RunFolder
 from frugan.training.observer import Observer
 from frugan.training.planner import Planner, find, notices, recovery
@@ -96,7 +97,6 @@ class Trainer:
             self.recipe = self.recipe.replace(offload_state="yes")
         self._set_threads(saved.get("threads"))
         self.signals = Signals()
-        self.begun = False
 
     def _resolve(self, recipe: Recipe, source: Source) -> Recipe:
         data = resolve(source, recipe.data, self.console.tell)
@@ -193,8 +193,6 @@ class Trainer:
                 gc.unfreeze()
             self.console.stop()
             self.loader.close()
-            if self.begun:
-                self.observer.write()  # once more, when nobody trains there any more
 
     def _freeze(self) -> None:
         """Collections need not look at what is there now, which takes them a third of a second."""
@@ -224,7 +222,6 @@ class Trainer:
         if not resumed:
             folder.log_file.unlink(missing_ok=True)
         self.observer.begin(state.images)
-        self.begun = True
         self._introduce()
         if resumed:
             console.tell(f"Going on from {state.images:,} images.")
@@ -235,7 +232,7 @@ class Trainer:
 
         mean = Mean()
         self._clock, self._clock_images = time.monotonic(), state.images
-        self.line: dict[str, Any] = {}
+        self.measured: dict[str, float] = {}
         console.start(state.images, self.total)
         while state.images < self.total:
             drawn = state.images
@@ -249,7 +246,7 @@ class Trainer:
                 if "Loss_G" in terms:
                     judged = {"D(G(z)) before": float(terms["D(G(z))"]), "D(G(z)) after": self._judged(drawn)}
                 self._report(mean, judged)
-            console.progress(self.line | self._position(), recipe.training.epochs, self.plan.budget if self.plan.named else None)
+            console.progress(self._line(self.measured), recipe.training.epochs, self.plan.budget if self.plan.named else None)
             if ended:
                 self._end_epoch(state.images // len(self.loader))
             if self.on_update:
@@ -310,19 +307,18 @@ class Trainer:
                 if not skipping:
                     raise self._went_to_pieces(name)
                 del measured[name]
-        rates = {"lr_g": state.optimizer_g.param_groups[0]["lr"], "lr_d": state.optimizer_d.param_groups[0]["lr"]}
-        self.line = self._position() | measured | rates
-        self.folder.log(self.line)
-        self.observer.line(self.line)
+        self.measured = measured
+        self.observer.line(self._line(measured))
 
-    def _position(self) -> dict[str, Any]:
-        """How far training is, and how fast it goes."""
-        images = self.state.images
+    def _line(self, measured: dict[str, float]) -> Line:
+        """How far training is, how fast it goes, and what was measured."""
+        state, images = self.state, self.state.images
         rate = (images - self._clock_images) / max(time.monotonic() - self._clock, 1e-9)
-        return {
-            "images": images, "epoch": images / len(self.loader), "updates": self.state.updates,
-            "images/s": rate, "seconds left": (self.total - images) / rate, "memory": limit.held(self.device),
-        }  # fmt: skip
+        lr_g, lr_d = (optimizer.param_groups[0]["lr"] for optimizer in (state.optimizer_g, state.optimizer_d))
+        return Line(
+            images=images, epoch=images / len(self.loader), updates=state.updates, speed=rate,
+            seconds_left=(self.total - images) / rate, memory=limit.held(self.device), measured=measured, lr_g=lr_g, lr_d=lr_d,
+        )  # fmt: skip
 
     def _end_epoch(self, number: int) -> None:
         state, training = self.state, self.recipe.training
@@ -331,7 +327,7 @@ class Trainer:
             state.plateau_d.step(means["Loss_D"])
             if "Loss_G" in means:
                 state.plateau_g.step(means["Loss_G"])
-        self.console.epoch(self.line | means, number, training.epochs)
+        self.console.epoch(self._line(self.measured | means), number, training.epochs)
         is_best = self.observer.epoch(number, state.images, state.updates, self._sample)
         if is_best or number % self.run.checkpoint_every == 0 or state.images >= self.total:
             self._save()
@@ -361,8 +357,8 @@ class Trainer:
             f"{cause[0].upper()}{cause[1:]} in {change.phase}'s phase after {images:,} images; going on with {change.change} "
             f"({change.guarantee})."
         )
-        event = {"event": cause, "images": images, "phase": change.phase, "change": change.change}
-        self.folder.log(event | {"guarantee": str(change.guarantee)})
+        how = {"phase": change.phase, "change": change.change, "guarantee": str(change.guarantee)}
+        self.observer.event(LayoutChanged(event=cause, images=images, **how))
         layouts = {name: layout.as_dict() for name, layout in recovery.layouts.items()}
         self.folder.rewrite_plan({"layouts": layouts, "freed_memory": recovery.handling})
 
@@ -401,8 +397,8 @@ class Trainer:
         plan = self.plan
         within = f", within --memory {size(plan.budget)}" if plan.named else ""
         self.console.tell(f"Memory: {size(measured)} at most, {size(plan.predicted)} predicted{within}.")
-        event = {"event": "memory", "images": self.state.images, "predicted": plan.predicted, "measured": measured}
-        self.folder.log(event | {"budget": plan.budget if plan.named else None})
+        budget = plan.budget if plan.named else None
+        self.observer.event(MemoryMeasured(images=self.state.images, predicted=plan.predicted, measured=measured, budget=budget))
 
     def _resume(self) -> None:
         tensors, numbers = self.folder.load_newest() or ({}, {})
