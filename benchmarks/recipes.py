@@ -48,11 +48,11 @@ def main(options: Options) -> None:
         command = [data if data == "digits" else str(options.data / data), *flags.split(), "--out", str(run.path)]
         subprocess.run([sys.executable, "-m", "frugan", "train", *command], check=True, stdout=sys.stderr)
         last = run.read_log()[-1]
-        minutes = last["images"] / last["images/s"] / 60
-        table.add_row(f"{data} {flags}", f"{last['images']:,}", f"{minutes:.1f}", f"{last['images/s']:,.0f}")
+        minutes = last.images / last.speed / 60
+        table.add_row(f"{data} {flags}", f"{last.images:,}", f"{minutes:.1f}", f"{last.speed:,.0f}")
         if options.pictures and data != EMOJI:  # blots, and large files
             options.pictures.mkdir(parents=True, exist_ok=True)
-            shutil.copy(sorted(run.samples.glob("epoch_*.png"))[-1], options.pictures / f"{name}.png")
+            shutil.copy(run.pictures_of_samples()[-1][1], options.pictures / f"{name}.png")
     Console(width=140).print(table)
 
 

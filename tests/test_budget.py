@@ -93,7 +93,7 @@ def test_a_refused_budget_names_the_smallest_which_holds_while_less_is_refused(f
     assert event["event"] == "memory"
     assert event["measured"] <= event["budget"] == smallest << 20
     assert abs(event["predicted"] / event["measured"] - 1) < 0.08
-    assert all("event" not in line for line in RunFolder(tmp_path / "c").read_log())
+    assert all("event" not in line.as_dict() for line in RunFolder(tmp_path / "c").read_log())
 
 
 def test_a_training_within_a_budget_is_the_training_without(few: Path, tmp_path: Path) -> None:

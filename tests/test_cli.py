@@ -78,7 +78,7 @@ def test_the_run_folder_holds_what_it_should(few: Path, tmp_path: Path, capsys: 
         assert (run / name).stat().st_size > 0
     assert json.loads((run / "plan.json").read_text())["updates"] == 20
     assert len(list((run / "checkpoints").iterdir())) == 2
-    last = RunFolder(run).read_log()[-1]
+    last = RunFolder(run).read_log()[-1].as_dict()
     assert last["images"] == 320
     assert {"Loss_D", "Loss_G", "D(x)", "D(G(z))", "D(G(z)) after", "lr_g", "lr_d", "images/s", "epoch"} <= last.keys()
 

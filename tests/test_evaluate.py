@@ -25,6 +25,7 @@ from frugan.evaluation.families.extractor import INCEPTION
 from frugan.evaluation.families.patches import PatchesFamily
 from frugan.evaluation.families.vectors import VectorFamily
 from frugan.memory import limit
+from frugan.reporting.records import Metrics
 from frugan.reporting.run_folder import RunFolder
 from frugan.utils.errors import UserError
 
@@ -200,11 +201,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_keeps_the_best_checkpoint_and_writes_down_why(run: Path) -> None:
-    events = [event for event in RunFolder(run).read_events() if event["event"] == "metrics"]
-    values = [event["values"]["frechet_classifier"] for event in events]
-    assert len(values) == 2 and events[0]["samples"] == 64 and "1,797 real images of digits" in events[0]["protocol"]
+    events = [event for event in RunFolder(run).read_events() if isinstance(event, Metrics)]
+    values = [event.values["frechet_classifier"] for event in events]
+    assert len(values) == 2 and events[0].samples == 64 and "1,797 real images of digits" in events[0].protocol
     best = frugan.load(run, best=True)
-    assert best.images_seen == events[values.index(min(values))]["images"]
+    assert best.images_seen == events[values.index(min(values))].images
     assert torch.equal(best.generate(2), frugan.load(run, best=True).generate(2))
 
 
@@ -227,7 +228,7 @@ def test_a_resumed_training_evaluates_as_if_it_had_not_been_broken_off(run: Path
     with pytest.raises(KeyboardInterrupt):
         frugan.train("digits", epochs=2, out=out, on_update=stop, **ways)
     frugan.train("digits", epochs=2, out=out, **ways)
-    ours, theirs = ([e["values"] for e in RunFolder(r).read_events() if e["event"] == "metrics"] for r in (out, run))
+    ours, theirs = ([e.values for e in RunFolder(r).read_events() if isinstance(e, Metrics)] for r in (out, run))
     assert ours == theirs
     (a, _), (b, _) = final_state(out), final_state(run)
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -241,7 +242,7 @@ def test_evaluating_stays_within_the_budget(known: bool, tmp_path: Path, capsys:
     main([*command, "--evaluate-every", "1", "--evaluate-samples", "256", "--memory", budget, "--out", str(out)])
     said = capsys.readouterr().out
     assert "left out this time" not in said
-    events = {event["event"]: event for event in RunFolder(out).read_events()}
+    events = {event.event: event.as_dict() for event in RunFolder(out).read_events()}
     assert events["metrics"]["values"]["swd"] > 0
     assert events["memory"]["measured"] <= events["memory"]["budget"]
     assert "evaluation" in json.loads((out / "plan.json").read_text())["phases"]["evaluating"]

@@ -23,7 +23,7 @@ def first_losses(recipe: str, out: Path) -> list[list[float]]:
         "digits", out=out, recipe=recipe, batch_size=32, epochs=1, width_g=8, width_d=8, latent_dim=8, report_every=8,
         accumulation_steps=2, quiet=True, device="cpu", threads=1,
     )  # fmt: skip
-    return [[line[k] for k in ("Loss_D", "Loss_G", "D(x)", "D(G(z))")] for line in RunFolder(out).read_log()][:5]
+    return [[line.measured[k] for k in ("Loss_D", "Loss_G", "D(x)", "D(G(z))")] for line in RunFolder(out).read_log()][:5]
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ from PIL import Image
 import frugan
 from frugan.config import recipes
 from frugan.reporting import report
+from frugan.reporting.records import Metrics, Warned
 from frugan.reporting.run_folder import RunFolder
 from frugan.reporting.story import POINTS, Curve, Story, highest, lowest
 from frugan.utils.errors import UserError
@@ -88,8 +89,8 @@ def run(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = frugan.train(few, out=tmp_path_factory.mktemp("runs") / "real", **(SMALL | {"epochs": 2, "sample_every": 1}))
     folder = RunFolder(out)
     for images, value in ((64, 9.0), (128, 5.0)):
-        folder.log(metrics(images, {"frechet_classifier": value, "classes": 3}))
-    folder.log({"event": "warning", "images": 128, "kind": "collapse", "text": "All alike: try --recipe r3."})
+        folder.log(Metrics.from_dict(metrics(images, {"frechet_classifier": value, "classes": 3})))
+    folder.log(Warned(images=128, kind="collapse", text="All alike: try --recipe r3."))
     return out
 
 
@@ -106,7 +107,7 @@ def test_a_whole_run(run: Path) -> None:
     assert best["points"][best["best"]] == [128, 5]
     assert "--width-d" in got.words  # a setting that is not the recipe's
     assert "D's phase" in got.words and "activations" in got.words  # where the bytes go
-    assert [event["event"] for event in RunFolder(run).read_events()][-3:] == ["metrics", "metrics", "warning"]
+    assert [event.event for event in RunFolder(run).read_events()][-3:] == ["metrics", "metrics", "warning"]
 
 
 def test_pages_need_nothing_but_themselves(run: Path, tmp_path: Path) -> None:

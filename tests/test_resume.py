@@ -81,7 +81,7 @@ def test_other_settings_too(settings: dict[str, object], train: Callable[..., Pa
         with pytest.raises(Stopped):
             train(tmp_path / "broken", on_update=stop_at(update, signal.SIGTERM), **settings)
     assert_same_state(straight, train(tmp_path / "broken", **settings))
-    logged = [[line["images"] for line in RunFolder(run).read_log()] for run in (straight, tmp_path / "broken")]
+    logged = [[line.images for line in RunFolder(run).read_log()] for run in (straight, tmp_path / "broken")]
     assert logged[0] == logged[1]
 
 

@@ -11,8 +11,9 @@ from frugan.config.objectives import Bce, Hinge, RpGan, WganGp
 from frugan.config.recipe import Data
 from frugan.data.pack_loader import PackLoader
 from frugan.data.sources import open_source
+from frugan.reporting.records import Line, Warned
 from frugan.reporting.run_folder import RunFolder
-from frugan.training.diagnostics import SETTLED, WON, Watch
+from frugan.training.diagnostics import SETTLED, WON, Diagnostics
 
 Told = list[tuple[str, str]]
 
@@ -29,11 +30,11 @@ def told() -> Told:
 
 
 @pytest.fixture
-def watch(digits: PackLoader, told: Told) -> Watch:
-    return Watch(digits, Bce(), lambda kind, text: told.append((kind, text)))
+def watch(digits: PackLoader, told: Told) -> Diagnostics:
+    return Diagnostics(digits, Bce(), lambda kind, text: told.append((kind, text)))
 
 
-def test_samples_that_are_all_alike_are_told_once(watch: Watch, digits: PackLoader, told: Told) -> None:
+def test_samples_that_are_all_alike_are_told_once(watch: Diagnostics, digits: PackLoader, told: Told) -> None:
     one = digits.batch(5, 1).expand(64, -1, -1, -1)
     noisy = (one.float() + 8 * torch.randn(one.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255).byte()
     watch.samples(noisy, SETTLED - 1)
@@ -45,25 +46,27 @@ def test_samples_that_are_all_alike_are_told_once(watch: Watch, digits: PackLoad
     assert "--lr-g" in told[0][1]
 
 
-def test_real_images_are_neither_alike_nor_copies(watch: Watch, digits: PackLoader, told: Told) -> None:
+def test_real_images_are_neither_alike_nor_copies(watch: Diagnostics, digits: PackLoader, told: Told) -> None:
     for i in range(4):
         watch.samples(digits.batch(100 * i, 64), SETTLED + i)
     asked = Data(data="digits", image_size=16, channels=1)
     source = open_source(asked)
     source.images, source.labels = source.images[:1200], None  # the others are new to it
-    fewer = Watch(PackLoader(source, asked, seed=0, workers=1, tell=print), Bce(), lambda kind, text: told.append((kind, text)))
+    fewer = Diagnostics(
+        PackLoader(source, asked, seed=0, workers=1, tell=print), Bce(), lambda kind, text: told.append((kind, text))
+    )
     fewer.neighbours(torch.from_numpy(open_source(asked).images[1200:1264, None]))
     assert not told
 
 
-def test_samples_that_are_copies_are_told_with_what_they_copy(watch: Watch, digits: PackLoader, told: Told) -> None:
+def test_samples_that_are_copies_are_told_with_what_they_copy(watch: Diagnostics, digits: PackLoader, told: Told) -> None:
     copied = digits.batch(40, 16)
     noisy = (copied.float() + 10 * torch.randn(copied.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255).byte()
     assert torch.equal(watch.neighbours(noisy), copied)
     assert [kind for kind, _ in told] == ["memorising"]
 
 
-def test_few_classes_are_a_collapse(watch: Watch, told: Told) -> None:
+def test_few_classes_are_a_collapse(watch: Diagnostics, told: Told) -> None:
     watch.classes(5, 10, SETTLED - 1)
     watch.classes(6, 10, SETTLED)
     assert not told
@@ -87,20 +90,24 @@ def test_few_classes_are_a_collapse(watch: Watch, told: Told) -> None:
 def test_a_discriminator_that_wins_is_told_only_when_it_lasts(
     objective: Bce, won: dict[str, float], open_: dict[str, float] | None, digits: PackLoader, told: Told
 ) -> None:
-    watch = Watch(digits, objective, lambda kind, text: told.append((kind, text)))
+    watch = Diagnostics(digits, objective, lambda kind, text: told.append((kind, text)))
     for updates in range(0, WON, 50):
-        watch.line(won | {"updates": updates})
-    watch.line(won | (open_ or {}) | {"updates": WON})
+        watch.line(line(updates, won))
+    watch.line(line(WON, won | (open_ or {})))
     for updates in range(WON + 50, 2 * WON + 50, 50):
-        watch.line(won | {"updates": updates})
+        watch.line(line(updates, won))
     assert not told
     for updates in range(2 * WON + 50, 3 * WON, 50):
-        watch.line(won | {"updates": updates})
+        watch.line(line(updates, won))
     assert [kind for kind, _ in told] == ([] if open_ is None else ["discriminator won"])
 
 
+def line(updates: int, measured: dict[str, float]) -> Line:
+    return Line(images=64 * updates, updates=updates, measured=measured)
+
+
 def warnings(run: Path) -> list[str]:
-    return [event["kind"] for event in RunFolder(run).read_events() if event["event"] == "warning"]
+    return [event.kind for event in RunFolder(run).read_events() if isinstance(event, Warned)]
 
 
 @pytest.mark.parametrize("recipe", ["mlp", "upsample", "dcgan", "r3"])

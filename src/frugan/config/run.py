@@ -24,4 +24,7 @@ class Run(Section):
     metrics: str = option("auto", "what to evaluate by, as swd,frechet_classifier,fid; auto: what needs no download")
     weights: str | None = option(None, "file of Inception's weights, for fid, kid, is, precision and recall")
     tensorboard: bool = option(False, "write curves and samples for TensorBoard into the run folder too")
+    trackers: str | None = option(
+        None, "what follows the training besides its log and its report, by names with commas, as tensorboard"
+    )
     accept_changes: bool = option(False, "go on with an existing run although settings differ from those it was started with")

@@ -9,6 +9,7 @@ bottom:
 - `trace`: what a computation allocates; `growth`: what it would with any number of samples, from two small traces.
 - `pool`: where tensors of the CPU lie; `segments`: what an accelerator holds for tensors.
 - `search`: the fastest layout that fits; `budget`: the plan of all phases within a budget, or the smallest that would do.
+- `spare`: does without what memory does not suffice for.
 - `recover`: goes on in a cheaper way when memory runs out.
 - `optimizer`: what anyone's optimizer makes and allocates.
 - `engine`: all of that for one module and one loss.

@@ -15,6 +15,7 @@ from frugan.data.inspection import Report
 from frugan.evaluation.families import METRICS, shown
 from frugan.gan.summary import Row
 from frugan.memory.plan import Plan
+from frugan.reporting.records import Line, MemoryMeasured
 from frugan.utils.units import size
 
 MANY = 1000  # images whose packing takes long enough to be announced
@@ -33,11 +34,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def losses(line: Mapping[str, Any]) -> str:
-    """The measurements of a log line in words."""
-    parts = [f"{name} {line[name]:.3f}" for name in ("Loss_D", "Loss_G", "D(x)") if name in line]
-    if {"D(G(z)) before", "D(G(z)) after"} <= line.keys():
-        parts.append(f"D(G(z)) {line['D(G(z)) before']:.3f} -> {line['D(G(z)) after']:.3f}")
+def losses(measured: Mapping[str, float]) -> str:
+    """What a line of the log has measured, in words."""
+    parts = [f"{name} {measured[name]:.3f}" for name in ("Loss_D", "Loss_G", "D(x)") if name in measured]
+    if {"D(G(z)) before", "D(G(z)) after"} <= measured.keys():
+        parts.append(f"D(G(z)) {measured['D(G(z)) before']:.3f} -> {measured['D(G(z)) after']:.3f}")
     return "  ".join(parts)
 
 
@@ -83,6 +84,11 @@ class Console:
             f"Memory: {size(plan.predicted)} predicted{budget}: framework {size(plan.framework)}, data {size(plan.data)}, "
             f"training {size(plan.held)}."
         )
+
+    def peak(self, found: MemoryMeasured) -> None:
+        """The measured peak beside the predicted one."""
+        within = "" if found.budget is None else f", within --memory {size(found.budget)}"
+        self.tell(f"Memory: {size(found.measured)} at most, {size(found.predicted)} predicted{within}.")
 
     def bytes(self, plan: Plan) -> None:
         """Where the bytes go, in each moment of a training."""
@@ -217,23 +223,23 @@ class Console:
             self._task = self._bar.add_task("", total=total, completed=done, epoch="", rate="", left="", losses="")
             self._bar.start()
 
-    def progress(self, line: Mapping[str, Any], epochs: int, budget: int | None = None) -> None:
+    def progress(self, line: Line, epochs: int, budget: int | None = None) -> None:
         """Shows how far training is, the newest measurements, and what is held of a budget that was named."""
-        where = f"{line['epoch']:.1f}/{epochs}"
-        rate, left = f"{line['images/s']:,.0f} images/s", f"{duration(line['seconds left'])} left"
+        where, measured = f"{line.epoch:.1f}/{epochs}", losses(line.measured)
+        rate, left = f"{line.speed:,.0f} images/s", f"{duration(line.seconds_left)} left"
         if budget:
-            rate += f"  {size(line['memory'])} of {size(budget)}"
+            rate += f"  {size(line.memory)} of {size(budget)}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=line["images"], epoch=where, rate=rate, left=left, losses=losses(line))
+            self._bar.update(self._task, completed=line.images, epoch=where, rate=rate, left=left, losses=measured)
         elif time.monotonic() - self._last_plain >= PLAIN_EVERY:
             self._last_plain = time.monotonic()
-            self.tell(f"epoch {where}  {losses(line)}  {rate}  {left}")
+            self.tell(f"epoch {where}  {measured}  {rate}  {left}")
 
-    def epoch(self, line: Mapping[str, Any], number: int, epochs: int) -> None:
+    def epoch(self, line: Line, number: int, epochs: int) -> None:
         """One line at the end of an epoch."""
         self._last_plain = time.monotonic()
         self.tell(
-            f"epoch {number}/{epochs}  {losses(line)}  {line['images/s']:,.0f} images/s  {duration(line['seconds left'])} left"
+            f"epoch {number}/{epochs}  {losses(line.measured)}  {line.speed:,.0f} images/s  {duration(line.seconds_left)} left"
         )
 
     def stop(self) -> None:

@@ -45,7 +45,9 @@ def save(out: Path, title: str, body: Iterable[str]) -> Path:
     Raises:
         UserError: it cannot be written.
     """
-    style, script = (resources.files("frugan").joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    style, script = (
+        resources.files("frugan.reporting").joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js")
+    )
     with whole(out) as part, part.open("w", encoding="utf-8", errors="replace") as file:
         file.write(SHELL.format(title=escape(title), style=style, policy=POLICY))
         file.writelines(body)

@@ -13,12 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from frugan.reporting.records import Line
 from frugan.utils.files import whole
 
 GAP = 2  # pixels between the images of a grid
 LEAST_SIDE = 64  # pixels that a small image is enlarged to in a grid, so that a person can see it
-GRID = 64  # images in the pictures of real images and of samples during training
-FINAL = 16  # images in the last picture
 
 
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:
@@ -89,16 +88,16 @@ def plot_memory(phases: Mapping[str, Sequence[Mapping[str, int]]], path: Path, t
 def warm_up() -> None:
     """Draws once for nobody, so that all that drawing loads is there before the memory for it is counted."""
     with tempfile.TemporaryDirectory() as folder:
-        plot_losses([{"images": 1, "Loss_D": 1.0}], Path(folder) / "nothing.png")
+        plot_losses([Line(images=1, measured={"Loss_D": 1.0})], Path(folder) / "nothing.png")
 
 
-def plot_losses(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_losses(lines: Sequence[Line], path: Path) -> None:
     """Draws Loss_D, Loss_G and D's opinions over the images seen."""
     figure = _figure(9, 6)
     above, below = figure.subplots(2, 1, sharex=True)
     for axes, names in ((above, ("Loss_D", "Loss_G")), (below, ("D(x)", "D(G(z))"))):
         for name in names:
-            points = [(line["images"], line[name]) for line in lines if name in line]
+            points = [(line.images, line.measured[name]) for line in lines if name in line.measured]
             axes.plot(*np.array(points).reshape(-1, 2).T, label=name, linewidth=1)
         axes.legend(loc="upper right")
         axes.grid(alpha=0.3)

@@ -19,7 +19,8 @@ from frugan.evaluation.families import METRICS, shown
 from frugan.gan.levers import LEVERS
 from frugan.memory.layout import Layout
 from frugan.reporting import page
-from frugan.reporting.story import Curve, Measure, Story, number
+from frugan.reporting.records import number
+from frugan.reporting.story import Curve, Measure, Story
 from frugan.utils.errors import UserError
 from frugan.utils.units import size
 
@@ -49,14 +50,16 @@ GUARANTEES = {
 }
 
 
-def write(run: Path, out: Path | None = None) -> Path:
+def write(run: Path, out: Path | None = None, *, ended: bool = False) -> Path:
     """Writes ``report.html`` into the run folder ``run``, or the same page to ``out``, at any time of its training.
+
+    ``ended``: whether nobody trains there any more, although the folder may still be locked.
 
     Raises:
         UserError: it is no run folder, its recipe or log cannot be read, or the page cannot be written.
     """
-    story = Story.read(run)
-    return page.save(out or run / "report.html", story.name, _report(story))
+    story = Story.read(run, ended)
+    return page.save(out or story.folder.report_file, story.name, _report(story))
 
 
 def compare(runs: Sequence[Path], out: Path) -> Path:
@@ -104,7 +107,7 @@ def _report(story: Story) -> Iterator[str]:
     yield from _samples(story)
     yield from _quality([story])
     yield page.charts("Curves", _curves(story), _epoch([story]))
-    neighbours = page.image(story.folder.path / "neighbours.png", "Samples, and below each its nearest real image", SHARE)
+    neighbours = page.image(story.folder.neighbours, "Samples, and below each its nearest real image", SHARE)
     if neighbours:
         yield f"<section>\n<h2>Nearest neighbours</h2>\n<figure>{neighbours}"
         yield "<figcaption>Above samples, below each the real image that is nearest to it.</figcaption></figure>\n</section>\n"
@@ -121,7 +124,7 @@ def _glance(story: Story) -> Iterator[str]:
     for measure in _measures([story])[:1]:
         if best := story.metrics[measure].best:
             tiles.append((f"Best {_label(measure)}", _value(measure, best[1]), f"after {best[0]:,.0f} images"))
-    if (speed := number(story.last.get("images/s"))) is not None:
+    if (speed := number(story.last.speed)) is not None:
         tiles.append(("Speed", f"{speed:,.0f}", "images/s"))
     predicted, budget = number(story.plan.get("predicted")), number(story.plan.get("budget"))
     if story.peak or predicted:
@@ -135,7 +138,7 @@ def _glance(story: Story) -> Iterator[str]:
 
 def _samples(story: Story) -> Iterator[str]:
     grids = story.grids(GRIDS)
-    real = page.image(story.folder.path / "real_images.png", "Grid of real images", SHARE)
+    real = page.image(story.folder.real_images, "Grid of real images", SHARE)
     if not (grids or real):
         return
     yield '<section>\n<h2>Samples</h2>\n<div class="pair">\n<figure class="frames">\n'
@@ -219,7 +222,7 @@ def _comparison(stories: Sequence[Story]) -> Iterator[str]:
     yield page.row("images seen", [f"{s.images:,}" for s in stories])
     yield page.row("guarantee", [str(s.plan.get("guarantee", "-")) for s in stories])
     yield page.row("peak memory", [size(s.peak) if s.peak else "-" for s in stories])
-    yield page.row("images/s", [f"{speed:,.0f}" if (speed := number(s.last.get("images/s"))) else "-" for s in stories])
+    yield page.row("images/s", [f"{speed:,.0f}" if (speed := number(s.last.speed)) else "-" for s in stories])
     measures = _measures(stories)
     for how in dict.fromkeys(how for _, how in measures):
         yield f'</tbody>\n<tbody>\n<tr><th colspan="{len(stories) + 1}" scope="colgroup"><small>{escape(how)}</small></th></tr>\n'

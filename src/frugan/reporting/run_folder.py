@@ -2,8 +2,9 @@
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,13 +15,16 @@ from frugan.config.recipe import Recipe, read
 from frugan.config.section import flag
 from frugan.gan import sampling
 from frugan.gan.sampling import Generator
+from frugan.reporting.records import Event, Line, Record, parse
 from frugan.utils import checkpoint
 from frugan.utils.errors import UserError
 from frugan.utils.files import whole, write_text
 
+NEIGHBOURS = "neighbours.png"
+
 
 class RunFolder:
-    """The folder ``path``; as a context manager it is locked against a second training."""
+    """The folder ``path``, and what lies where in it; as a context manager it is locked against a second training."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,13 +35,20 @@ class RunFolder:
         self.generator_file = path / "generator.safetensors"
         self.best_file = path / "best.safetensors"
         self.samples = path / "generated_images"
-        self._lock = FileLock(path / ".lock")
+        self.final_samples = path / "final_generated_images.png"
+        self.real_images = path / "real_images.png"
+        self.neighbours = path / NEIGHBOURS
+        self.losses = path / "training_loss.png"
+        self.report_file = path / "report.html"
+        self.tensorboard = path / "tensorboard"
+        self.lock_file = path / ".lock"
+        self._lock = FileLock(self.lock_file)
 
     def __enter__(self) -> Self:
         try:
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"{self.path} is a file: give --out a folder of its own.")
-            if self.path.is_dir() and not self.plan_file.exists() and any(p.name != ".lock" for p in self.path.iterdir()):
+            if self.path.is_dir() and not self.plan_file.exists() and any(p != self.lock_file for p in self.path.iterdir()):
                 raise UserError(f"{self.path} holds files of something else: give --out a new or empty folder.")
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(blocking=False)
@@ -49,8 +60,8 @@ class RunFolder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._lock.release()
-        if not self.plan_file.exists() and all(p.name == ".lock" for p in self.path.iterdir()):  # refused: leave no trace
-            (self.path / ".lock").unlink(missing_ok=True)
+        if not self.plan_file.exists() and all(p == self.lock_file for p in self.path.iterdir()):  # refused: leave no trace
+            self.lock_file.unlink(missing_ok=True)
             self.path.rmdir()
 
     def check(self, recipe: Recipe, plan: Mapping[str, Any], accept_changes: bool) -> None:
@@ -134,7 +145,16 @@ class RunFolder:
                 way = "Remove it to go on from the one before it, then run the same command again."
             raise UserError(f"{error} {way}") from None
 
-    def log(self, line: Mapping[str, Any]) -> None:
+    def samples_after(self, epoch: int) -> Path:
+        """Where the picture of the samples after ``epoch`` lies."""
+        return self.samples / f"epoch_{epoch}.png"
+
+    def pictures_of_samples(self) -> list[tuple[int, Path]]:
+        """The pictures there are of samples, with their epochs, in order."""
+        found = self.samples.glob("epoch_*.png")
+        return sorted((int(path.stem[6:]), path) for path in found if re.fullmatch("[0-9]+", path.stem[6:]))
+
+    def log(self, record: Record) -> None:
         """Adds a line to ``log.jsonl``.
 
         Raises:
@@ -142,30 +162,34 @@ class RunFolder:
         """
         try:
             with self.log_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(record.as_dict()) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {self.log_file}: {error.strerror}.") from None
 
-    def read_log(self) -> list[dict[str, Any]]:
-        """The reports in ``log.jsonl``: its whole lines but for events."""
-        return [line for line in self._log_lines() if "event" not in line]
+    def records(self) -> Iterator[Record]:
+        """What stands in ``log.jsonl``, one after another: it may be as large as memory. Lines that were cut short are left out.
 
-    def read_events(self) -> list[dict[str, Any]]:
+        Raises:
+            UserError: it cannot be read.
+        """
+        return filter(None, map(parse, self._log_lines()))
+
+    def read_log(self) -> list[Line]:
+        """The reports in ``log.jsonl``."""
+        return [record for record in self.records() if isinstance(record, Line)]
+
+    def read_events(self) -> list[Event]:
         """The events in ``log.jsonl``: what was measured, changed or warned of between its reports."""
-        return [line for line in self._log_lines() if "event" in line]
+        return [record for record in self.records() if isinstance(record, Event)]
 
-    def _log_lines(self) -> list[dict[str, Any]]:
-        if not self.log_file.exists():
-            return []
-        lines = []
-        for text in self.log_file.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError):
-                continue  # cut short by a kill
-            if isinstance(line, dict) and type(line.get("images")) in (int, float):
-                lines.append(line)
-        return lines
+    def _log_lines(self) -> Iterator[str]:
+        try:
+            with self.log_file.open(encoding="utf-8", errors="replace") as lines:
+                yield from lines
+        except FileNotFoundError:
+            return  # nothing is reported yet
+        except OSError as error:
+            raise UserError(f"cannot read {self.log_file}: {error.strerror}; make it readable, or move it away.") from None
 
     def saved_plan(self) -> dict[str, Any]:
         """What ``plan.json`` says, if there is one."""
@@ -177,8 +201,8 @@ class RunFolder:
 
     def rewind_log(self, images: int) -> None:
         """Drops what was logged after ``images`` images: it is about to be trained again."""
-        lines = [line for line in self._log_lines() if line["images"] <= images]
-        write_text(self.log_file, "".join(json.dumps(line) + "\n" for line in lines))
+        kept = [line for line in self._log_lines() if (record := parse(line)) and record.images <= images]
+        write_text(self.log_file, "".join(line.rstrip("\n") + "\n" for line in kept))
 
     def _read_plan(self) -> dict[str, Any]:
         try:

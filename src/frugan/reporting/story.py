@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from frugan.config.recipe import Recipe, read
 from frugan.evaluation.families import METRICS
+from frugan.reporting.records import LayoutChanged, Line, MemoryMeasured, Metrics, Record, Warned, number
 from frugan.reporting.run_folder import RunFolder
 from frugan.utils.errors import UserError
 
@@ -22,13 +22,6 @@ TOLD = 20  # kinds of warnings, and times that memory ran out, one by one
 Point = tuple[float, float | None]  # images seen, and a value, or None where it was not finite
 Join = Callable[[Sequence[Point]], Point]
 Measure = tuple[str, str]  # a metric, and how it was measured: only what was measured alike is compared
-
-
-def number(value: object) -> float | None:
-    """``value`` if it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if abs(value) < 1e300 else None  # not NaN either
 
 
 def mean(points: Sequence[Point]) -> Point:
@@ -91,6 +84,7 @@ class Story:
     """A run.
 
     Attributes:
+        ended: whether nobody trains there, although the folder may be locked.
         last: the newest report.
         curves: by their keys.
         metrics: a curve each, which keeps its best point.
@@ -103,7 +97,8 @@ class Story:
     name: str
     recipe: Recipe
     plan: dict[str, Any]
-    last: dict[str, Any] = field(default_factory=dict)
+    ended: bool = False
+    last: Line = field(default_factory=lambda: Line(images=0))
     curves: dict[str, Curve] = field(default_factory=dict)
     metrics: dict[Measure, Curve] = field(default_factory=dict)
     warnings: dict[str, tuple[str, float, int]] = field(default_factory=dict)
@@ -112,7 +107,7 @@ class Story:
     peak: float = 0
 
     @classmethod
-    def read(cls, run: Path) -> "Story":
+    def read(cls, run: Path, ended: bool = False) -> "Story":
         """Reads the files of a run.
 
         Raises:
@@ -120,59 +115,50 @@ class Story:
         """
         folder = RunFolder(run)
         if not folder.recipe_file.is_file():
-            raise UserError(f"{run} is no run folder: there is no recipe.toml in it; name a folder that a training wrote to.")
+            raise UserError(
+                f"{run} is no run folder: there is no {folder.recipe_file.name} in it; name a folder that a training wrote to."
+            )
         try:
             plan = json.loads(folder.plan_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             plan = None  # the rest can be told without it
-        story = cls(folder, run.resolve().name, read(folder.recipe_file), plan if isinstance(plan, dict) else {})
-        try:
-            with folder.log_file.open(encoding="utf-8", errors="replace") as lines:  # never whole: it may be as large as memory
-                for text in lines:
-                    story._add(text)
-        except FileNotFoundError:
-            pass  # nothing is reported yet
-        except OSError as error:
-            raise UserError(f"cannot read {folder.log_file}: {error.strerror}; make it readable, or move it away.") from None
+        story = cls(folder, run.resolve().name, read(folder.recipe_file), plan if isinstance(plan, dict) else {}, ended)
+        for record in folder.records():
+            story._add(record)
         return story
 
-    def _add(self, text: str) -> None:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            return  # cut short by a kill
-        if not isinstance(line, dict) or (images := number(line.get("images"))) is None:
-            return
-        match line.get("event"):
-            case None:
-                self.last = line
-                self.peak = max(self.peak, number(line.get("memory")) or 0)
+    def _add(self, record: Record) -> None:
+        images = record.images
+        match record:
+            case Line():
+                self.last = record
+                self.peak = max(self.peak, record.memory)
+                own = {"lr_g": record.lr_g, "lr_d": record.lr_d, "images/s": record.speed, "memory": record.memory or math.nan}
+                values = {**record.measured, **{key: value for key, value in own.items() if not math.isnan(value)}}
                 for key, join in KEYS.items():
-                    if line.get(key) is not None:
-                        self.curves.setdefault(key, Curve(join)).add(images, number(line[key]))
-            case "memory":
-                self.peak = max(self.peak, number(line.get("measured")) or 0)
-            case "metrics" if isinstance(line.get("values"), Mapping):
-                how = str(line.get("protocol") or f"{line.get('samples', 'some')} samples")
-                for name, value in line["values"].items():
+                    if key in values:
+                        self.curves.setdefault(key, Curve(join)).add(images, number(values[key]))
+            case MemoryMeasured():
+                self.peak = max(self.peak, record.measured)
+            case Metrics():
+                for name, value in record.values.items():
                     join = highest if name in METRICS and METRICS[name].higher else lowest
-                    self.metrics.setdefault((name, how), Curve(join)).add(images, number(value))
-            case "warning":
-                kind = str(line.get("kind", "warning"))
-                _, since, times = self.warnings.get(kind, ("", images, 0))
+                    self.metrics.setdefault((name, record.protocol), Curve(join)).add(images, number(value))
+            case Warned():
+                _, since, times = self.warnings.get(record.kind, ("", images, 0))
                 if times or len(self.warnings) < TOLD:
-                    self.warnings[kind] = str(line.get("text", "")), since, times + 1
-            case "memory ran out" | "the budget was exceeded" | "memory suffices again" as cause:
+                    self.warnings[record.kind] = record.text, since, times + 1
+            case LayoutChanged():
                 self.times_ran_out += 1
                 if self.times_ran_out <= TOLD:
-                    where, change, guarantee = (line.get(key, "?") for key in ("phase", "change", "guarantee"))
-                    why = "" if cause == "memory ran out" else f"{cause}, "
-                    self.ran_out.append(f"{where}'s phase, after {images:,.0f} images: {why}went on with {change} ({guarantee}).")
+                    why = "" if record.event == "memory ran out" else f"{record.event}, "
+                    went_on = f"{why}went on with {record.change} ({record.guarantee})"
+                    self.ran_out.append(f"{record.phase}'s phase, after {images:,.0f} images: {went_on}.")
 
     @property
     def images(self) -> int:
         """Images seen so far."""
-        return int(number(self.last.get("images")) or 0)
+        return self.last.images
 
     @property
     def total(self) -> int:
@@ -182,7 +168,7 @@ class Story:
     @property
     def epoch(self) -> float:
         """Epochs seen so far; the last batch may reach into one more."""
-        return min(number(self.last.get("epoch")) or 0, self.recipe.training.epochs)
+        return min(self.last.epoch, self.recipe.training.epochs)
 
     @property
     def finished(self) -> bool:
@@ -194,13 +180,13 @@ class Story:
         """Finished, training, or broken off, in words."""
         if self.finished:
             return "Finished"
-        lock = self.folder.path / ".lock"
+        lock = self.folder.lock_file
         try:
-            if lock.exists():
+            if lock.exists() and not self.ended:
                 with FileLock(lock).acquire(blocking=False):
                     pass
         except Timeout:  # whoever trains holds it
-            left = number(self.last.get("seconds left"))
+            left = number(self.last.seconds_left)
             return "Training" if left is None else f"Training, about {timedelta(seconds=round(left))} left"
         except OSError:
             pass  # not ours to lock
@@ -208,10 +194,9 @@ class Story:
 
     def grids(self, most: int) -> list[tuple[str, Path]]:
         """Pictures of samples with when they were made: ``most`` of them, evenly chosen, the last always."""
-        found = self.folder.samples.glob("epoch_*.png")
-        numbered = sorted((int(path.stem[6:]), path) for path in found if re.fullmatch("[0-9]+", path.stem[6:]))
+        numbered = self.folder.pictures_of_samples()
         grids = [(f"epoch {count}", path) for count, path in numbered]
-        final = self.folder.path / "final_generated_images.png"
+        final = self.folder.final_samples
         if final.is_file() and (not numbered or (self.finished and numbered[-1][0] < int(self.epoch))):
             grids.append((f"epoch {self.epoch:.3g}", final))
         if len(grids) <= most:

@@ -1,7 +1,9 @@
-"""Cheap signs that a training goes wrong, each told once, in words, with what to try."""
+"""Cheap signs that a training goes wrong, each told once, in words, with what to try.
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+Add one by writing a subclass of `Diagnostic` and putting it into `DIAGNOSTICS`.
+"""
+
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -9,6 +11,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from frugan.config.objectives import Bce, Hinge, Objective, RpGan
 from frugan.data.loader import Loader
+from frugan.reporting.records import Event, Line, Warned
+from frugan.reporting.run_folder import NEIGHBOURS
 
 SIDE = 16  # pixels to which images are averaged: what is left is what a person sees from afar
 SETTLED = 500  # updates before which a generator may make anything
@@ -21,8 +25,130 @@ BYTES = 512 << 20  # bytes of them, among which neighbours are sought
 PIECE = 1 << 20  # numbers of real images at once
 
 
-class Watch:
-    """Looks at log lines and samples as a training goes.
+class Diagnostic:
+    """One sign. A subclass overrides what it looks at; each gives a sentence when the sign is there, else None.
+
+    Args:
+        data: the real images.
+        objective: what is minimised.
+
+    Attributes:
+        kind: what the warning is called; each kind is told once, whichever sign was first.
+    """
+
+    kind: str
+
+    def __init__(self, data: Loader, objective: Objective) -> None:
+        self.data = data
+        self.objective = objective
+
+    def line(self, line: Line) -> str | None:
+        """Looks at one report."""
+        return None
+
+    def samples(self, images: Tensor, updates: int) -> str | None:
+        """Looks at samples, uint8 ``[n, c, h, w]``, made after so many updates."""
+        return None
+
+    def classes(self, covered: float, of: int, updates: int) -> str | None:
+        """Looks at how many classes samples cover, made after so many updates."""
+        return None
+
+    def neighbours(self, distances: Tensor, usual: Tensor) -> str | None:
+        """Looks at how far each sample is from its nearest real image, and that from its own: float32 ``[n]``, from afar."""
+        return None
+
+
+class Collapse(Diagnostic):
+    """Samples differ little from one another."""
+
+    kind = "collapse"
+
+    def __init__(self, data: Loader, objective: Objective) -> None:
+        super().__init__(data, objective)
+        self.variety = variety(data.batch(0, min(64, len(data))))
+        self._poor = 0
+
+    def samples(self, images: Tensor, updates: int) -> str | None:
+        """Whether they are much more alike than real images, several times in a row."""
+        share = variety(images) / max(self.variety, 1e-9)
+        self._poor = self._poor + 1 if share < POOR and updates >= SETTLED else 0
+        if self._poor < ROUNDS:
+            return None
+        return (
+            f"Samples hardly differ from one another ({share:.0%} of the data's variety): the generator has collapsed. Try a "
+            "lower --lr-g, a larger --batch-size, another seed, or --recipe r3, which is made not to."
+        )
+
+
+class MissingClasses(Diagnostic):
+    """Samples are of few classes."""
+
+    kind = "collapse"
+
+    def classes(self, covered: float, of: int, updates: int) -> str | None:
+        """Whether they are half of them or fewer."""
+        if covered > of / 2 or updates < SETTLED:
+            return None
+        return (
+            f"Samples cover {covered:.0f} of {of} classes: the generator leaves the others out. Try a lower --lr-g, a larger "
+            "--batch-size, or --recipe r3."
+        )
+
+
+class DiscriminatorWon(Diagnostic):
+    """D is right about everything, and G learns nothing from it."""
+
+    kind = "discriminator won"
+
+    def __init__(self, data: Loader, objective: Objective) -> None:
+        super().__init__(data, objective)
+        self._since: int | None = None
+
+    def line(self, line: Line) -> str | None:
+        """Whether it has been for long."""
+        if not self._won(line):
+            self._since = None
+        elif self._since is None:
+            self._since = line.updates
+        elif line.updates - self._since >= WON:
+            return (
+                f"The discriminator has told all images apart for {WON} updates: the generator learns little from it. Try a lower "
+                "--lr-d, --label-smoothing, an R1 penalty (--r1 1), a smaller discriminator (--width-d), or --recipe r3."
+            )
+        return None
+
+    def _won(self, line: Line) -> bool:
+        measured = line.measured
+        if not {"Loss_D", "Loss_G", "D(x)", "D(G(z)) before"} <= measured.keys():
+            return False
+        if isinstance(self.objective, Bce):
+            sure = measured["D(x)"] > 0.95 * (1 - self.objective.label_smoothing) and measured["D(G(z)) before"] < 0.01
+            return sure and measured["Loss_G"] > 4.6
+        return isinstance(self.objective, (Hinge, RpGan)) and measured["Loss_D"] < 0.02  # others know no such thing as right
+
+
+class Memorising(Diagnostic):
+    """Samples are copies of real images."""
+
+    kind = "memorising"
+
+    def neighbours(self, distances: Tensor, usual: Tensor) -> str | None:
+        """Whether most are much nearer to a real image than that is to any other."""
+        apart = usual > 0  # an image that is there twice tells nothing
+        if int(apart.sum()) <= len(usual) // 2 or float((distances[apart] / usual[apart]).median()) >= NEAR:
+            return None
+        return (
+            f"Samples are nearly copies of real images ({NEIGHBOURS} shows them side by side): the generator knows them by "
+            "heart. Try more data, --flip, fewer --epochs, or smaller networks (--width-g, --width-d)."
+        )
+
+
+DIAGNOSTICS: list[type[Diagnostic]] = [Collapse, MissingClasses, DiscriminatorWon, Memorising]
+
+
+class Diagnostics:
+    """All of them: looks at lines and samples as a training goes.
 
     Args:
         data: the real images.
@@ -32,73 +158,41 @@ class Watch:
 
     def __init__(self, data: Loader, objective: Objective, warn: Callable[[str, str], None]) -> None:
         self.data = data
-        self.objective = objective
-        self._warn = warn
+        self.signs = [sign(data, objective) for sign in DIAGNOSTICS]
         self.told: set[str] = set()
-        self._poor = 0
-        self._won_since: int | None = None
-        self.variety = variety(data.batch(0, min(64, len(data))))
+        self._warn = warn
 
-    def line(self, line: Mapping[str, Any]) -> None:
+    def remember(self, events: Iterable[Event]) -> None:
+        """Takes up what was told before."""
+        self.told |= {event.kind for event in events if isinstance(event, Warned)}
+
+    def line(self, line: Line) -> None:
         """Looks at one report."""
-        if not self._won(line):
-            self._won_since = None
-        elif self._won_since is None:
-            self._won_since = line["updates"]
-        elif line["updates"] - self._won_since >= WON:
-            self._tell(
-                "discriminator won",
-                f"The discriminator has told all images apart for {WON} updates: the generator learns little from it. Try a lower "
-                "--lr-d, --label-smoothing, an R1 penalty (--r1 1), a smaller discriminator (--width-d), or --recipe r3.",
-            )
-
-    def _won(self, line: Mapping[str, Any]) -> bool:
-        if not {"Loss_D", "Loss_G", "D(x)", "D(G(z)) before"} <= line.keys():
-            return False
-        if isinstance(self.objective, Bce):
-            sure = line["D(x)"] > 0.95 * (1 - self.objective.label_smoothing) and line["D(G(z)) before"] < 0.01
-            return bool(sure and line["Loss_G"] > 4.6)
-        return isinstance(self.objective, (Hinge, RpGan)) and line["Loss_D"] < 0.02  # others know no such thing as right
+        self._look(lambda sign: sign.line(line))
 
     def samples(self, images: Tensor, updates: int) -> None:
         """Looks at samples, uint8 ``[n, c, h, w]``, made after so many updates."""
-        share = variety(images) / max(self.variety, 1e-9)
-        self._poor = self._poor + 1 if share < POOR and updates >= SETTLED else 0
-        if self._poor >= ROUNDS:
-            self._tell(
-                "collapse",
-                f"Samples hardly differ from one another ({share:.0%} of the data's variety): the generator has collapsed. Try a "
-                "lower --lr-g, a larger --batch-size, another seed, or --recipe r3, which is made not to.",
-            )
+        self._look(lambda sign: sign.samples(images, updates))
 
     def classes(self, covered: float, of: int, updates: int) -> None:
-        """Looks at how many classes samples cover."""
-        if covered <= of / 2 and updates >= SETTLED:
-            self._tell(
-                "collapse",
-                f"Samples cover {covered:.0f} of {of} classes: the generator leaves the others out. Try a lower --lr-g, a larger "
-                "--batch-size, or --recipe r3.",
-            )
+        """Looks at how many classes samples cover, made after so many updates."""
+        self._look(lambda sign: sign.classes(covered, of, updates))
 
     def neighbours(self, images: Tensor) -> Tensor:
-        """The real image nearest to each sample, uint8 ``[n, c, h, w]``; warns if samples are copies."""
+        """The real image nearest to each sample, uint8 ``[n, c, h, w]``, after a look at how near they are."""
         count = min(len(self.data), LOOKED_AT, max(1024, BYTES // images[0].numel()))
-        near, which = _nearest(thumbnails(images), self.data, count)
+        distances, which = _nearest(thumbnails(images), self.data, count)
         found = torch.cat([self.data.batch(int(i), 1).cpu() for i in which])
         usual, _ = _nearest(thumbnails(found), self.data, count, leave_out=which)
-        apart = usual > 0  # an image that is there twice tells nothing
-        if int(apart.sum()) > len(images) // 2 and float((near[apart] / usual[apart]).median()) < NEAR:
-            self._tell(
-                "memorising",
-                "Samples are nearly copies of real images (neighbours.png shows them side by side): the generator knows them by "
-                "heart. Try more data, --flip, fewer --epochs, or smaller networks (--width-g, --width-d).",
-            )
+        self._look(lambda sign: sign.neighbours(distances, usual))
         return found
 
-    def _tell(self, kind: str, text: str) -> None:
-        if kind not in self.told:
-            self.told.add(kind)
-            self._warn(kind, text)
+    def _look(self, at: Callable[[Diagnostic], str | None]) -> None:
+        for sign in self.signs:
+            text = at(sign)
+            if text is not None and sign.kind not in self.told:
+                self.told.add(sign.kind)
+                self._warn(sign.kind, text)
 
 
 def thumbnails(images: Tensor) -> Tensor:

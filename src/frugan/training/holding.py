@@ -1,5 +1,6 @@
 """Holding a plan: goes on in a cheaper way when memory runs out, says so, and compares the peak with what was predicted."""
 
+from collections.abc import Callable
 from functools import cache
 
 from frugan.gan.levers import PHASES, jobs, usable
@@ -8,14 +9,14 @@ from frugan.memory.layout import SMALLEST_COUPLED, Layout
 from frugan.memory.plan import Plan
 from frugan.memory.recover import Change, Recovery
 from frugan.memory.search import Search
+from frugan.reporting.records import Event, LayoutChanged, MemoryMeasured
 from frugan.training.session import Session
 from frugan.training.state import State
 from frugan.training.traces import Traces
-from frugan.utils.units import size
 
 
-def recovery(session: Session, plan: Plan, state: State) -> Recovery:
-    """What runs both phases as ``plan`` says, and goes on in a cheaper way when memory runs out."""
+def recovery(session: Session, plan: Plan, state: State, note: Callable[[Event], None]) -> Recovery:
+    """What runs both phases as ``plan`` says, and goes on in a cheaper way when memory runs out; ``note`` takes in what happens."""
     recipe, device, approximate = session.recipe, session.device, session.run.allow_approximate
 
     def changed(change: Change) -> None:
@@ -25,8 +26,8 @@ def recovery(session: Session, plan: Plan, state: State) -> Recovery:
             f"{cause[0].upper()}{cause[1:]} in {change.phase}'s phase after {state.images:,} images; going on with "
             f"{change.change} ({change.guarantee})."
         )
-        event = {"event": cause, "images": state.images, "phase": change.phase, "change": change.change}
-        folder.log(event | {"guarantee": str(change.guarantee)})
+        how = {"phase": change.phase, "change": change.change, "guarantee": str(change.guarantee)}
+        note(LayoutChanged(event=cause, images=state.images, **how))
         layouts = {name: layout.as_dict() for name, layout in made.layouts.items()}
         folder.rewrite_plan({"layouts": layouts, "freed_memory": made.handling})
 
@@ -54,12 +55,10 @@ def recovery(session: Session, plan: Plan, state: State) -> Recovery:
     return made
 
 
-def compare_peak(session: Session, plan: Plan, images: int) -> None:
-    """Predicted and measured peak, side by side, after ``images`` images."""
+def peak(session: Session, plan: Plan, images: int) -> MemoryMeasured | None:
+    """Predicted and measured peak, side by side, after ``images`` images; None where nobody measures it."""
     measured = limit.peak(session.device)
     if measured is None:
-        return
-    within = f", within --memory {size(plan.budget)}" if plan.named else ""
-    session.console.tell(f"Memory: {size(measured)} at most, {size(plan.predicted)} predicted{within}.")
-    event = {"event": "memory", "images": images, "predicted": plan.predicted, "measured": measured}
-    session.folder.log(event | {"budget": plan.budget if plan.named else None})
+        return None
+    budget = plan.budget if plan.named else None
+    return MemoryMeasured(images=images, predicted=plan.predicted, measured=measured, budget=budget)

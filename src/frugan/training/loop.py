@@ -4,12 +4,12 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
 from frugan.memory import limit
 from frugan.memory.recover import Recovery
+from frugan.reporting.records import Line
 from frugan.training.checkpoints import save, save_generator
 from frugan.training.messages import diverged
 from frugan.training.observer import Observer
@@ -46,7 +46,7 @@ class Loop:
         self.signals = signals
         self.on_update = on_update
         self.mean = Mean()
-        self.line: dict[str, Any] = {}
+        self.measured: dict[str, float] = {}
         self._clock, self._clock_images = 0.0, state.images
 
     def run(self) -> None:
@@ -67,7 +67,7 @@ class Loop:
             last = state.images >= session.total
             if ended or last or (within and within % session.run.report_every == 0):
                 self._report(self._scores(terms, drawn))
-            session.console.progress(self.line | self._position(), session.recipe.training.epochs, self.budget)
+            session.console.progress(self._line(self.measured), session.recipe.training.epochs, self.budget)
             if ended:
                 self._end_epoch(state.images // len(loader))
             if self.on_update:
@@ -127,18 +127,18 @@ class Loop:
                 if not skipping:
                     raise diverged(self.session, state.images, name, state.scaler.is_enabled())
                 del measured[name]
-        self.line = self._position() | measured | state.rates()
-        self.session.folder.log(self.line)
-        self.observer.line(self.line)
+        self.measured = measured
+        self.observer.line(self._line(measured))
 
-    def _position(self) -> dict[str, Any]:
-        """How far training is, and how fast it goes."""
-        images, session = self.state.images, self.session
-        rate = (images - self._clock_images) / max(time.monotonic() - self._clock, 1e-9)
-        return {
-            "images": images, "epoch": images / len(session.loader), "updates": self.state.updates,
-            "images/s": rate, "seconds left": (session.total - images) / rate, "memory": limit.held(session.device),
-        }  # fmt: skip
+    def _line(self, measured: dict[str, float]) -> Line:
+        """How far training is, how fast it goes, and what was measured."""
+        state, session = self.state, self.session
+        speed = (state.images - self._clock_images) / max(time.monotonic() - self._clock, 1e-9)
+        return Line(
+            images=state.images, epoch=state.images / len(session.loader), updates=state.updates, speed=speed,
+            seconds_left=(session.total - state.images) / speed, memory=limit.held(session.device), measured=measured,
+            **state.rates(),
+        )  # fmt: skip
 
     def _end_epoch(self, number: int) -> None:
         state, session = self.state, self.session
@@ -147,7 +147,7 @@ class Loop:
             state.plateau_d.step(means["Loss_D"])
             if "Loss_G" in means:
                 state.plateau_g.step(means["Loss_G"])
-        session.console.epoch(self.line | means, number, session.recipe.training.epochs)
+        session.console.epoch(self._line(self.measured | means), number, session.recipe.training.epochs)
         is_best = self.observer.epoch(number, state.images, state.updates, self.sample)
         if is_best or number % session.run.checkpoint_every == 0 or state.images >= session.total:
             save(session, state)

@@ -13,7 +13,7 @@ from frugan.memory.budget import AHEAD, MARGIN, Beside, BudgetPlanner, Process, 
 from frugan.memory.layout import SMALLEST_COUPLED, Layout
 from frugan.memory.plan import Plan
 from frugan.memory.search import Search
-from frugan.reporting.pictures import GRID
+from frugan.reporting.album import GRID
 from frugan.training.traces import Traces
 from frugan.utils.units import size
 

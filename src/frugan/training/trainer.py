@@ -8,7 +8,7 @@ from pathlib import Path
 
 from frugan.memory import limit
 from frugan.training.checkpoints import begin
-from frugan.training.holding import compare_peak, recovery
+from frugan.training.holding import peak, recovery
 from frugan.training.loop import Loop, OnUpdate
 from frugan.training.messages import introduce, out_of_memory
 from frugan.training.observer import Observer
@@ -53,8 +53,6 @@ class Trainer:
         finally:
             session.console.stop()
             session.loader.close()
-            if self.loop:
-                self.loop.observer.write()  # once more, when nobody trains there any more
         return session.folder.path
 
     def _train(self, signals: Signals, freeze: Callable[[], None]) -> None:
@@ -73,7 +71,9 @@ class Trainer:
             with limit.held_to(budget, session.device, plan.reserved, plan.held):
                 about = session.about()  # before anything that may fail
                 state = begin(session)
-                loop = Loop(session, budget, state, recovery(session, plan, state), observer, signals, self.on_update)
+                loop = Loop(
+                    session, budget, state, recovery(session, plan, state, observer.event), observer, signals, self.on_update
+                )
                 resumed = session.folder.claim(session.recipe, about | plan.as_dict(), state.images)
                 observer.begin(state.images)
                 self.loop = loop
@@ -83,7 +83,9 @@ class Trainer:
                 if state.images < session.total:
                     loop.run()
                     loop.finish()
-                    compare_peak(session, plan, state.images)
+                    if found := peak(session, plan, state.images):
+                        session.console.peak(found)
+                        observer.event(found)
                 else:
                     path, seen = session.folder.path, state.images
                     session.console.tell(f"{path} is already trained for {seen:,} images; more --epochs go on.")
