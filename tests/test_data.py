@@ -31,7 +31,7 @@ from frugan.data.opening import resolve
 from frugan.data.pack_loader import SMALL, PackLoader
 from frugan.data.sources import mnist, open_source
 from frugan.data.sources.base import ArraySource
-from frugan.data.sources.digits import as_published
+from frugan.data.sources.named import as_published
 from frugan.gan.step import normalise
 from frugan.utils.errors import UserError
 

@@ -3,17 +3,18 @@
 They are declared in `frugan.config.recipe.Memory`; `frugan.gan.step` does what they say.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 
 from frugan.config.recipe import Memory, Recipe
 from frugan.gan.penalties import penalties
 from frugan.memory.growth import Growth
-from frugan.memory.layout import Guarantee, Lever, split
+from frugan.memory.layout import Guarantee, Layout, Lever, split
 from frugan.memory.search import Job, Levers
 from frugan.utils.errors import UserError
 
@@ -45,6 +46,11 @@ def of_phase(phase: str) -> Levers:
 def named(names: Iterable[str]) -> Levers:
     """The levers called ``names``, as a layout has them."""
     return tuple(sorted(LEVERS[name] for name in names))
+
+
+def read_layout(values: Mapping[str, Any]) -> Layout:
+    """A layout as a plan in JSON has it."""
+    return Layout.from_dict(values, LEVERS.values())
 
 
 def allowed(recipe: Recipe, phase: str, device: torch.device, coupled_d: bool) -> dict[Lever, tuple[bool, ...]]:

@@ -16,8 +16,7 @@ from frugan.config import recipes
 from frugan.config.recipe import Recipe
 from frugan.config.section import flag
 from frugan.evaluation.families import METRICS, shown
-from frugan.gan.levers import LEVERS
-from frugan.memory.layout import Layout
+from frugan.gan.levers import read_layout
 from frugan.reporting import page
 from frugan.reporting.records import number
 from frugan.reporting.story import Curve, Measure, Story
@@ -330,6 +329,6 @@ def _value(measure: Measure, value: float | None) -> str:
 
 def _layout(layout: Any) -> str:
     try:
-        return str(Layout.from_dict(layout, LEVERS.values()))
+        return str(read_layout(layout))
     except (TypeError, ValueError, LookupError):
         return "in a way that this version does not know"

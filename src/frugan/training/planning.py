@@ -9,10 +9,10 @@ import torch
 
 from frugan.config.recipe import Recipe
 from frugan.data.opening import bytes_of, keepable
-from frugan.gan.levers import LEVERS
+from frugan.gan.levers import read_layout
 from frugan.memory import limit
 from frugan.memory.budget import TooLittle
-from frugan.memory.layout import Guarantee, Layout
+from frugan.memory.layout import Guarantee
 from frugan.memory.plan import Plan
 from frugan.training.planner import Planner
 from frugan.training.session import Session, resolved
@@ -60,8 +60,7 @@ def plan_of(session: Session, evaluation: int) -> tuple[Plan, Recipe]:
     saved = folder.saved_plan() if folder.newest_checkpoint() else {}
     if "layouts" in saved:
         layouts, planned = (
-            {name: Layout.from_dict(layout, LEVERS.values()) for name, layout in saved.get(key, {}).items()}
-            for key in ("layouts", "planned")
+            {name: read_layout(layout) for name, layout in saved.get(key, {}).items()} for key in ("layouts", "planned")
         )
         if all(sum(layout.sizes) == session.batch for layout in layouts.values()):
             plan = Planner(recipe, session.device, **options).with_layouts(layouts, saved["freed_memory"])

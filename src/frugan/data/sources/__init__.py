@@ -9,10 +9,9 @@ from pathlib import Path
 
 from frugan.config.recipe import Data
 from frugan.data.sources.base import Source, plain
-from frugan.data.sources.digits import digits
 from frugan.data.sources.files import archive, folder
 from frugan.data.sources.idx import CLASSES, idx_files
-from frugan.data.sources.mnist import named
+from frugan.data.sources.named import digits, named
 from frugan.data.sources.packs import pack
 from frugan.data.sources.streams import stream
 from frugan.data.sources.tables import records
