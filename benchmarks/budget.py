@@ -104,13 +104,13 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     plan = planner.plan()
     del planner
     with limit.held_to(plan.budget, device, plan.reserved):
-        limit.handle(plan.handling, device)
+        limit.set_freed(plan.freed, device)
         seconds, _ = trained(plan.layouts, 1 + cell["updates"])
         peak = limit.peak(device)
     return {
         "seconds": statistics.median(seconds[1:]), "budget": plan.budget, "predicted": plan.predicted, "peak": peak,
         "allocated": plan.allocated, "layouts": {n: layout.as_dict() for n, layout in plan.layouts.items()},
-        "words": ["; ".join(f"{n}: {layout}" for n, layout in plan.layouts.items()), plan.handling],
+        "words": ["; ".join(f"{n}: {layout}" for n, layout in plan.layouts.items()), plan.freed],
     }  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def training(loader: PackLoader, updates: int) -> tuple[float, float]:
     device = torch.device("cpu")
     optimizer_g, optimizer_d = optimizers(recipe, generator, discriminator, device)
     step, layout = make_step(recipe, generator, discriminator), Layout.of(128, 1)
-    host.handle("reuse")
+    host.set_freed("reuse")
     there = loader.batch(0, 128)
 
     def update(first: int, read: bool) -> float:

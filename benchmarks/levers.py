@@ -102,7 +102,7 @@ def main(options: Options) -> None:
 
     peaks, seconds = {}, {name: [] for name in rows}
     if device.type == "cpu":
-        host.handle("reuse")  # as training does
+        host.set_freed("reuse")  # as training does
     for name, compute in rows.items():
         compute()  # what libraries load, and compiling
         clear()

@@ -123,7 +123,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     choice = engine.choice.chosen["the step"]
     return {
         "predicted": engine.predicted, "peak": peak, "planning": planning, "layout": str(choice.layout),
-        "handling": engine.choice.handling, "allocates": choice.allocated, "changes": told,
+        "freed": engine.choice.freed, "allocates": choice.allocated, "changes": told,
     }  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def main(options: Options) -> None:
             over += exceeded
             table.add_row(
                 f"{model[0]} {model[1]}", str(model[3]), shown + (" exceeded" if exceeded else ""),
-                f"{found['layout']} ({found['handling']})" + ("; changed" if found["changes"] else ""),
+                f"{found['layout']} ({found['freed']})" + ("; changed" if found["changes"] else ""),
                 f"{found['predicted'] / 2**20:.0f}", f"{found['peak'] / 2**20:.0f}", f"{errors[-1]:+.1%}",
             )  # fmt: skip
     Console(width=150).print(table)

@@ -53,12 +53,12 @@ def cells() -> Iterator[dict[str, Any]]:
         for side in SIZES:
             for batch in BATCHES:
                 settings, layout = usable[turn % len(usable)]
-                handling = ("reuse", "return")[turn % 2]
-                yield {"recipe": recipe, "side": side, "batch": batch, "settings": settings, "layout": layout, "handling": handling}
+                freed = ("reuse", "return")[turn % 2]
+                yield {"recipe": recipe, "side": side, "batch": batch, "settings": settings, "layout": layout, "freed": freed}
                 turn += 1
     for i, (settings, layout) in enumerate(LEVERS):
-        handling = ("reuse", "return")[i % 2]
-        yield {"recipe": "r3", "side": 28, "batch": 64, "settings": settings, "layout": layout, "handling": handling}
+        freed = ("reuse", "return")[i % 2]
+        yield {"recipe": "r3", "side": 28, "batch": 64, "settings": settings, "layout": layout, "freed": freed}
 
 
 def measure(cell: dict[str, Any]) -> dict[str, int]:
@@ -87,7 +87,7 @@ def measure(cell: dict[str, Any]) -> dict[str, int]:
     search = Search(jobs(recipe, device, (facts.coupled_g, facts.coupled_d), traces.growth), device)
     exact = {job.name: search.exact(job, layout) for job in search.jobs}
     predicted = max(e.moment.bytes for e in exact.values())
-    tensors = search.holds([e.timeline for e in exact.values()], cell["handling"])
+    tensors = search.holds([e.timeline for e in exact.values()], cell["freed"])
     held = tensors + facts.loaded + (len(set(layout.sizes)) - 1) * facts.loaded_each
     traces.close()
     del traces, search, exact  # as planning does
@@ -106,11 +106,11 @@ def measure(cell: dict[str, Any]) -> dict[str, int]:
                 ema.update(generator, batch, seen + batch)
 
     limit.baseline(device)
-    host.handle("return")  # in the first update, as training does
+    host.set_freed("return")  # in the first update, as training does
     limit.forget_peak(device)
     training(1)
     warm_up()
-    host.handle(cell["handling"], pool.state().used + tensors)
+    host.set_freed(cell["freed"], pool.state().used + tensors)
     training(3)
     process = limit.peak(device) or 0
     allocated = highest(allocations(lambda: training(1)))
@@ -137,7 +137,7 @@ def main(options: Options) -> None:
         numbers = [f"{found[k] / 2**20:.1f}" for k in ("predicted", "allocated", "predicted_process", "process")]
         table.add_row(
             cell["recipe"], str(cell["side"]), str(cell["batch"]), ", ".join(f"{k} {v}" for k, v in used.items()) or "plain",
-            cell["handling"], *numbers[:2], f"{errors[-1]:+.2%}", *numbers[2:], f"{process_errors[-1]:+.1%}",
+            cell["freed"], *numbers[:2], f"{errors[-1]:+.2%}", *numbers[2:], f"{process_errors[-1]:+.1%}",
         )  # fmt: skip
     Console(width=160).print(table)
     import torch

@@ -207,7 +207,7 @@ def test_micro_batches_of_a_model_that_draws_are_approximate(draws: bool) -> Non
     assert engine.choice.guarantee == Guarantee.BITWISE  # the whole batch
     job = engine.choice.chosen[STEP].job
     assert Layout.of(12, 3).guarantee(job.coupled or job.draws) == (Guarantee.APPROXIMATE if draws else Guarantee.REASSOCIATION)
-    engine.recovery.handling = "return"
+    engine.recovery.freed = "return"
     scarce = Scarce(model, 1)
     with engine:
         engine.step(*batches(12)[0])
@@ -233,7 +233,7 @@ def test_a_step_that_is_begun_anew_draws_the_same_again() -> None:
         told: list[Change] = []
         model = network(nn.Dropout(0.5), nn.BatchNorm1d(16))
         engine = planned(model, SGD(model.parameters(), lr=0.1), 12, changed=told.append)
-        engine.recovery.handling = "reuse"
+        engine.recovery.freed = "reuse"
         torch.manual_seed(7)
         scarce = Scarce(model, times)
         with engine:

@@ -68,7 +68,7 @@ def test_memory_running_out_at_every_allocation_of_an_update(name: str, few: Pat
             for key, tensor in state.capture()[0].items():
                 tensor.copy_(before[key])
             state.images, state.updates = counters
-            recovery.layouts, recovery.handling = dict(layouts), "reuse"
+            recovery.layouts, recovery.freed = dict(layouts), "reuse"
             changes.clear()
             with Scarce(fails) as scarce:
                 loop.advance()
@@ -108,7 +108,7 @@ def with_handling(update: Any, recovery: Recovery, fails: int) -> Any:
     run = recovery.run
 
     def handled(phase: str, compute: Any) -> Any:
-        recovery.handling = "return"
+        recovery.freed = "return"
         return run(phase, compute)
 
     recovery.run = handled  # type: ignore[method-assign]

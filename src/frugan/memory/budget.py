@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from frugan.memory.host import Handling
+from frugan.memory.host import Freed
 from frugan.memory.layout import Layout
 from frugan.memory.limit import MIB
 from frugan.memory.plan import Plan
@@ -162,14 +162,14 @@ class BudgetPlanner:
         """Bytes of ``budget`` for phases."""
         return budget - process.framework() - self.data - MARGIN
 
-    def with_layouts(self, layouts: Mapping[str, Layout], handling: Handling) -> Plan | None:
+    def with_layouts(self, layouts: Mapping[str, Layout], freed: Freed) -> Plan | None:
         """The plan with these layouts, if it fits."""
         chosen = {job.name: self.search.candidate(job, layouts[job.name]) for job in self.search.jobs}
         process = self.process()
         budget = self._budget(process)
-        if any(c.needs(handling) > self.available(process, budget) for c in chosen.values()):
+        if any(c.needs(freed) > self.available(process, budget) for c in chosen.values()):
             return None
-        return self._described(Choice(handling, chosen, {}), process, budget)
+        return self._described(Choice(freed, chosen, {}), process, budget)
 
     def smallest(self) -> tuple[int, Candidate]:
         """The smallest budget that would do, and what binds it."""
@@ -194,7 +194,7 @@ class BudgetPlanner:
         """For each phase why the next faster layout is not taken."""
         available = plan.budget - plan.framework - plan.data
         return [
-            f"{name}: the next faster, {c.layout}, would hold {size(c.needs(plan.handling))} of {size(available)} left."
+            f"{name}: the next faster, {c.layout}, would hold {size(c.needs(plan.freed))} of {size(available)} left."
             for name, c in self.choice.refused.items()
         ]
 
@@ -206,9 +206,9 @@ class BudgetPlanner:
             plain, taken = self.search.candidates(job, job.variants[0])[0], self.choice.chosen[job.name]
             for levers in job.variants:
                 mine = self.search.candidates(job, levers)
-                fits = next((c for c in mine if c.needs(plan.handling) <= available), mine[-1])
+                fits = next((c for c in mine if c.needs(plan.freed) <= available), mine[-1])
                 candidate = taken if taken.layout.levers == levers else fits
-                needs = candidate.needs(plan.handling)
+                needs = candidate.needs(plan.freed)
                 rows.append({
                     "phase": job.name, "layout": candidate.layout.as_dict(), "in_words": str(candidate.layout),
                     "guarantee": str(candidate.guarantee), "allocates": candidate.allocated, "holds": needs,
@@ -245,14 +245,14 @@ class BudgetPlanner:
             phases[f"{name}'s phase"] = exact.moment.parts | {"workspaces": exact.moment.workspace}
             timelines.append(exact.timeline)
         # Between phases what is free goes back: only phases follow one another in the same memory.
-        held = self.search.holds(timelines, choice.handling, budget - process.framework() - self.data)
+        held = self.search.holds(timelines, choice.freed, budget - process.framework() - self.data)
         for name, beside in self.besides(_last(choice)).items():
             moment = beside.timeline.peak()
             phases[name] = moment.parts | {"workspaces": moment.workspace} | dict(beside.held)
         phases |= {name: dict(parts) for name, parts in self.moments.items()}
         held = max(held, self._between(_last(choice)), *(sum(parts.values()) for parts in phases.values()))
         return Plan(
-            {name: c.layout for name, c in choice.chosen.items()}, choice.handling, budget, self.named is not None, framework,
+            {name: c.layout for name, c in choice.chosen.items()}, choice.freed, budget, self.named is not None, framework,
             self.data, phases, held, choice.guarantee, process.reserved + (len(sizes) + 1) * process.reserved_each,
         )  # fmt: skip
 

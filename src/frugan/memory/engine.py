@@ -126,7 +126,7 @@ class Engine(AbstractContextManager["Engine"]):
                 f"the engine cuts tensors along their first dimension, the samples: it needs at least one tensor, each of at "
                 f"least one sample, not shapes {[list(t.shape) for t in tensors]}."
             )
-        limit.handle("return", self.device)
+        limit.set_freed("return", self.device)
         before = limit.baseline(self.device)
         sizes, update = tried(self.optimizer, self.device)
         if not self.optimizer.state:
@@ -164,7 +164,7 @@ class Engine(AbstractContextManager["Engine"]):
         self._loads = reserved
         self._more = self.predicted - plan.framework - state
         self.recovery = Recovery(
-            [self.module], self.device, {STEP: choice.chosen[STEP].layout}, choice.handling, coupled=self.coupled or self.draws,
+            [self.module], self.device, {STEP: choice.chosen[STEP].layout}, choice.freed, coupled=self.coupled or self.draws,
             levers={STEP: usable}, smallest={STEP: smallest},
             changed=self.changed, needs=lambda _, layout: self._known(search, job, layout, growths),
         )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Literal
 
 from frugan.memory import pool
 
-Handling = Literal["reuse", "return"]
+Freed = Literal["reuse", "return"]
 # Of mallopt (malloc.h), with the environment's name for each and glibc's default.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
 DEFAULTS = {
@@ -38,7 +38,7 @@ def libc() -> ctypes.CDLL | None:
     return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None  # another one lacks them
 
 
-def handle(how: Handling, most: int | None = None) -> None:
+def set_freed(how: Freed, most: int | None = None) -> None:
     """Says what becomes of freed memory on the CPU; other C libraries than glibc do as they like.
 
     ``return`` gives every tensor of more than 64 KiB back at once, so that the process holds what is live and no more; each new
@@ -64,7 +64,7 @@ def handle(how: Handling, most: int | None = None) -> None:
 
 
 def restore() -> None:
-    """Undoes `handle`: the C library's own thresholds, or those that the environment names.
+    """Undoes `set_freed`: the C library's own thresholds, or those that the environment names.
 
     But for one thing: glibc no longer raises its threshold by itself as it does in a program that never named one.
     """

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from frugan.memory import host, pool
-from frugan.memory.host import Handling
+from frugan.memory.host import Freed
 from frugan.utils.accelerator import accelerator
 from frugan.utils.errors import UserError
 from frugan.utils.units import parse_bytes, size
@@ -45,10 +45,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in WORDS)
 
 
-def handle(how: Handling, device: torch.device) -> None:
-    """Says what becomes of freed memory on the CPU (`frugan.memory.host.handle`); on accelerators torch's allocator decides."""
+def set_freed(how: Freed, device: torch.device) -> None:
+    """Says what becomes of freed memory on the CPU (`frugan.memory.host.set_freed`); on accelerators torch's allocator decides."""
     if device.type == "cpu":
-        host.handle(how, _kept)
+        host.set_freed(how, _kept)
         if how == "return" and _budgets:
             _limit_data()  # the system counts the gaps of the heap as held for ever, but tensors do not go there any more
 
@@ -227,7 +227,7 @@ def loosen() -> None:
 def held_to(budget: int | None, device: torch.device, reserved: int = 0, more: int | None = None) -> Iterator[None]:
     """While open, the process is `limited` to ``budget`` if there is one; freed memory goes back at first.
 
-    Later (`handle`) it is kept for new tensors, up to what is there now and ``more`` bytes, those of tensors counted.
+    Later (`set_freed`) it is kept for new tensors, up to what is there now and ``more`` bytes, those of tensors counted.
 
     Until `settle`, libraries may reserve ``reserved`` bytes of addresses beyond that, which they do not touch: oneDNN does for the
     code of every convolution it has not met before, does not look whether it got them, and runs it.
@@ -235,7 +235,7 @@ def held_to(budget: int | None, device: torch.device, reserved: int = 0, more: i
     global _beyond, _reserved, _kept
     baseline(device)  # lets go of what planning has left
     _kept = None if more is None else pool.state().used + more
-    handle("return", device)
+    set_freed("return", device)
     forget_peak(device)
     _beyond = _reserved = reserved
     try:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from frugan.memory.host import Handling
+from frugan.memory.host import Freed
 from frugan.memory.layout import Guarantee, Layout
 
 
@@ -13,7 +13,7 @@ class Plan:
 
     Args:
         layouts: of each phase.
-        handling: what becomes of freed memory on the CPU.
+        freed: what becomes of freed memory on the CPU.
         budget: bytes that the process may hold.
         named: whether a person named the budget.
         framework: bytes that the process holds besides training, with what it comes to load.
@@ -26,7 +26,7 @@ class Plan:
     """
 
     layouts: dict[str, Layout]
-    handling: Handling
+    freed: Freed
     budget: int
     named: bool
     framework: int
@@ -52,7 +52,7 @@ class Plan:
         return {
             "layouts": {name: layout.as_dict() for name, layout in self.layouts.items()},
             "planned": {name: layout.as_dict() for name, layout in (self.planned or self.layouts).items()},
-            "guarantee": str(self.guarantee), "freed_memory": self.handling,
+            "guarantee": str(self.guarantee), "freed_memory": self.freed,
             "budget": self.budget, "budget_named": self.named, "predicted": self.predicted,
             "framework": self.framework, "data": self.data, "training_allocates": self.allocated, "training_holds": self.held,
             "phases": self.phases,

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from frugan.memory import limit
-from frugan.memory.host import Handling
+from frugan.memory.host import Freed
 from frugan.memory.layout import Guarantee, Layout, Lever
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ class Recovery:
         modules: whose gradients and running statistics a phase changes.
         device: where they are.
         layouts: of each phase.
-        handling: what becomes of freed memory on the CPU now.
+        freed: what becomes of freed memory on the CPU now.
         levers: for each phase those that may be used.
         smallest: for each phase what a micro-batch must not be smaller than.
         coupled: whether a sample's output depends on the others of its micro-batch.
@@ -53,14 +53,14 @@ class Recovery:
     """
 
     def __init__(
-        self, modules: Sequence[nn.Module], device: torch.device, layouts: Mapping[str, Layout], handling: Handling, *,
+        self, modules: Sequence[nn.Module], device: torch.device, layouts: Mapping[str, Layout], freed: Freed, *,
         levers: Mapping[str, Collection[Lever]], smallest: Mapping[str, int], coupled: bool, changed: Callable[[Change], None],
         needs: Callable[[str, Layout], int | None], planned: Mapping[str, Layout] | None = None,
     ) -> None:  # fmt: skip
         self.modules = modules
         self.device = device
         self.layouts = dict(layouts)
-        self.handling = handling
+        self.freed = freed
         self.levers = levers
         self.smallest = smallest
         self.coupled = coupled
@@ -112,7 +112,7 @@ class Recovery:
         if not self._settled and all(each in self._met for each in self.layouts.items()):
             self._settled = True
             limit.settle()
-            limit.handle(self.handling, self.device)  # not before: what libraries keep would lie between tensors for ever
+            limit.set_freed(self.freed, self.device)  # not before: what libraries keep would lie between tensors for ever
         return result
 
     def again(self, action: Callable[[], T]) -> T:
@@ -133,8 +133,8 @@ class Recovery:
     def _give_back(self) -> None:
         gc.collect()
         if self.device.type == "cpu":
-            self.handling = "return"
-            limit.handle("return", self.device)
+            self.freed = "return"
+            limit.set_freed("return", self.device)
         limit.release(self.device)
 
     def _go_back(self, phase: str) -> None:
@@ -157,7 +157,7 @@ class Recovery:
         if phase in self._trying:  # it does not suffice yet
             self._trying.discard(phase)
             self.patience[phase] *= 2
-        reused = self.handling == "reuse" and self.device.type == "cpu"
+        reused = self.freed == "reuse" and self.device.type == "cpu"
         self._give_back()
         if reused:
             self.changed(Change(phase, "freed memory given back at once", Guarantee.BITWISE, cause))

@@ -15,7 +15,7 @@ import torch
 
 from frugan.memory import pool
 from frugan.memory.growth import Growth
-from frugan.memory.host import Handling
+from frugan.memory.host import Freed
 from frugan.memory.layout import SMALLEST_COUPLED, Guarantee, Layout, Lever, split
 from frugan.memory.private import UNMEASURED, can_record
 from frugan.memory.segments import LEAST, ROUND, SMALL_SEGMENT, Full, Segments
@@ -97,21 +97,21 @@ class Candidate:
         """What holds for it."""
         return self.layout.guarantee(self.job.coupled or self.job.draws)
 
-    def needs(self, handling: Handling) -> int:
+    def needs(self, freed: Freed) -> int:
         """Bytes of the process."""
         if self.exact:
-            return self.exact.held if handling == "reuse" else self.exact.least
-        return self.held if handling == "reuse" else self.least
+            return self.exact.held if freed == "reuse" else self.exact.least
+        return self.held if freed == "reuse" else self.least
 
-    def time(self, handling: Handling, rates: Rates) -> float:
+    def time(self, freed: Freed, rates: Rates) -> float:
         """Seconds of an update."""
-        return self.seconds + (self.fresh / rates.fresh if handling == "return" else 0)
+        return self.seconds + (self.fresh / rates.fresh if freed == "return" else 0)
 
 
 class Exact:
     """What a layout allocates, as its timeline says."""
 
-    def __init__(self, timeline: Timeline, holds: Callable[[Handling], int]) -> None:
+    def __init__(self, timeline: Timeline, holds: Callable[[Freed], int]) -> None:
         self.timeline = timeline
         self.moment = timeline.peak()
         self._holds = holds
@@ -131,7 +131,7 @@ class Exact:
 class Choice:
     """What the search decided."""
 
-    handling: Handling
+    freed: Freed
     chosen: dict[str, Candidate]
     refused: dict[str, Candidate]  # what would have been taken next, had there been more memory
 
@@ -159,7 +159,7 @@ class Search:
         self._estimates: dict[tuple[str, Levers], list[Candidate]] = {}
 
     @property
-    def handlings(self) -> tuple[Handling, ...]:
+    def freed_ways(self) -> tuple[Freed, ...]:
         """What can become of freed memory, the faster first."""
         return ("reuse",) if self.device.type == "cpu" and pool.available() else ("reuse", "return")
 
@@ -181,11 +181,11 @@ class Search:
             self._exact[key] = Exact(timeline, partial(self._with_margin, timeline))
         return self._exact[key]
 
-    def _with_margin(self, timeline: Timeline, handling: Handling) -> int:
-        held = self.holds([timeline], handling)
+    def _with_margin(self, timeline: Timeline, freed: Freed) -> int:
+        held = self.holds([timeline], freed)
         return held if self.device.type == "cpu" else int(held * SEGMENTS_MARGIN)
 
-    def holds(self, timelines: Sequence[Timeline], handling: Handling, available: int | None = None) -> int:
+    def holds(self, timelines: Sequence[Timeline], freed: Freed, available: int | None = None) -> int:
         """What is held for two updates in which ``timelines`` follow each other, whose first says what is there from the start.
 
         Where freed memory goes back, and in a pool, that is the least that will do; on an accelerator, whose allocator gives
@@ -195,9 +195,9 @@ class Search:
         if self.device.type == "cpu" and not can_record():
             most = int(most * UNMEASURED)
         if self.device.type == "cpu":
-            return most if handling == "return" or pool.available() else int(KEPT * most)
+            return most if freed == "return" or pool.available() else int(KEPT * most)
         held = self._replayed(timelines, Segments()).top
-        if handling == "return":
+        if freed == "return":
             if available is not None:
                 with suppress(Full):
                     return self._replayed(timelines, Segments(available - SMALL_SEGMENT)).top + SMALL_SEGMENT
@@ -264,18 +264,18 @@ class Search:
             if estimate.allocated > available:
                 return None
             chosen[job.name] = self.candidate(job, estimate.layout)
-            if chosen[job.name].needs(self.handlings[0]) > available:
+            if chosen[job.name].needs(self.freed_ways[0]) > available:
                 return None
-        return Choice(self.handlings[0], chosen, {})
+        return Choice(self.freed_ways[0], chosen, {})
 
     def choose(self, available: float) -> Choice | None:
         """The fastest that fits into ``available`` bytes, exact layouts before approximate ones; None if nothing does."""
         if plain := self.plain(available):
             return plain
-        choices = [c for handling in self.handlings if (c := self._best(available, handling))]
+        choices = [c for freed in self.freed_ways if (c := self._best(available, freed))]
         return min(
             choices,
-            key=lambda c: (c.guarantee == Guarantee.APPROXIMATE, sum(x.time(c.handling, self.rates) for x in c.chosen.values())),
+            key=lambda c: (c.guarantee == Guarantee.APPROXIMATE, sum(x.time(c.freed, self.rates) for x in c.chosen.values())),
             default=None,
         )
 
@@ -287,42 +287,42 @@ class Search:
         every = [c for levers in job.variants for c in self._allowed(job, levers)]
         return self.candidate(job, min(every, key=lambda c: (c.least, c.seconds)).layout)
 
-    def _best(self, available: float, handling: Handling) -> Choice | None:
+    def _best(self, available: float, freed: Freed) -> Choice | None:
         chosen: dict[str, Candidate] = {}
         refused: dict[str, Candidate] = {}
         for job in self.jobs:
-            found = self._fitting(job, available, handling, refused)
+            found = self._fitting(job, available, freed, refused)
             if found is None:  # the estimates may be too high: what would be named as smallest is looked at as it is
                 found = self._leanest(job)
-                if found.needs(handling) > available:
+                if found.needs(freed) > available:
                     return None
             chosen[job.name] = found
-        return Choice(handling, chosen, refused)
+        return Choice(freed, chosen, refused)
 
-    def _fitting(self, job: Job, available: float, handling: Handling, refused: dict[str, Candidate]) -> Candidate | None:
+    def _fitting(self, job: Job, available: float, freed: Freed, refused: dict[str, Candidate]) -> Candidate | None:
         """The fastest layout of ``job`` that fits; what would have been faster goes into ``refused``."""
-        plain = self._first(self._allowed(job, job.variants[0]), available, handling, refused)
+        plain = self._first(self._allowed(job, job.variants[0]), available, freed, refused)
         whole = self.candidates(job, job.variants[0])[0]
-        if plain and plain.time(handling, self.rates) <= SLOWER * whole.time(handling, self.rates):
+        if plain and plain.time(freed, self.rates) <= SLOWER * whole.time(freed, self.rates):
             if plain.guarantee != Guarantee.APPROXIMATE:
                 return plain
             if self._growth(job, job.variants[0]).least(job.batch) > available:
                 return plain  # no lever helps it to be exact
-            if self.candidates(job, job.variants[-1])[0].needs(handling) > available:  # nor do all of them
+            if self.candidates(job, job.variants[-1])[0].needs(freed) > available:  # nor do all of them
                 return plain
-        return self._first([c for levers in job.variants for c in self._allowed(job, levers)], available, handling, refused)
+        return self._first([c for levers in job.variants for c in self._allowed(job, levers)], available, freed, refused)
 
     def _first(
-        self, candidates: Sequence[Candidate], available: float, handling: Handling, refused: dict[str, Candidate]
+        self, candidates: Sequence[Candidate], available: float, freed: Freed, refused: dict[str, Candidate]
     ) -> Candidate | None:
-        ranked = sorted(candidates, key=lambda c: (c.guarantee == Guarantee.APPROXIMATE, c.time(handling, self.rates)))
+        ranked = sorted(candidates, key=lambda c: (c.guarantee == Guarantee.APPROXIMATE, c.time(freed, self.rates)))
         short = 1.0  # by how much the estimates were short
         for estimate in ranked:
-            if estimate.needs(handling) * short <= available:
+            if estimate.needs(freed) * short <= available:
                 candidate = self.candidate(estimate.job, estimate.layout)
-                if candidate.needs(handling) <= available:
+                if candidate.needs(freed) <= available:
                     return candidate
-                short = candidate.needs(handling) / estimate.needs(handling)
+                short = candidate.needs(freed) / estimate.needs(freed)
             refused[estimate.job.name] = estimate
         return None
 

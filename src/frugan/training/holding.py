@@ -29,7 +29,7 @@ def recovery(session: Session, plan: Plan, state: State, note: Callable[[Event],
         how = {"phase": change.phase, "change": change.change, "guarantee": str(change.guarantee)}
         note(LayoutChanged(event=cause, images=state.images, **how))
         layouts = {name: layout.as_dict() for name, layout in made.layouts.items()}
-        folder.rewrite_plan({"layouts": layouts, "freed_memory": made.handling})
+        folder.rewrite_plan({"layouts": layouts, "freed_memory": made.freed})
 
     coupled = state.generator.couples_samples or state.discriminator.couples_samples
     least = {p: min(SMALLEST_COUPLED, *layout.sizes) if coupled else 1 for p, layout in plan.layouts.items()}
@@ -47,7 +47,7 @@ def recovery(session: Session, plan: Plan, state: State, note: Callable[[Event],
         return known.exact(job, layout).moment.bytes
 
     made = Recovery(
-        [state.generator, state.discriminator], device, plan.layouts, plan.handling,
+        [state.generator, state.discriminator], device, plan.layouts, plan.freed,
         levers={p: usable(recipe, p, device, coupled_d) for p in PHASES},
         smallest=dict.fromkeys(PHASES, 2) if coupled and approximate else least, coupled=coupled, changed=changed, needs=needs,
         planned=plan.planned,

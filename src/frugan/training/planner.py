@@ -78,10 +78,10 @@ class Planner:
         finally:
             self.traces.close()
 
-    def with_layouts(self, layouts: dict[str, Layout], handling: Any) -> Plan | None:
+    def with_layouts(self, layouts: dict[str, Layout], freed: Any) -> Plan | None:
         """The plan with these layouts, if it fits."""
         try:
-            return self.budget.with_layouts(layouts, handling)
+            return self.budget.with_layouts(layouts, freed)
         finally:
             self.traces.close()
 
@@ -130,4 +130,4 @@ class Planner:
 
     def images_per_second(self, plan: Plan) -> float:
         """About how fast ``plan`` trains here: the first micro-batch of each phase is run and timed."""
-        return self.recipe.training.batch_size / self.traces.seconds(plan.layouts, plan.handling)
+        return self.recipe.training.batch_size / self.traces.seconds(plan.layouts, plan.freed)

@@ -68,7 +68,7 @@ class Session:
             UserError: anything about data, recipe or folder that cannot be trained; nothing was written then.
         """
         where = device.choose(run.device)
-        limit.handle("return", where)  # until there is a plan
+        limit.set_freed("return", where)  # until there is a plan
         recipe, source = resolved(recipe, where, console.tell)
         loader = _loader(source, recipe, run, where, console)
         batch = recipe.training.batch_size

@@ -24,7 +24,7 @@ import torch
 from frugan.config.recipe import Recipe
 from frugan.memory import host, limit
 from frugan.memory.growth import LARGE, SMALL, Growth
-from frugan.memory.host import Handling
+from frugan.memory.host import Freed
 from frugan.memory.layout import Layout
 from frugan.memory.search import Levers
 from frugan.reporting.pictures import warm_up
@@ -243,12 +243,12 @@ class Traces:
         """Has what only an update loads on an accelerator there, so that it is counted."""
         warm_up_update(self.device)
 
-    def seconds(self, layouts: Mapping[str, Layout], handling: Handling) -> float:
+    def seconds(self, layouts: Mapping[str, Layout], freed: Freed) -> float:
         """About how long an update takes here with ``layouts``: the first micro-batch of each phase is run and timed."""
         model = Model(self.recipe, self.device)
-        limit.handle(handling, self.device)
+        limit.set_freed(freed, self.device)
         total = sum(model.seconds(name, layout) for name, layout in layouts.items())
-        limit.handle("return", self.device)
+        limit.set_freed("return", self.device)
         self.close()
         return total
 
@@ -294,7 +294,7 @@ def serve() -> None:
     about = json.loads(sys.stdin.readline())
     torch.set_num_threads(about["threads"])
     device = torch.device(about["device"])
-    limit.handle("return", device)
+    limit.set_freed("return", device)
     gc.collect()
     gc.freeze()  # so that later collections, of which there are many, do not look at all that was imported
     maker = InProcess(Recipe.from_toml(about["recipe"], "the recipe"), device)
