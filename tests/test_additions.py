@@ -230,3 +230,96 @@ COMMAND = Command(lambda _: Count, lambda said: print(*range(1, said.to + 1)))
     source.insert("cli/__init__.py", "from frugan.cli.parsing", "from frugan.cli import count\n")
     assert source.run('frugan.cli.main(["count", "--to", "4"])', tmp_path, few).strip() == "1 2 3 4"
     assert len(source.touched) <= 2
+
+
+def test_a_metric_on_features_of_its_own(source: Copy, tmp_path: Path, few: Path) -> None:
+    source.write(
+        "evaluation/families/brightness.py",
+        """
+from frugan.evaluation.families.base import Family, Metric
+
+class Mean:
+    def __init__(self):
+        self.total, self.count = 0.0, 0
+
+    def add(self, first, images):
+        self.total += float(images.float().mean()) * len(images)
+        self.count += len(images)
+
+class BrightnessFamily(Family[Mean]):
+    name = "brightness"
+    metrics = {"brightness": Metric("Brightness", False, 3, "difference of the mean pixels")}
+
+    def new(self, images):
+        return Mean()
+
+    def compared(self, real, fake):
+        return {"brightness": abs(real.total / real.count - fake.total / fake.count)}
+
+    def needs(self):
+        return 1 << 20
+""",
+    )
+    source.append(
+        "evaluation/families/__init__.py",
+        "\n\nfrom frugan.evaluation.families.brightness import BrightnessFamily\n\nregister(BrightnessFamily)\n",
+    )
+    script = 'frugan.cli.main(["evaluate", few, few, "--metrics", "brightness", "--samples", "32", "--json"])'
+    assert json.loads(source.run(script, tmp_path, few))["metrics"] == {"brightness": 0.0}
+    assert len(source.touched) <= 2
+
+
+def test_a_tracker(source: Copy, tmp_path: Path, few: Path) -> None:
+    source.append(
+        "reporting/trackers.py",
+        """
+
+class Counter:
+    \"\"\"Counts what it is told.\"\"\"
+
+    def __init__(self, folder: RunFolder, images: int, tell: Tell) -> None:
+        self.file, self.count = folder.path / "counted.txt", 0
+
+    def line(self, line: Line) -> None:
+        self.count += 1
+
+    def event(self, event: Event) -> None:
+        pass
+
+    def images(self, name: str, picture: Image.Image, images_seen: int) -> None:
+        pass
+
+    def close(self) -> None:
+        self.file.write_text(str(self.count))
+
+
+TRACKERS["counter"] = Counter
+""",
+    )
+    script = 'frugan.train(few, out=out, trackers="counter", report_every=1, width_g=4, width_d=4, **SMALL)'
+    source.run(script, tmp_path / "r", few)
+    assert (tmp_path / "r" / "counted.txt").read_text() == "4"
+    assert len(source.touched) == 1
+
+
+def test_a_diagnostic(source: Copy, tmp_path: Path, few: Path) -> None:
+    source.append(
+        "training/diagnostics.py",
+        """
+
+class Seen(Diagnostic):
+    \"\"\"Says that there was a report.\"\"\"
+
+    kind = "seen"
+
+    def line(self, line: Line) -> str | None:
+        return f"A report after {line.images} images."
+
+
+DIAGNOSTICS.append(Seen)
+""",
+    )
+    source.run("frugan.train(few, out=out, width_g=4, width_d=4, **SMALL)", tmp_path / "r", few)
+    warned = [line for line in lines(tmp_path / "r") if line.get("event") == "warning"]
+    assert [line["kind"] for line in warned] == ["seen"]
+    assert len(source.touched) == 1
