@@ -93,7 +93,7 @@ def readable(text: str, hint: Any) -> bool:
 
 
 def spoken(hint: Any) -> str:
-    """A type in words."""
+    """A type as an error names it, such as `a whole number`."""
     if typing.get_origin(hint) in UNIONS:
         return " or ".join(spoken(h) for h in typing.get_args(hint) if h is not types.NoneType)
     if typing.get_origin(hint) is Literal:

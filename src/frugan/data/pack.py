@@ -95,7 +95,7 @@ class Pack:
 
     @property
     def bytes(self) -> int:
-        """Of all pixels."""
+        """The size of the file of pixels, in bytes."""
         return len(self) * self._row
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:

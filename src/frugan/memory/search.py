@@ -94,17 +94,17 @@ class Candidate:
 
     @property
     def guarantee(self) -> Guarantee:
-        """What holds for it."""
+        """What this layout leaves as it is."""
         return self.layout.guarantee(self.job.coupled or self.job.draws)
 
     def needs(self, freed: Freed) -> int:
-        """Bytes of the process."""
+        """Bytes that the process holds for it, if freed memory is kept (``reuse``) or goes back (``return``)."""
         if self.exact:
             return self.exact.held if freed == "reuse" else self.exact.least
         return self.held if freed == "reuse" else self.least
 
     def time(self, freed: Freed, rates: Rates) -> float:
-        """Seconds of an update."""
+        """Seconds of an update on a device of these rates."""
         return self.seconds + (self.fresh / rates.fresh if freed == "return" else 0)
 
 

@@ -23,7 +23,7 @@ PLAIN_EVERY = 30.0  # seconds between two lines of progress where there is no te
 
 
 def counted(number: int, word: str, ending: str = "s") -> str:
-    """1 epoch, 2 epochs."""
+    """``number`` with its noun in singular or plural: 1 epoch, 2 epochs."""
     return f"{number} {word}{ending if number > 1 else ''}"
 
 
@@ -53,7 +53,7 @@ class Console:
         self._counted = ""
 
     def tell(self, text: str) -> None:
-        """One notice."""
+        """Prints ``text`` on a line of its own."""
         self.rich.print(text, markup=False)
         self.rich.file.flush()  # into a file too, which is read while training goes on
 

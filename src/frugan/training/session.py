@@ -98,7 +98,7 @@ class Session:
         return math.ceil(self.recipe.training.epochs * len(self.loader) / self.batch) * self.batch
 
     def machine(self) -> dict[str, Any]:
-        """What rounding depends on."""
+        """What results depend on up to rounding: torch's version, the kind of device, the number of threads."""
         return {"torch": torch.__version__, "device": self.device.type, "threads": torch.get_num_threads()}
 
     def about(self) -> dict[str, Any]:

@@ -88,7 +88,7 @@ class State:
             self.optimizer_d.param_groups[0]["lr"] = options.lr_d * factor
 
     def rates(self) -> dict[str, float]:
-        """Both learning rates."""
+        """The learning rates of both optimizers, by the names of their settings."""
         return {"lr_g": self.optimizer_g.param_groups[0]["lr"], "lr_d": self.optimizer_d.param_groups[0]["lr"]}
 
     def update(self, optimizer: Adam) -> None:

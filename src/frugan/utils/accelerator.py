@@ -54,7 +54,7 @@ class Accelerator:
         return int(self.words.mem_get_info(self.device)[0])
 
     def total(self) -> int:
-        """Bytes there are."""
+        """Bytes of memory that the device has."""
         return int(self.words.mem_get_info(self.device)[1])
 
     def release(self) -> None:
@@ -125,7 +125,7 @@ class Metal(Accelerator):
 
     @property
     def can_be_limited(self) -> bool:
-        """No."""
+        """False: MPS has no limit that a process could set."""
         return False
 
     def allocated(self) -> int:
@@ -137,15 +137,15 @@ class Metal(Accelerator):
         return int(torch.mps.driver_allocated_memory())
 
     def most_allocated(self) -> int:
-        """Nobody says: what is now."""
+        """Bytes of tensors now: MPS keeps no peak."""
         return self.allocated()
 
     def most_reserved(self) -> int | None:
-        """Nobody says."""
+        """None: MPS keeps no peak."""
         return None
 
     def forget_peak(self) -> None:
-        """Nothing to forget."""
+        """Does nothing: there is no peak."""
 
     def free(self) -> int:
         """Bytes up to what Metal recommends."""
@@ -168,7 +168,7 @@ class Metal(Accelerator):
         torch.mps.set_rng_state(state)
 
     def meet(self) -> None:
-        """Nothing to note."""
+        """Does nothing: other processes' memory is not counted."""
 
     def context(self) -> int:
         """None beside what is reserved."""

@@ -93,7 +93,7 @@ class ArraySource(Source):
         return len(self.images)
 
     def where(self, index: int) -> str:
-        """Its number."""
+        """Names image ``index`` by its number in the source."""
         return f"image {index} of {self.name}"
 
     def open(self, index: int, at_least: int) -> Image.Image:

@@ -33,7 +33,7 @@ class FileSource(Source):
         return len(self.paths)
 
     def where(self, index: int) -> str:
-        """Its path."""
+        """The path of image ``index``, on one line."""
         return shown(self.paths[index])
 
     def open(self, index: int, at_least: int) -> Image.Image:

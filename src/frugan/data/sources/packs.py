@@ -27,7 +27,7 @@ class PackSource(Source):
         return len(self.pack) if self.pack else 0
 
     def where(self, index: int) -> str:
-        """Its number."""
+        """Names image ``index`` by its number in the source."""
         return f"image {index} of {self.name}"
 
     def open(self, index: int, at_least: int) -> Image.Image:

@@ -176,7 +176,7 @@ class ShardSource(Source):
         return sum(shard.images for shard in self.shards)
 
     def where(self, index: int) -> str:
-        """Its number."""
+        """Names image ``index`` by its number in the source."""
         return f"image {index} of {self.name}"
 
     def open(self, index: int, at_least: int) -> Image.Image:

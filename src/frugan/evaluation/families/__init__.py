@@ -40,5 +40,5 @@ def better(name: str, a: float, b: float) -> bool:
 
 
 def shown(name: str, value: float) -> str:
-    """The number for people."""
+    """``value`` with as many digits as its metric is read with."""
     return f"{value:,.{METRICS[name].digits}f}"
