@@ -82,13 +82,14 @@ def measure(cell: dict[str, Any]) -> dict[str, int]:
     recipe = recipes.get(cell["recipe"]).replace(image_size=side, channels=channels, batch_size=batch, **cell["settings"])
     layout = Layout.of(batch, cell["layout"].get("parts", 1), named(cell["layout"].get("levers", ())))
     before = limit.baseline(device)
-    traces = Traces(recipe, device, apart=True)
+    traces = Traces(recipe, device, separate=True)
     facts = traces.facts
     search = Search(jobs(recipe, device, (facts.coupled_g, facts.coupled_d), traces.growth), device)
     exact = {job.name: search.exact(job, layout) for job in search.jobs}
     predicted = max(e.moment.bytes for e in exact.values())
     tensors = search.holds([e.timeline for e in exact.values()], cell["freed"])
-    held = tensors + facts.loaded + (len(set(layout.sizes)) - 1) * facts.loaded_each
+    loads = sum(facts.loads.get(lever.name, 0) for lever in layout.levers)
+    held = tensors + facts.loaded + (len(set(layout.sizes)) - 1) * facts.loaded_each + loads
     traces.close()
     del traces, search, exact  # as planning does
 

@@ -26,7 +26,8 @@ from frugan.memory.trace import allocations, highest
 from frugan.reporting.run_folder import RunFolder
 from frugan.training.model import Model
 from frugan.training.planner import Planner
-from frugan.training.traces import Subprocess, Traces, fingerprint
+from frugan.training.traces import Traces, fingerprint
+from frugan.training.tracing import Subprocess
 from frugan.utils.errors import UserError
 
 from .conftest import final_state, write_idx

@@ -34,7 +34,7 @@ def test_a_growth_is_what_is_traced_at_any_size_with_gradients_and_without(name:
         assert growth.peaks([count], several=True)[0] == near(ours.peak().bytes)
     for sizes in ((6,), (6, 6), (6, 5)):  # the first finds no gradients: what it would add to them becomes them
         held = {GRADIENTS: [], "noise": [*model.step.draws.kept()]} | model.held()
-        exact = trace(lambda sizes=sizes: model._run(phase, Layout(sizes=sizes)), held)  # type: ignore[misc]
+        exact = trace(lambda sizes=sizes: model.run(phase, Layout(sizes=sizes)), held)  # type: ignore[misc]
         assert growth.timeline(sizes).peak().bytes == near(exact.peak().bytes)
 
 

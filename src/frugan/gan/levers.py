@@ -101,7 +101,8 @@ def usable(recipe: Recipe, phase: str, device: torch.device, coupled_d: bool) ->
 
 
 def jobs(
-    recipe: Recipe, device: torch.device, coupled: tuple[bool, bool], trace: Callable[[str, Levers], Growth]
+    recipe: Recipe, device: torch.device, coupled: tuple[bool, bool], trace: Callable[[str, Levers], Growth],
+    loads: Mapping[str, int] | None = None,
 ) -> list[Job]:  # fmt: skip
     """Both phases, for the search, traced by ``trace`` .
 
@@ -110,6 +111,7 @@ def jobs(
         device: on what.
         coupled: whether a sample's output depends on the others of its micro-batch, in the generator and in the discriminator.
         trace: a phase and its levers to what a micro-batch allocates.
+        loads: bytes besides tensors that come with levers, by their names.
 
     Raises:
         UserError: batch norm was asked to work on single samples.
@@ -125,7 +127,7 @@ def jobs(
     return [
         Job(
             phase, batch, variants(recipe, phase, device, coupled_d), partial(trace, phase), coupled=either,
-            smallest=2 if either else 1, parts=parts[phase],
+            smallest=2 if either else 1, parts=parts[phase], loads=loads or {},
         )
         for phase in PHASES
     ]  # fmt: skip

@@ -243,9 +243,12 @@ class BudgetPlanner:
         for name, candidate in choice.chosen.items():
             exact = self.search.exact(candidate.job, candidate.layout)
             phases[f"{name}'s phase"] = exact.moment.parts | {"workspaces": exact.moment.workspace}
+            if candidate.loads:
+                phases[f"{name}'s phase"]["libraries"] = candidate.loads
             timelines.append(exact.timeline)
         # Between phases what is free goes back: only phases follow one another in the same memory.
         held = self.search.holds(timelines, choice.freed, budget - process.framework() - self.data)
+        held += max(c.loads for c in choice.chosen.values())
         for name, beside in self.besides(_last(choice)).items():
             moment = beside.timeline.peak()
             phases[name] = moment.parts | {"workspaces": moment.workspace} | dict(beside.held)

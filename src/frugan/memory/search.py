@@ -6,9 +6,9 @@ is traced but these. Times come from arithmetic and traffic at fixed rates, not 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
@@ -56,6 +56,7 @@ class Job:
         smallest: what a micro-batch must not be smaller than.
         parts: how many micro-batches, if that was asked for.
         draws: whether it draws from torch's global generators, which draw otherwise for micro-batches.
+        loads: bytes besides tensors that come with levers, by their names, such as libraries that they load.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Job:
     smallest: int = 1
     parts: int | None = None
     draws: bool = False
+    loads: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def counts(self) -> list[int]:
@@ -99,9 +101,13 @@ class Candidate:
 
     def needs(self, freed: Freed) -> int:
         """Bytes that the process holds for it, if freed memory is kept (``reuse``) or goes back (``return``)."""
-        if self.exact:
-            return self.exact.held if freed == "reuse" else self.exact.least
-        return self.held if freed == "reuse" else self.least
+        found = self.exact or self
+        return self.loads + (found.held if freed == "reuse" else found.least)
+
+    @property
+    def loads(self) -> int:
+        """Bytes besides tensors that come with its levers."""
+        return sum(self.job.loads.get(lever.name, 0) for lever in self.layout.levers)
 
     def time(self, freed: Freed, rates: Rates) -> float:
         """Seconds of an update on a device of these rates."""
@@ -285,7 +291,7 @@ class Search:
 
     def _leanest(self, job: Job) -> Candidate:
         every = [c for levers in job.variants for c in self._allowed(job, levers)]
-        return self.candidate(job, min(every, key=lambda c: (c.least, c.seconds)).layout)
+        return self.candidate(job, min(every, key=lambda c: (c.needs("return"), c.seconds)).layout)
 
     def _best(self, available: float, freed: Freed) -> Choice | None:
         chosen: dict[str, Candidate] = {}

@@ -63,7 +63,7 @@ class Model:
         """Does all that a training does on ``count`` samples: libraries load what they need, and masks are drawn ahead."""
         self._met = True
         for phase in self.phases.values():
-            self._run(phase.name, Layout((count,)), phase.optimizer)
+            self.run(phase.name, Layout((count,)), phase.optimizer)
         if self.average:
             self.average.update(self.generator, count, count)
         self.step.score_generated(self._first, (count,))
@@ -84,9 +84,10 @@ class Model:
             parameter.grad = torch.zeros_like(parameter)
         held: dict[str, list[Tensor | None]] = {GRADIENTS: [p.grad for p in learning], "noise": [*self.step.draws.kept()]}
         made = {GRADIENTS: lambda: [p.grad for p in learning]}
-        return trace(lambda: self._run(phase, layout), held | self.held(), made, device=self.device)
+        return trace(lambda: self.run(phase, layout), held | self.held(), made, device=self.device)
 
-    def _run(self, phase: str, layout: Layout, optimizer: FrugalAdam | None = None) -> None:
+    def run(self, phase: str, layout: Layout, optimizer: FrugalAdam | None = None) -> None:
+        """Computes ``phase`` once, with an update by ``optimizer`` if one is given; gradients are gone afterwards."""
         self._first += 1 << 20  # rows that were not drawn before
         try:
             self.phases[phase].compute(self._images, self._first, layout)
@@ -126,7 +127,7 @@ class Model:
         for _ in range(2):
             limit.wait(self.device)
             begin = time.perf_counter()
-            self._run(phase, short)
+            self.run(phase, short)
             limit.wait(self.device)
             took = time.perf_counter() - begin
         return took * sum(layout.sizes) / sum(short.sizes)

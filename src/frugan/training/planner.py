@@ -50,7 +50,9 @@ class Planner:
         try:
             self.facts = self.traces.facts
             self.coupled = self.facts.coupled_g, self.facts.coupled_d
-            search = Search(jobs(recipe, device, self.coupled, self.traces.growth), device, approximate=approximate)
+            search = Search(
+                jobs(recipe, device, self.coupled, self.traces.growth, self.facts.loads), device, approximate=approximate
+            )
         except BaseException:
             self.traces.close()
             raise

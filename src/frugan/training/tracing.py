@@ -1,0 +1,199 @@
+"""Makes traces of what the phases of a recipe allocate, in this process or in one of its own (``python -m frugan.training.tracing``).
+
+Traces are made by running phases on two and three samples (`Model`). Where a process is about to train within a budget a separate one
+does that, so that nothing of it is left in the one that trains.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from frugan.config.recipe import Recipe
+from frugan.gan.levers import named
+from frugan.gan.penalties import penalties
+from frugan.memory import host, limit
+from frugan.memory.growth import LARGE, SMALL, Growth
+from frugan.memory.layout import Layout
+from frugan.reporting.pictures import warm_up
+from frugan.training.model import Model
+from frugan.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What planning needs to know of a training besides its traces.
+
+    Args:
+        coupled_g: whether samples of the generator depend on one another.
+        coupled_d: the same of the discriminator.
+        held: bytes that are there all the time, by what they are for.
+        loaded: bytes that the process comes to hold by and by besides tensors (libraries, their code, plots), on the CPU.
+        reserved: bytes by which addresses grow more than what the process holds (or less).
+        loaded_each: the same as ``loaded`` of every further size of micro-batch, for which libraries make code of their own.
+        reserved_each: the same as ``reserved``.
+        loads: bytes that come with levers besides, by their names.
+    """
+
+    coupled_g: bool
+    coupled_d: bool
+    held: dict[str, int]
+    loaded: int
+    reserved: int
+    loaded_each: int
+    reserved_each: int
+    loads: dict[str, int]
+
+
+class Maker(Protocol):
+    """Makes what `Traces` does not know yet."""
+
+    def ask(self, what: str, arguments: list[Any]) -> Any:
+        """The answer, as JSON has it: ``facts``; ``growth`` of a phase with levers; ``sampling``; ``updating`` a phase."""
+
+    def close(self) -> None:
+        """Lets go of everything."""
+
+
+class InProcess:
+    """Makes traces in this process."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe = recipe
+        self.device = device
+        self.model: Model | None = None
+
+    def _model(self) -> Model:
+        if self.model is None:
+            self.model = Model(self.recipe, self.device)
+        return self.model
+
+    def ask(self, what: str, arguments: list[Any]) -> Any:
+        """See `Maker`."""
+        if what == "facts":  # wherever they are asked for
+            return asdict(self._facts())
+        found: Growth = getattr(self._model(), what)(*arguments)
+        return found.as_dict()
+
+    def _facts(self) -> Facts:
+        if self.device.type != "cpu":  # what is loaded there is seen in what the driver says is taken
+            model = self._model()
+            return Facts(model.generator.couples_samples, model.discriminator.couples_samples, _bytes(model), 0, 0, 0, 0, {})
+        found = [(limit.baseline(self.device), host.status("VmData"))]
+        with ThreadPoolExecutor(1) as plots:
+            drawn = plots.submit(warm_up)
+            model = self._model()
+            model.warm(SMALL)
+            model.multiply()
+            drawn.result()
+        tensors = sum(_bytes(model).values())
+        for size in (SMALL, LARGE):
+            if size == LARGE:
+                model.warm(size)
+            found.append((limit.at_rest(self.device) - tensors, host.status("VmData") - tensors))
+        (loaded, reserved), (loaded_each, reserved_each) = (
+            (max(0, b[0] - a[0]), b[1] - b[0] - a[1] + a[0]) for a, b in pairwise(found)
+        )
+        loads = {}
+        if penalties(self.recipe.objective) and not model.discriminator.couples_samples:  # torch's formulas of forward mode
+            model.run("D", Layout((LARGE,), named(["penalty"])))
+            loads["penalty"] = max(0, limit.at_rest(self.device) - tensors - found[-1][0])
+        return Facts(
+            model.generator.couples_samples, model.discriminator.couples_samples, _bytes(model), loaded, reserved,
+            loaded_each, max(0, reserved_each), loads,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Lets go of the networks."""
+        self.model = None
+
+
+class Subprocess:
+    """Has another process make traces."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        about = {"recipe": recipe.to_toml(), "device": str(device), "threads": torch.get_num_threads()}
+        path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "frugan.training.tracing"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True, env=os.environ | {"PYTHONPATH": path},
+        )  # fmt: skip
+        self._send(about)
+
+    def _send(self, message: Any) -> None:
+        assert self._process.stdin
+        with suppress(BrokenPipeError):  # then there is no answer either
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+
+    def ask(self, what: str, arguments: list[Any]) -> Any:
+        """See `Maker`.
+
+        Raises:
+            UserError: of the other process; or memory ran out there.
+            RuntimeError: it failed in another way.
+        """
+        self._send([what, arguments])
+        assert self._process.stdout
+        try:
+            answer = json.loads(self._process.stdout.readline())
+        except ValueError:
+            answer = {"shortage": True} if self._process.wait() in (-9, 137) else {"failed": f"it ended by {self._process.wait()}"}
+        if "shortage" in answer:
+            raise UserError("memory ran out while planning: close other programs, then run the same command; nothing was written.")
+        if "refused" in answer:
+            raise UserError(answer["refused"])
+        if "failed" in answer:
+            raise RuntimeError(answer["failed"])
+        return answer["found"]
+
+    def close(self) -> None:
+        """Ends the other process."""
+        self._process.stdin.close()  # type: ignore[union-attr]
+        self._process.stdout.close()  # type: ignore[union-attr]
+        self._process.wait()
+
+
+def _bytes(model: Model) -> dict[str, int]:
+    return {name: sum(t.untyped_storage().nbytes() for t in tensors if t is not None) for name, tensors in model.held().items()}
+
+
+def serve() -> None:
+    """Answers requests for traces, a line of JSON each, until there are none."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    if sys.platform == "linux":
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))  # the other process's limit is its own
+    about = json.loads(sys.stdin.readline())
+    torch.set_num_threads(about["threads"])
+    device = torch.device(about["device"])
+    limit.set_freed("return", device)
+    gc.collect()
+    gc.freeze()  # so that later collections, of which there are many, do not look at all that was imported
+    maker = InProcess(Recipe.from_toml(about["recipe"], "the recipe"), device)
+    for line in sys.stdin:
+        what, arguments = json.loads(line)
+        try:
+            answer = {"found": maker.ask(what, arguments)}
+        except UserError as error:
+            answer = {"refused": str(error)}
+        except Exception as error:
+            answer = {"shortage": True} if limit.is_out_of_memory(error) else {"failed": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve()
