@@ -1,7 +1,7 @@
-"""Makes traces of what the phases of a recipe allocate, in this process or in one of its own (``python -m frugan.training.tracing``).
+"""Makes traces of what the phases of a recipe allocate, in this process or in a separate one (``-m frugan.training.tracing``).
 
-Traces are made by running phases on two and three samples (`Model`). Where a process is about to train within a budget a separate one
-does that, so that nothing of it is left in the one that trains.
+Traces are made by running phases on two and three samples (`Model`). Where a process is about to train within a budget a separate
+one does that, so that nothing of it is left in the one that trains.
 """
 
 import gc
