@@ -49,10 +49,10 @@ def test_the_loop_reads_in_a_minute() -> None:
     methods = {node.name: node for node in loop.body if isinstance(node, ast.FunctionDef)}
     assert sum((m.end_lineno or 0) - m.lineno + 1 for m in (methods["run"], methods["advance"])) <= 60
     born = {
-        target.attr
+        node.attr
         for name, method in methods.items() if name != "__init__"
-        for node in ast.walk(method) if isinstance(node, ast.Assign)
-        for target in ast.walk(node) if isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self"
+        for node in ast.walk(method)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
     }  # fmt: skip
     made = {
         node.attr for node in ast.walk(methods["__init__"]) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from frugan.config import recipes
 from frugan.config.run import Run
-from frugan.gan.levers import named
+from frugan.gan.levers import named as levers_called
 from frugan.memory import limit
 from frugan.memory.layout import Guarantee, Layout, slices
 from frugan.memory.recover import PATIENCE, Change, OutOfMemory, Recovery
@@ -137,7 +137,7 @@ class Told:
         self.tried: list[Layout] = []
         self.told: list[Change] = []
         options: dict[str, Any] = {
-            "levers": {"D": named(["checkpoint_blocks"])},
+            "levers": {"D": levers_called(["checkpoint_blocks"])},
             "smallest": {"D": 1},
             "coupled": False,
             "needs": None,
@@ -199,7 +199,7 @@ def test_the_fastest_way_of_saving_is_taken_first() -> None:
 @pytest.mark.usefixtures("_as_before")
 def test_where_samples_are_coupled_what_changes_the_training_comes_last() -> None:
     told = Told(halves, 25, coupled=True, smallest={"D": 2})
-    assert told.run() == Layout.of(16, 4, named(["checkpoint_blocks"]))
+    assert told.run() == Layout.of(16, 4, levers_called(["checkpoint_blocks"]))
     assert told.words() == [
         ("blocks recomputed", Guarantee.BITWISE),
         ("micro-batches of 8", Guarantee.APPROXIMATE),
@@ -212,8 +212,8 @@ def test_what_saves_nothing_is_neither_tried_nor_told() -> None:
     def needs(layout: Layout) -> int:
         return 100 + 10 * layout.micro_batch if layout.micro_batch > 4 else 140 - layout.uses("separate_terms")
 
-    told = Told(needs, 139, levers={"D": named(["checkpoint_blocks", "separate_terms", "recompute_generator"])})
-    assert told.run() == Layout.of(16, 4, named(["separate_terms"]))
+    told = Told(needs, 139, levers={"D": levers_called(["checkpoint_blocks", "separate_terms", "recompute_generator"])})
+    assert told.run() == Layout.of(16, 4, levers_called(["separate_terms"]))
     assert [change for change, _ in told.words()] == ["micro-batches of 8", "micro-batches of 4", "separate terms"]
     assert not any(layout.uses("recompute_generator") for layout in told.tried)
     told.there = 0
@@ -225,7 +225,7 @@ def test_what_saves_nothing_is_neither_tried_nor_told() -> None:
 @pytest.mark.usefixtures("_as_before")
 def test_where_nobody_knows_what_a_layout_needs_all_are_tried() -> None:
     told = Told(halves, 25, known=False)
-    assert told.run() == Layout.of(16, 4, named(["checkpoint_blocks"]))
+    assert told.run() == Layout.of(16, 4, levers_called(["checkpoint_blocks"]))
 
 
 @pytest.mark.usefixtures("_as_before")
@@ -261,7 +261,7 @@ def test_a_run_that_began_short_of_memory_goes_back_to_its_plan() -> None:
     assert [c.cause for c in told.told] == ["memory suffices again"]
 
 
-FOUR = {"D": Layout.of(16, 4, named(["checkpoint_blocks"]))}
+FOUR = {"D": Layout.of(16, 4, levers_called(["checkpoint_blocks"]))}
 
 
 @pytest.mark.parametrize(

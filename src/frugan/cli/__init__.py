@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str]) -> tuple[Command, Any]:
                 f"a command comes before {name}: {prog} {'|'.join(commands)}, as in {prog} {next(iter(commands))} --help."
             )
         raise UserError(f"there is no command {name!r}: {nearest(name, commands)}")
-    options = {each: _options(command, arguments[1:] if each == name else ()) for each, command in commands.items()}
+    options: dict[str, Any] = {each: _options(command, arguments[1:] if each == name else ()) for each, command in commands.items()}
     if name in commands:
         check_flags(arguments[1:], options[name])
     said = tyro.extras.subcommand_cli_from_dict(

@@ -59,8 +59,8 @@ def run(options: Evaluate) -> None:
         raise UserError(f"--samples {options.samples} is too few to evaluate by: at least {FEWEST} are needed.")
     console = Console(quiet=options.json)
     what, path = f"images of {options.run}", Path(options.run)
-    asked = Data(data=options.data or Data().data, image_size=options.image_size, channels=options.channels)
-    split = {"split": options.split} if options.split else {}
+    asked = Data(data=options.data or Data().data, image_size=options.image_size, channels=options.channels)  # type: ignore[arg-type]
+    split: dict[str, Any] = {"split": options.split} if options.split else {}
     produce: Callable[[int, int], Any] | None = None
     count = options.samples
     if path.suffix == ".safetensors" or (path / "recipe.toml").exists():

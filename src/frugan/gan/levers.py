@@ -60,7 +60,7 @@ def allowed(recipe: Recipe, phase: str, device: torch.device, coupled_d: bool) -
         UserError: penalties by jvp were asked for with batch norm in D, whose forward derivative torch differentiates as if the
             batch's statistics were constants; with group norm it is right.
     """
-    found = {}
+    found: dict[Lever, tuple[bool, ...]] = {}
     for lever in of_phase(phase):
         asked = getattr(recipe.memory, lever.name)
         found[lever] = (False, True) if asked == "auto" else (asked in (lever.used, "yes"),)
