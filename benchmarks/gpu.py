@@ -174,7 +174,7 @@ def pictures(recipe: Any) -> Any:
     """A batch of handwritten digits, enlarged: uint8 ``[n, c, side, side]`` on the host."""
     import torch
 
-    from frugan.data.sources.named import as_published
+    from frugan.data.sources.standard import as_published
 
     channels, side, _ = recipe.data.shape
     digits = torch.from_numpy(as_published()[0]).float()[:, None]

@@ -17,7 +17,7 @@ from hypothesis import settings
 from PIL import Image
 
 import frugan
-from frugan.data.sources.named import as_published
+from frugan.data.sources.standard import as_published
 from frugan.reporting.run_folder import RunFolder
 from frugan.utils import checkpoint
 

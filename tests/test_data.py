@@ -29,9 +29,9 @@ from frugan.data import decode
 from frugan.data.decode import fit, flatten, is_grey
 from frugan.data.opening import resolve
 from frugan.data.pack_loader import SMALL, PackLoader
-from frugan.data.sources import mnist, open_source
+from frugan.data.sources import open_source, standard
 from frugan.data.sources.base import ArraySource
-from frugan.data.sources.named import as_published
+from frugan.data.sources.standard import as_published
 from frugan.gan.step import normalise
 from frugan.utils.errors import UserError
 
@@ -374,15 +374,16 @@ def mirrors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (tmp_path / "good" / f"{file.name}.gz").write_bytes(packed)
         hashes[file.name] = hashlib.sha256(packed).hexdigest()
     (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "train-images-idx3-ubyte.gz").write_bytes(b"<title>Log in</title>")
+    for name in hashes:
+        (tmp_path / "bad" / f"{name}.gz").write_bytes(b"<title>Log in</title>")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FRUGAN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
         threading.Thread(target=server.serve_forever).start()
         urls = [f"http://127.0.0.1:{server.server_port}/{name}/" for name in ("empty", "bad", "good")]
-        monkeypatch.setitem(mnist.MIRRORS, "mnist", urls)
-        monkeypatch.setitem(mnist.SHA256, "mnist", hashes)
+        monkeypatch.setitem(standard.MIRRORS, "mnist", urls)
+        monkeypatch.setitem(standard.SHA256, "mnist", hashes)
         yield tmp_path
         server.shutdown()
 
@@ -396,13 +397,13 @@ def test_a_named_data_set_comes_from_the_first_mirror_that_has_it(mirrors: Path,
     assert isinstance(source, ArraySource) and isinstance(source.images, np.memmap)
     assert {p.name: p.read_bytes() for p in raw.iterdir()} == {p.name: p.read_bytes() for p in (mirrors / "plain").iterdir()}
     assert sorted(p.name for p in (mirrors / "cache").iterdir()) == [".MNIST.lock", "MNIST"]
-    monkeypatch.setitem(mnist.MIRRORS, "mnist", [])
+    monkeypatch.setitem(standard.MIRRORS, "mnist", [])
     assert len(open_source(Data(data="mnist", split="all"))) == 6
 
 
 def test_what_each_mirror_answered_is_said(mirrors: Path) -> None:
-    mnist.MIRRORS["mnist"].pop()
-    with pytest.raises(UserError, match=r"\(127.0.0.1:\d+: Not Found; 127.0.0.1:\d+: another file than was published\); put"):
+    standard.MIRRORS["mnist"].pop()
+    with pytest.raises(UserError, match=r"\(127.0.0.1:\d+: File not found; 127.0.0.1:\d+: another file than was published\); put"):
         open_source(Data(data="mnist"))
     assert not (mirrors / "cache" / "MNIST").exists()
 
@@ -413,7 +414,7 @@ def test_what_torchvision_downloaded_is_read(packed: bool, mirrors: Path) -> Non
     shutil.copytree(mirrors / "good", raw)
     if not packed:
         shutil.copytree(mirrors / "plain", raw, dirs_exist_ok=True)
-    mnist.MIRRORS["mnist"].clear()
+    standard.MIRRORS["mnist"].clear()
     assert isinstance(open_source(Data(data="mnist")).images, np.memmap) is not packed
 
 

@@ -18,11 +18,12 @@ from frugan.cli import main
 from frugan.config import recipes
 from frugan.config.run import Run
 from frugan.memory import levers
+from frugan.memory.budget import TooLittle
 from frugan.memory.layout import Guarantee
 from frugan.memory.recover import Change
 from frugan.memory.segments import Full, Segments
 from frugan.reporting.console import Console
-from frugan.training.planner import TooLittle, find
+from frugan.training.planning import find
 from frugan.training.session import Session
 from frugan.training.trainer import Trainer
 from frugan.utils import device

@@ -133,8 +133,8 @@ def colour() -> Iterator[None]:
 def test_a_new_family_is_one_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ways = {"recipe": "mlp", "epochs": 1, "batch_size": 64, "width_g": 8, "width_d": 8, "quiet": True}
     run = frugan.train("digits", evaluate_every=1, evaluate_samples=64, metrics="swd,frechet_colour", out=tmp_path / "r", **ways)
-    (event,) = [event for event in RunFolder(run).read_events() if event["event"] == "metrics"]
-    assert list(event["values"]) == ["swd", "frechet_colour"] and event["protocol"].endswith("a level; mean colours.")
+    (event,) = (event for event in RunFolder(run).read_events() if isinstance(event, Metrics))
+    assert list(event.values) == ["swd", "frechet_colour"] and event.protocol.endswith("a level; mean colours.")
     assert "Frechet distance (colour)" in (run / "report.html").read_text()
     main(["evaluate", str(run), "--samples", "64", "--metrics", "frechet_colour"])
     told = capsys.readouterr().out

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from frugan.config import recipes
-from frugan.gan.levers import PHASES, variants
+from frugan.gan.levers import PHASES, named, variants
 from frugan.memory import host, limit
 from frugan.memory.growth import Growth, traced
 from frugan.memory.layout import Layout
@@ -26,7 +26,7 @@ def near(count: int) -> object:
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_growth_is_what_is_traced_at_any_size_with_gradients_and_without(name: str, phase: str) -> None:
     model = Model(recipes.get(name).replace(image_size=32, channels=3, flip=True), CPU)
-    growth = model.growth(phase, [])
+    growth = model.growth(phase, ())
     for count in (2, 5, 24):
         exact = model._trace(phase, Layout(sizes=(count,)))
         ours = growth.timeline((count,), accumulated=True)
@@ -44,13 +44,13 @@ def test_no_lever_does_with_less_than_the_least(name: str, phase: str) -> None:
     """Of samples that are computed at once; levers are looked at only where this would fit."""
     recipe = recipes.get(name).replace(image_size=32, channels=3)
     model = Model(recipe, CPU)
-    least = model.growth(phase, []).least(32)
+    least = model.growth(phase, ()).least(32)
     for levers in variants(recipe, phase, CPU, model.discriminator.couples_samples):
         assert least <= model._trace(phase, Layout((32,), levers)).peak().bytes, levers
 
 
 def test_a_growth_comes_back_from_json_as_it_was() -> None:
-    growth = Model(recipes.r3().replace(image_size=16, channels=1), CPU).growth("D", ["separate_terms"])
+    growth = Model(recipes.r3().replace(image_size=16, channels=1), CPU).growth("D", named(["separate_terms"]))
     again = Growth.from_dict(json.loads(json.dumps(growth.as_dict())))
     assert again.timeline((3, 2)).levels() == growth.timeline((3, 2)).levels()
 
@@ -74,10 +74,11 @@ def test_planning_imports_no_compiler() -> None:
     script = """
 import sys, torch
 from frugan.config import recipes
+from frugan.gan.levers import named
 from frugan.training.model import Model
 model = Model(recipes.r3().replace(image_size=16, channels=1), torch.device("cpu"))
-model.growth("D", ["penalty", "checkpoint_blocks", "separate_terms"])
-model.growth("G", ["recompute_generator", "checkpoint_blocks"])
+model.growth("D", named(["penalty", "checkpoint_blocks", "separate_terms"]))
+model.growth("G", named(["recompute_generator", "checkpoint_blocks"]))
 print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

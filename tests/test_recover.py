@@ -210,12 +210,12 @@ def test_where_samples_are_coupled_what_changes_the_training_comes_last() -> Non
 @pytest.mark.usefixtures("_as_before")
 def test_what_saves_nothing_is_neither_tried_nor_told() -> None:
     def needs(layout: Layout) -> int:
-        return 100 + 10 * layout.micro_batch if layout.micro_batch > 4 else 140 - layout.uses("separate_terms")
+        return 100 + 10 * layout.micro_batch if layout.micro_batch > 4 else 140 - layout.uses("checkpoint_blocks")
 
-    told = Told(needs, 139, levers={"D": levers_called(["checkpoint_blocks", "separate_terms", "recompute_generator"])})
-    assert told.run() == Layout.of(16, 4, levers_called(["separate_terms"]))
-    assert [change for change, _ in told.words()] == ["micro-batches of 8", "micro-batches of 4", "separate terms"]
-    assert not any(layout.uses("recompute_generator") for layout in told.tried)
+    told = Told(needs, 139, levers={"D": levers_called(["separate_terms", "checkpoint_blocks", "offload_activations"])})
+    assert told.run() == Layout.of(16, 4, levers_called(["checkpoint_blocks"]))
+    assert [change for change, _ in told.words()] == ["micro-batches of 8", "micro-batches of 4", "blocks recomputed"]
+    assert not any(layout.uses("separate_terms") for layout in told.tried)
     told.there = 0
     with pytest.raises(OutOfMemory):
         told.run()

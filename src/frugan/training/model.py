@@ -1,7 +1,6 @@
 """A training on zeros and few samples: what its phases allocate."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,11 +11,11 @@ from torch.overrides import TorchFunctionMode
 from frugan.config.recipe import Recipe
 from frugan.gan import networks, sampling
 from frugan.gan.build import average, freeze, lay_out, make_step, optimizers, phases
-from frugan.gan.levers import named
 from frugan.gan.optim import Ema, FrugalAdam
 from frugan.memory import limit
 from frugan.memory.growth import SMALL, Growth, traced
 from frugan.memory.layout import Layout
+from frugan.memory.search import Levers
 from frugan.memory.trace import GRADIENTS, GRANULE, Timeline, trace
 
 
@@ -53,11 +52,11 @@ class Model:
             "average": [t for t in averaged if t.device.type == self.device.type],
         }
 
-    def growth(self, phase: str, names: Sequence[str]) -> Growth:
-        """What a micro-batch of ``phase`` allocates with the levers called ``names``; it finds gradients of an earlier one."""
+    def growth(self, phase: str, levers: Levers) -> Growth:
+        """What a micro-batch of ``phase`` allocates with ``levers``; it finds gradients of an earlier one."""
         if not self._met:
             self.warm()
-        return traced(lambda count: self._trace(phase, Layout((count,), named(names))), self._granule)
+        return traced(lambda count: self._trace(phase, Layout((count,), levers)), self._granule)
 
     def warm(self, count: int = SMALL) -> None:
         """Does all that a training does on ``count`` samples: libraries load what they need, and masks are drawn ahead."""

@@ -81,6 +81,8 @@ class InProcess:
         """See `Maker`."""
         if what == "facts":  # wherever they are asked for
             return asdict(self._facts())
+        if what == "growth":
+            arguments = [arguments[0], named(arguments[1])]
         found: Growth = getattr(self._model(), what)(*arguments)
         return found.as_dict()
 

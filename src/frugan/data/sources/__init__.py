@@ -11,8 +11,8 @@ from frugan.config.recipe import Data
 from frugan.data.sources.base import Source, plain
 from frugan.data.sources.files import archive, folder
 from frugan.data.sources.idx import CLASSES, idx_files
-from frugan.data.sources.named import digits, named
 from frugan.data.sources.packs import pack
+from frugan.data.sources.standard import digits, named
 from frugan.data.sources.streams import stream
 from frugan.data.sources.tables import records
 from frugan.data.sources.tars import tars

@@ -1,4 +1,4 @@
-"""Data sets by name: the built-in digits, MNIST (LeCun et al. 1998) and Fashion-MNIST (Xiao et al. 2017)."""
+"""Standard data sets by name: the built-in digits, MNIST (LeCun et al. 1998) and Fashion-MNIST (Xiao et al. 2017)."""
 
 import gzip
 import shutil
