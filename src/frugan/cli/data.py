@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from frugan.cli.parsing import Command, data_options, extra
+from frugan.cli.parsing import Command, data_options, data_said, extra
 from frugan.config import recipe
 from frugan.utils.errors import UserError
 
@@ -26,15 +26,12 @@ class Check:
 
 def _images(options: Any, tell: Callable[[str], None]) -> tuple[Any, recipe.Data]:
     """The source that was named, and the data section with everything filled in."""
-    from frugan.data.opening import resolve
-    from frugan.data.sources import open_source
+    from frugan.data.opening import opened
 
-    said = {f.name: getattr(options, f.name) for f in fields(recipe.Data) if f.name not in ("data", "flip")}
-    asked = recipe.Data(data=options.data or recipe.Data().data, **said)
-    source = open_source(asked)
+    source, data = opened(recipe.Data(**data_said(options)), tell)
     if not source.random_access:
         source.open(0, 0)
-    return source, resolve(source, asked, tell)
+    return source, data
 
 
 def pack(options: Any) -> None:

@@ -34,13 +34,14 @@ class Command:
     run: Callable[[Any], None]
 
 
-def described(section: type[Section] | Section) -> list[tuple[str, Any, Any]]:
-    """Fields of a section for tyro, with their help; defaults are the values of the instance, if it is one."""
+def described(section: type[Section] | Section, unset: bool = False) -> list[tuple[str, Any, Any]]:
+    """Fields of a section for tyro, with their help; defaults are the values of the instance, if it is one, or if ``unset`` None."""
     kind = section if isinstance(section, type) else type(section)
     hints = typing.get_type_hints(kind)
     return [
-        (f.name, Annotated[hints[f.name], tyro.conf.arg(help=f.metadata["help"], help_behavior_hint=_default)],
-         field(default=getattr(section, f.name)))
+        (f.name, Annotated[hints[f.name] | None if unset else hints[f.name],
+                           tyro.conf.arg(help=f.metadata["help"], help_behavior_hint=_default)],
+         field(default=None if unset else getattr(section, f.name)))
         for f in fields(kind)
     ]  # fmt: skip
 
@@ -90,12 +91,25 @@ def recipe_said(said: Any) -> Recipe:
     return recipe.replace(**{name: getattr(said, name) for name in names}, data=named[0])
 
 
-def data_options(base: type[Any], *more: Any, without: Sequence[str] = ()) -> type[Any]:
-    """A dataclass, a kind of ``base``, of everything that can be said about images."""
+def data_options(base: type[Any], *more: Any, without: Sequence[str] = (), unset: bool = False) -> type[Any]:
+    """A dataclass, a kind of ``base``, of everything that can be said about images.
+
+    Args:
+        base: has what else can be said.
+        more: fields besides, as `extra` makes them.
+        without: names of fields that it has not.
+        unset: whether what is not said is None, not its default.
+    """
     options: list[Any] = [("data", DataArgument, field(default=None)), *more]
-    options += [o for o in described(Data) if o[0] not in ("data", "flip", *without)]
+    options += [o for o in described(Data, unset) if o[0] not in ("data", "flip", *without)]
     options += [o for o in described(Run) if o[0] == "workers"]
     return _made(base, options)
+
+
+def data_said(said: Any) -> dict[str, Any]:
+    """What was said about images, by the names of `Data`, an instance of what `data_options` gave."""
+    found = {f.name: getattr(said, f.name, None) for f in fields(Data)}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _made(base: type[Any], options: list[Any]) -> type[Any]:
