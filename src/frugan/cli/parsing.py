@@ -35,7 +35,7 @@ class Command:
 
 
 def described(section: type[Section] | Section, unset: bool = False) -> list[tuple[str, Any, Any]]:
-    """Fields of a section for tyro, with their help; defaults are the values of the instance, if it is one, or if ``unset`` None."""
+    """Fields of a section for tyro, with their help; defaults are the instance's values, if it is one, or if ``unset`` None."""
     kind = section if isinstance(section, type) else type(section)
     hints = typing.get_type_hints(kind)
     return [
