@@ -65,7 +65,7 @@ class Shortage:
         named: whether a person named it.
         smallest: the smallest that would do, whole MiB.
         framework: what the process holds besides.
-        data: what images or other samples hold.
+        data: what samples hold that are kept in memory.
         begun: what the process has held already.
         binding: what needs most where everything is done as leanly as can be.
         state: what of its bytes is weights, gradients, moments and the like.
@@ -88,11 +88,11 @@ class Shortage:
         if self.budget < self.framework:
             why = f"the framework itself holds {size(self.framework)}"
         elif self.smallest <= self.begun + MIB:
-            why = f"importing torch and opening the images took {size(self.begun)}"
+            why = f"importing torch and opening the data took {size(self.begun)}"
         else:
-            images = f"images {size(self.data)}, " if self.data else ""
+            data = f"data {size(self.data)}, " if self.data else ""
             why = (
-                f"the framework holds {size(self.framework)}, {images}weights with gradients, moments and average "
+                f"the framework holds {size(self.framework)}, {data}weights with gradients, moments and average "
                 f"{size(self.state)}, {phase}'s phase, with {layout}, {size(self.binding.needs('return') - self.state)}, and "
                 f"{size(self.free)} are left free"
             )

@@ -17,7 +17,7 @@ class Plan:
         budget: bytes that the process may hold.
         named: whether a person named the budget.
         framework: bytes that the process holds besides training, with what it comes to load.
-        data: bytes of images.
+        data: bytes of samples that are kept in memory.
         phases: for each moment of a training the bytes it allocates, by what they are for.
         held: bytes that the process holds for them.
         guarantee: what is left as it is.
