@@ -109,6 +109,7 @@ def test_a_penalty(source: Copy, tmp_path: Path, few: Path) -> None:
     )
     source.run('frugan.train(few, out=out, recipe="r3", r0=0.3, accumulation_steps=2, **SMALL)', tmp_path / "r", few)
     assert {"R0", "R1", "R2"} <= lines(tmp_path / "r")[0].keys()
+    assert '"R0"' in (tmp_path / "r" / "report.html").read_text()
     assert len(source.touched) <= 2
 
 

@@ -28,8 +28,8 @@ OBJECTIVES = {
     "wgan-gp": WganGp(),
     "rpgan": RpGan(),
 }
-assert OBJECTIVES.keys() == Objective.kinds.keys()
-assert {type(n) for n in NETWORKS.values()} == set(Architecture.kinds.values())
+assert OBJECTIVES.keys() == Objective.kinds.keys(), "add the new objective to OBJECTIVES above, its penalties with weights"
+assert {type(n) for n in NETWORKS.values()} == set(Architecture.kinds.values()), "add the new network to NETWORKS above"
 
 
 def micro_batches(total: int) -> st.SearchStrategy[list[int]]:

@@ -12,7 +12,7 @@ from frugan.config.objectives import Objective, RpGan
 from frugan.gan.levers import LEVERS, jobs, named
 from frugan.gan.networks import build
 from frugan.gan.networks.blocks import Block
-from frugan.gan.penalties import squared_norm, unit_norm
+from frugan.gan.penalties import PENALTIES
 from frugan.gan.step import Step
 from frugan.memory import levers, private
 from frugan.memory.layout import Guarantee, Layout
@@ -109,7 +109,7 @@ def chains(draw: st.DrawFn) -> tuple[list[Block], Tensor]:
 
 
 @settings(max_examples=60)
-@given(chain=chains(), function=st.sampled_from([squared_norm, unit_norm]), recompute=st.booleans())
+@given(chain=chains(), function=st.sampled_from([function for *_, function in PENALTIES]), recompute=st.booleans())
 def test_penalties_by_jvp_are_those_by_double_backward(
     chain: tuple[list[Block], Tensor], function: object, recompute: bool
 ) -> None:

@@ -67,7 +67,9 @@ DataArgument = Annotated[
 ]
 DataFlag = Annotated[str | None, tyro.conf.arg(metavar="DATA", help="the same as DATA", help_behavior_hint="")]
 RecipeFlag = Annotated[str, tyro.conf.arg(help=f"{', '.join(recipes.RECIPES)}, or a TOML file; it decides the defaults below")]
-ObjectiveFlag = Annotated[str, tyro.conf.arg(help=f"what is minimised: {', '.join(Objective.kinds)}")]
+ObjectiveFlag = Annotated[
+    str, tyro.conf.arg(help=f"what is minimised: {', '.join(Objective.kinds)}; --help after it shows its settings")
+]
 
 
 def recipe_options(base: type[Any], arguments: Sequence[str], *more: Any) -> type[Any]:
@@ -138,6 +140,11 @@ def check_flags(arguments: Sequence[str], options: type[Any]) -> None:
         if not name.startswith("--") or key in ("", "help") or hints.get(key.removeprefix("no_")) is bool:
             continue
         if key not in hints:
+            of = [
+                kind for kind, found in Objective.kinds.items() if key in {f.name for f in fields(found)} and "objective" in hints
+            ]
+            if of:
+                raise UserError(f"{name} is a setting of --objective {' or '.join(of)}, which was not asked for.")
             raise UserError(f"there is no flag {name}: {nearest(flag(key), map(flag, hints))}")
         following = [value] if equals else [a for a in arguments[i + 1 : i + 2] if not a.startswith("--")]
         if not following:

@@ -42,12 +42,13 @@ def unit_norm(gradient: Tensor) -> Tensor:
     return (gradient.square().flatten(1).sum(1).clamp_min(1e-12).sqrt() - 1).square()
 
 
-# The setting that is its weight, its name, where it is taken, and of what.
+# The setting that is its weight, its name, where it is taken, and of what. A weight of 0 means that there is none.
 PENALTIES: list[tuple[str, str, Literal["real", "fake", "between"], Callable[[Tensor], Tensor]]] = [
     ("r1", "R1", "real", squared_norm),
     ("r2", "R2", "fake", squared_norm),
     ("gradient_penalty", "GP", "between", unit_norm),
 ]
+PENALTY_NAMES = tuple(name for _, name, _, _ in PENALTIES)
 
 
 def penalties(objective: Objective) -> list[Penalty]:

@@ -19,7 +19,7 @@ from frugan.evaluation.families import METRICS, shown
 from frugan.gan.levers import read_layout
 from frugan.reporting import page
 from frugan.reporting.records import number
-from frugan.reporting.story import Curve, Measure, Story
+from frugan.reporting.story import PENALTY_NAMES, Curve, Measure, Story
 from frugan.utils.errors import UserError
 from frugan.utils.units import size
 
@@ -38,7 +38,7 @@ PANELS: tuple[tuple[str, str, Mapping[str, str], int | None], ...] = (
     ),
     ("Memory", "What the process holds.", {"memory": "held"}, None),
     ("Speed", "On average since training began or went on.", {"images/s": "images/s"}, 0),
-    ("Penalties", "Before their weights.", {"R1": "R1", "R2": "R2", "GP": "GP"}, None),
+    ("Penalties", "Before their weights.", {name: name for name in PENALTY_NAMES}, None),
     ("Learning rates", "", {"lr_g": "G", "lr_d": "D"}, None),
 )
 COMPARED = {"Loss_D": "Loss of D", "Loss_G": "Loss of G", "D(x)": "D(x)", "D(G(z))": "D(G(z))"}

@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from frugan.config.recipe import Recipe, read
 from frugan.evaluation.families import METRICS
+from frugan.gan.penalties import PENALTY_NAMES as PENALTY_NAMES
 from frugan.reporting.records import LayoutChanged, Line, MemoryMeasured, Metrics, Record, Warned, number
 from frugan.reporting.run_folder import RunFolder
 from frugan.utils.errors import UserError
@@ -41,7 +42,7 @@ def lowest(points: Sequence[Point]) -> Point:
 
 
 # The keys of reports that become curves, and what neighbouring points are joined by.
-MEANS = ("Loss_D", "Loss_G", "D(x)", "D(G(z))", "R1", "R2", "GP", "lr_g", "lr_d", "images/s")
+MEANS = ("Loss_D", "Loss_G", "D(x)", "D(G(z))", *PENALTY_NAMES, "lr_g", "lr_d", "images/s")
 KEYS: Mapping[str, Join] = dict.fromkeys(MEANS, mean) | {"memory": highest}
 
 

@@ -1,7 +1,7 @@
 """The metrics, and the features that they are taken on: one file a family of them.
 
 Add a metric on features that are there to the ``metrics`` and the ``compared`` of its family. Add one on new features by writing a
-file here with a kind of `Family`, and putting it into the list below.
+file here with a kind of `Family` (`VectorFamily` for a vector an image and a Frechet distance), and putting it into `IN_ORDER`.
 """
 
 from typing import Any
@@ -29,8 +29,9 @@ def register(family: type[Family[Any]]) -> None:
     METRICS.update(family.metrics)
 
 
-# In this order: the first metric of those that are asked for decides which checkpoint is the best.
-for _family in (InceptionFamily, Dinov2Family, ClassifierFamily, PatchesFamily):
+# The first metric of those that are asked for decides which checkpoint is the best.
+IN_ORDER: tuple[type[Family[Any]], ...] = (InceptionFamily, Dinov2Family, ClassifierFamily, PatchesFamily)
+for _family in IN_ORDER:
     register(_family)
 
 

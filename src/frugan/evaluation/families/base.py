@@ -117,7 +117,7 @@ class Family(ABC, Generic[S]):
     @classmethod
     def automatic(cls, options: Options) -> bool:
         """Whether ``--metrics auto`` takes it (where there are labels, if it needs them)."""
-        return True
+        return False
 
     @abstractmethod
     def new(self, images: int) -> S:
@@ -129,7 +129,7 @@ class Family(ABC, Generic[S]):
 
     @abstractmethod
     def needs(self) -> int:
-        """Bytes that `compared` and taking in a piece take at most, besides networks; generously."""
+        """Bytes that `compared` and taking in a piece take at most, besides networks; generously, as a few `Task.piece_bytes`."""
 
     def protocol(self) -> str:
         """How its features are taken, as a part of a sentence; may be empty."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from frugan.evaluation.distances import class_coverage
-from frugan.evaluation.families.base import Metric, Task, folder
+from frugan.evaluation.families.base import Metric, Options, Task, folder
 from frugan.evaluation.families.vectors import BLOCK, VectorFamily, Vectors
 from frugan.evaluation.features import Features
 from frugan.gan.optim import FrugalAdam
@@ -178,6 +178,11 @@ class ClassifierFamily(VectorFamily):
     frechet = "frechet_classifier"
     neighbours = ("precision_classifier", "recall_classifier")
     width = FEATURES
+
+    @classmethod
+    def automatic(cls, options: Options) -> bool:
+        """Always: nothing needs to be downloaded."""
+        return True
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)

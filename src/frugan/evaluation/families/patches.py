@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from frugan.evaluation.families.base import Family, Metric, folder
+from frugan.evaluation.families.base import Family, Metric, Options, folder
 from frugan.evaluation.features import Features
 from frugan.utils.draws import Draws, derive
 
@@ -183,6 +183,11 @@ class PatchesFamily(Family[Patches]):
 
     name = "patches"
     metrics: ClassVar = {"swd": Metric("Sliced Wasserstein distance", False, 2, "of patches at several sizes, times 1000")}
+
+    @classmethod
+    def automatic(cls, options: Options) -> bool:
+        """Always: nothing needs to be downloaded."""
+        return True
 
     def new(self, images: int) -> Patches:
         """As `Family` says."""
