@@ -224,9 +224,10 @@ def tutorial(recipe: Any, gpu: Gpu, images: Any, tuned: str = "", compiled: bool
     """
     import torch
 
-    from frugan.gan.losses import LOSSES, squared_norm
+    from frugan.gan.losses import LOSSES
     from frugan.gan.networks import build
     from frugan.gan.networks.blocks import Dropout
+    from frugan.gan.penalties import squared_norm
 
     options, objective, device = recipe.optimizer, recipe.objective, gpu.device
     channels, side, _ = recipe.data.shape

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from frugan.config.recipe import Recipe
-from frugan.gan.losses import LOSSES, squared_norm
+from frugan.gan.losses import LOSSES
 from frugan.gan.networks import Network
+from frugan.gan.penalties import squared_norm
 from frugan.utils.draws import Draws, Rows
 
 Images = Callable[[int, int], Tensor]  # (row, count) to images [count, c, h, w] in [-1, 1]
