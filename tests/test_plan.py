@@ -1,5 +1,6 @@
 """Budgets in words, and ladders: what needs no training."""
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from frugan.gan.levers import LEVERS, named
 from frugan.memory.layout import FEW, Guarantee, Layout, Lever, split
+from frugan.memory.plan import Plan
 from frugan.utils.errors import UserError
 from frugan.utils.units import parse_bytes, size
 
@@ -72,3 +74,11 @@ def test_cutting_is_approximate_only_where_samples_are_coupled() -> None:
     assert Layout.of(8, 2).guarantee(coupled=False) == Guarantee.REASSOCIATION
     assert Layout.of(8, 2).guarantee(coupled=True) == Guarantee.APPROXIMATE
     assert Layout.of(8, 1, named(["checkpoint_blocks"])).guarantee(coupled=True) == Guarantee.BITWISE
+
+
+def test_a_plan_reads_back_what_it_writes() -> None:
+    layouts = {"D": Layout.of(12, 3, named(["separate_terms"])), "G": Layout.of(12, 1)}
+    before = {"D": Layout.of(12, 1), "G": Layout.of(12, 1)}
+    for planned in (None, before):
+        plan = Plan(layouts, "reuse", 1 << 30, True, 5, 6, {"D's phase": {"weights": 7}}, 8, Guarantee.REASSOCIATION, 9, planned)
+        assert Plan.from_dict(json.loads(json.dumps(plan.as_dict() | {"threads": 2})), LEVERS.values()) == plan

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from frugan.config.recipe import Recipe
+from frugan.gan.levers import of_phase
 from frugan.gan.networks import Network
 from frugan.gan.optim import Ema, FrugalAdam, LowBitAdam
 from frugan.gan.step import Images, Step, Terms
 from frugan.memory.layout import Layout
+from frugan.memory.search import Levers
 from frugan.utils.draws import Draws
 from frugan.utils.errors import UserError
 
@@ -86,6 +88,11 @@ class Phase:
     optimizer: FrugalAdam
     compute: Callable[[Images, int, Layout], Terms]
     every: int = 1
+
+    @property
+    def levers(self) -> Levers:
+        """The levers that it has."""
+        return of_phase(self.name)
 
 
 def phases(step: Step, optimizer_g: FrugalAdam, optimizer_d: FrugalAdam, every: int = 1) -> dict[str, Phase]:

@@ -1,10 +1,11 @@
 """Plans: how a training is laid out, and what it needs."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from frugan.memory.host import Freed
-from frugan.memory.layout import Guarantee, Layout
+from frugan.memory.layout import Guarantee, Layout, Lever
 
 
 @dataclass(frozen=True)
@@ -55,5 +56,23 @@ class Plan:
             "guarantee": str(self.guarantee), "freed_memory": self.freed,
             "budget": self.budget, "budget_named": self.named, "predicted": self.predicted,
             "framework": self.framework, "data": self.data, "training_allocates": self.allocated, "training_holds": self.held,
-            "phases": self.phases,
+            "phases": self.phases, "reserved": self.reserved,
         }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], levers: Iterable[Lever]) -> Self:
+        """What `as_dict` wrote, where there are ``levers``; what else stands beside it is left alone.
+
+        Raises:
+            LookupError: something is missing, or is none of the words that it could be.
+        """
+        levers = tuple(levers)
+        layouts, planned = (
+            {name: Layout.from_dict(layout, levers) for name, layout in found.items()}
+            for found in (values["layouts"], values.get("planned", values["layouts"]))
+        )
+        return cls(
+            layouts, values["freed_memory"], values["budget"], values["budget_named"], values["framework"], values["data"],
+            values["phases"], values["training_holds"], Guarantee[values["guarantee"].upper()], values.get("reserved", 0),
+            planned if planned != layouts else None,
+        )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 
 from frugan.config.recipe import Recipe
 from frugan.data.opening import bytes_of, keepable
-from frugan.gan.levers import read_layout
+from frugan.gan.levers import LEVERS
 from frugan.memory import limit
 from frugan.memory.budget import TooLittle
 from frugan.memory.layout import Guarantee
@@ -59,13 +59,11 @@ def plan_of(session: Session, evaluation: int) -> tuple[Plan, Recipe]:
     options |= {"approximate": run.allow_approximate, "separate": True}
     saved = folder.saved_plan() if folder.newest_checkpoint() else {}
     if "layouts" in saved:
-        layouts, planned = (
-            {name: read_layout(layout) for name, layout in saved.get(key, {}).items()} for key in ("layouts", "planned")
-        )
-        if all(sum(layout.sizes) == session.batch for layout in layouts.values()):
-            plan = Planner(recipe, session.device, **options).with_layouts(layouts, saved["freed_memory"])
+        begun = Plan.from_dict(saved, LEVERS.values())
+        if all(sum(layout.sizes) == session.batch for layout in begun.layouts.values()):
+            plan = Planner(recipe, session.device, **options).with_layouts(begun.layouts, begun.freed)
             if plan is not None:
-                return replace(plan, planned=planned or None), recipe
+                return replace(plan, planned=begun.planned), recipe
             session.console.tell("The plan this run was started with does not fit any more; planning anew.")
     planner, plan = find(recipe, session.device, let_go=loader.let_go, **options)
     return plan, planner.recipe
