@@ -66,6 +66,7 @@ def measure(cell: dict[str, Any]) -> dict[str, int]:
     import torch
 
     from frugan.config import recipes
+    from frugan.gan import sampling
     from frugan.gan.build import average, lay_out, make_step, optimizers
     from frugan.gan.levers import jobs, named
     from frugan.gan.networks import build
@@ -105,6 +106,8 @@ def measure(cell: dict[str, Any]) -> dict[str, int]:
                 optimizer.zero_grad(set_to_none=True)
             if ema:
                 ema.update(generator, batch, seen + batch)
+            step.score_generated(seen, layout.sizes)  # as a report does, and then samples are made
+            sampling.to_images(ema.module if ema else generator, step.latents("sample", 0, layout.micro_batch), layout.micro_batch)
 
     limit.baseline(device)
     host.set_freed("return")  # in the first update, as training does
