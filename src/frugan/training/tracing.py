@@ -161,8 +161,10 @@ class Subprocess:
 
     def close(self) -> None:
         """Ends the other process."""
-        self._process.stdin.close()  # type: ignore[union-attr]
-        self._process.stdout.close()  # type: ignore[union-attr]
+        assert self._process.stdin and self._process.stdout
+        with suppress(BrokenPipeError):  # it has ended already, and what was not sent yet is lost
+            self._process.stdin.close()
+        self._process.stdout.close()
         self._process.wait()
 
 
