@@ -1,4 +1,4 @@
-"""The memory engine without the rest of frugan: its folder and that of the helpers, copied, train models that we did not write."""
+"""The memory engine without the rest of frugan: its folder and `utils`, copied, train models that we did not write."""
 
 import os
 import re
