@@ -96,7 +96,7 @@ class FeatureStep:
         self.tasks = {}  # names to numbers of answers
         if options.features in ("labels", "both"):
             self.tasks["labels"] = classes
-        if options.features in ("rotations", "both"):
+        if options.features != "labels":
             self.tasks["rotations"] = 4
         side = min(size, SIDE)
         for _ in self.levels[1:]:
@@ -171,13 +171,15 @@ class FeatureStep:
     @torch.no_grad()
     def examine(self, images: Images, labels: Labels, course: Course, micro_batch: int) -> dict[str, float]:
         """The share of held-out images that each task is right about, by the task's name."""
+        if not (course.updates and course.held_out):
+            return {}
         right = dict.fromkeys(self.tasks, 0)
         for first in range(0, course.held_out, micro_batch):
             count = min(micro_batch, course.held_out - first)
             x, turns = self._seen(images(first, count), "examine", first, first)
-            for task, logits in zip(self.tasks, self._answers(x), strict=True):
+            for task, logits in zip(right, self._answers(x), strict=True):
                 right[task] += int((logits.argmax(1) == self._right(task, turns, labels, first)).sum())
-        return {task: count / course.held_out for task, count in right.items()} if course.held_out else {}
+        return {task: count / course.held_out for task, count in right.items()}
 
     @torch.no_grad()
     def calibrate(self, images: Images, count: int, micro_batch: int) -> None:
