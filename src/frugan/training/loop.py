@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
+from frugan.data.loader import Labels, unlabelled
 from frugan.memory import limit
 from frugan.memory.recover import Recovery
 from frugan.reporting.records import Line
@@ -47,6 +48,7 @@ class Loop:
         self.on_update = on_update
         self.mean = Mean()
         self.measured: dict[str, float] = {}
+        self._labels: Labels = unlabelled  # of the last batch
         self._clock, self._clock_images = 0.0, state.images
 
     def run(self) -> None:
@@ -86,14 +88,15 @@ class Loop:
         first = state.images
         state.set_rates(first / len(session.loader))
         try:
-            images = self.recovery.again(partial(session.loader.images, first, session.batch))
+            batch = self.recovery.again(partial(session.loader.pieces, first, session.batch))
         except UserError:  # nothing of this update has happened yet
             save(session, state)
             raise
+        self._labels = batch.labels
         terms: Terms = {}
         for phase in state.phases.values():
             if (state.updates + 1) % phase.every == 0:
-                terms |= self.recovery.run(phase.name, partial(phase.compute, images, first))
+                terms |= self.recovery.run(phase.name, partial(phase.compute, batch, first))
                 state.update(phase.optimizer)
         self.recovery.again(partial(self._take_in, terms))
         state.images += session.batch
@@ -114,7 +117,7 @@ class Loop:
         if "Loss_G" not in terms:
             return {}
         sizes = self.recovery.layouts["G"].sizes
-        after = self.recovery.again(lambda: self.state.step.score_generated(first, sizes))
+        after = self.recovery.again(lambda: self.state.step.score_generated(first, sizes, self._labels))
         return {"D(G(z)) before": float(terms["D(G(z))"]), "D(G(z)) after": float(after)}
 
     def _report(self, scores: dict[str, float]) -> None:

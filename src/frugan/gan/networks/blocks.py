@@ -8,7 +8,11 @@ from frugan.memory.private import batch_norm
 from frugan.utils.draws import Rows
 
 
-class Dropout(nn.Module):
+class OfSamples(nn.Module):
+    """Base of the layers that are called with ``(x, rows)``: they need to know which samples ``x``, ``[n, ...]``, is of."""
+
+
+class Dropout(OfSamples):
     """Dropout whose mask belongs to the samples, so that cutting a batch into micro-batches changes nothing."""
 
     def __init__(self, p: float, name: str) -> None:
@@ -29,9 +33,9 @@ class Block(nn.Sequential):
     """Layers that belong together: the unit of activation checkpointing and of freezing."""
 
     def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
-        """Applies the layers in turn; those that draw are told for which samples."""
+        """Applies the layers in turn; those that need to know for which samples are told."""
         for layer in self:
-            x = layer(x, rows) if isinstance(layer, Dropout) else layer(x)
+            x = layer(x, rows) if isinstance(layer, OfSamples) else layer(x)
         return x
 
 
