@@ -18,7 +18,7 @@ from frugan.gan.step import Step
 from frugan.memory import levers, private
 from frugan.memory.layout import Guarantee, Layout
 from frugan.training.model import Model
-from frugan.utils.draws import Draws
+from frugan.utils.draws import Draws, Rows
 from frugan.utils.errors import UserError
 
 from .test_exactness import NETWORKS, OBJECTIVES
@@ -164,9 +164,9 @@ def test_images_get_no_gradients_that_nobody_reads(used: list[str], penalties: t
     seen: list[Tensor] = []
     judge = step._discriminate
 
-    def watch(images: Tensor, row: int, scope: str) -> Tensor:
+    def watch(images: Tensor, rows: Rows) -> Tensor:
         seen.append(images)
-        return judge(images, row, scope)
+        return judge(images, rows)
 
     step._discriminate = watch  # type: ignore[method-assign]
     images = torch.randint(0, 256, (6, 2, 12, 12), dtype=torch.uint8)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from frugan.config.recipe import Recipe
-from frugan.data.loader import Batch
+from frugan.data.loader import Batch as Batch
 from frugan.gan.levers import of_phase
 from frugan.gan.networks import Network
 from frugan.gan.optim import Ema, FrugalAdam, LowBitAdam

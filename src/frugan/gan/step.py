@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from frugan.config.objectives import Objective
-from frugan.data.loader import Batch, Labels, unlabelled
+from frugan.data.loader import Batch, unlabelled
+from frugan.data.loader import Labels as Labels
 from frugan.gan.losses import LOSSES
 from frugan.gan.networks import Network
 from frugan.gan.penalties import Penalty, penalties, weighted

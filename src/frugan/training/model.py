@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from frugan.config.recipe import Recipe
-from frugan.data.loader import Batch
 from frugan.gan import networks, sampling
-from frugan.gan.build import average, freeze, lay_out, make_step, optimizers, phases
+from frugan.gan.build import Batch, average, freeze, lay_out, make_step, optimizers, phases
 from frugan.gan.optim import Ema, FrugalAdam
 from frugan.memory import limit
 from frugan.memory.growth import SMALL, Growth, traced
