@@ -200,7 +200,7 @@ class Judge:
         return self.unseen(images, asked) | own
 
     def reals(self) -> dict[str, float]:
-        """What is found of other real images, kept in the cache; `frugan evaluate` compares with all of them where there are no test images."""
+        """What is found of other real images, from the cache; of `frugan evaluate` only where it has not seen them."""
         with suppress(OSError, ValueError):
             return dict(json.loads(self.file.read_text()))
         values = self(self.others) if self.apart else self.unseen(self.others)
