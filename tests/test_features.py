@@ -11,10 +11,11 @@ from torch import Tensor
 
 from frugan.config.architectures import Projected
 from frugan.config.objectives import Bce
+from frugan.data.loader import Batch
 from frugan.gan.features import Course, FeatureStep, rotated
 from frugan.gan.networks import build
 from frugan.gan.step import Step
-from frugan.memory.layout import Layout, split
+from frugan.memory.layout import Layout
 from frugan.reporting.records import FeaturesLearnt
 from frugan.reporting.run_folder import RunFolder
 from frugan.utils.draws import Draws
@@ -42,11 +43,11 @@ def test_micro_batches_of_features_add_up_and_images_are_seen_alike(size: int) -
     images = torch.randint(0, 256, (9, 2, size, size), dtype=torch.uint8)
     labels = torch.arange(9) % 3
     found = []
-    for parts in (1, 4):
+    for micro_batch in (9, 2):
         student = learner(size)
         course = Course(updates=3, batch=9, learnt=9, held_out=0)
         with student.learning():
-            student.gradients(lambda f, n: images[f : f + n], lambda f, n: labels[f : f + n], course, 2, split(9, parts))
+            student.gradients(Batch(lambda f, n: images[f : f + n], lambda f, n: labels[f : f + n]), course, 2, micro_batch)
             found.append([p.grad for p in student.parameters])
         assert all(p.grad is None for p in student.parameters) and not any(p.requires_grad for p in student.encoder.parameters())
     for whole, cut in zip(*found, strict=True):
@@ -64,7 +65,7 @@ def test_scales_of_features_change_nothing_but_scales() -> None:
     images = torch.randint(0, 256, (7, 2, 12, 12), dtype=torch.uint8)
     x = images.double()
     before = student.encoder(x)
-    student.calibrate(lambda f, n: images[f : f + n], 7, 3)
+    student.calibrate(Batch(lambda f, n: images[f : f + n]), 7, 3)
     after = student.encoder(x)
     ratio = (after / before.clamp_min(1e-12)).amax((0, 2, 3), keepdim=True)
     assert torch.allclose(before * ratio, after)
@@ -79,7 +80,7 @@ def test_the_discriminators_phase_keeps_nothing_of_the_encoder() -> None:
     student = learner()
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        student.step.discriminator_phase(lambda f, n: torch.zeros(n, 2, 12, 12, dtype=torch.uint8), 0, Layout((4,)))
+        student.step.discriminator_phase(Batch(lambda f, n: torch.zeros(n, 2, 12, 12, dtype=torch.uint8)), 0, Layout((4,)))
     weights = {level.weight.data_ptr() for level in student.levels}
     assert kept and not any(t.data_ptr() in weights for t in kept)
 
@@ -119,7 +120,7 @@ def test_memory_that_runs_out_while_features_are_learnt(
     compute = FeatureStep.gradients
 
     def short(self: FeatureStep, *arguments: object) -> Tensor:
-        sizes.append(max(arguments[-1]))  # type: ignore[call-overload]
+        sizes.append(arguments[-1])  # type: ignore[arg-type]
         if sizes[-1] > 5:
             torch.empty(1 << 60)
         return compute(self, *arguments)  # type: ignore[arg-type]

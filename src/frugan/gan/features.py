@@ -5,7 +5,7 @@ on images that are shifted, and mirrored if training mirrors them. Images larger
 cut from them as they are, some averaged before, so that all scales are met and the time does not grow with the images.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -15,11 +15,12 @@ from torch.nn.functional import avg_pool2d, cross_entropy
 
 from frugan.config.architectures import Projected
 from frugan.config.recipe import Recipe
+from frugan.data.loader import Batch
 from frugan.gan.networks.blocks import Average
 from frugan.gan.networks.projected import ProjectedDiscriminator
 from frugan.gan.optim import FrugalAdam
-from frugan.gan.step import DTYPES, Images, Step, normalise
-from frugan.memory.layout import slices
+from frugan.gan.step import DTYPES, Step, normalise
+from frugan.memory.layout import slices, split
 from frugan.utils.draws import Draws, derive
 
 SIDE = 64  # pixels of what the encoder learns from, at most
@@ -29,7 +30,6 @@ LARGE = 32  # pixels
 EPOCHS = 40  # at most
 HELD_OUT = 1000  # images, or a tenth, on which it is examined
 SHIFT = 8  # images are shifted by up to this part of their side
-Labels = Callable[[int, int], Tensor | None]  # (first, count) to int64 classes [count]
 
 
 @dataclass(frozen=True)
@@ -132,35 +132,35 @@ class FeatureStep:
                 parameter.requires_grad_(False)
                 parameter.grad = None
 
-    def gradients(self, images: Images, labels: Labels, course: Course, update: int, sizes: Sequence[int]) -> Tensor:
+    def gradients(self, data: Batch, course: Course, update: int, micro_batch: int) -> Tensor:
         """Adds the gradients of the mean over one batch.
 
         Args:
-            images: uint8 images by their numbers.
-            labels: their classes.
+            data: images by their numbers, and their classes.
             course: says which images belong to the update.
             update: its number, which also says what is drawn.
-            sizes: of the micro-batches, that sum to ``course.batch``.
+            micro_batch: the most images at a time.
 
         Returns:
             The mean loss, the sum of the tasks' cross entropies, without graph.
         """
         total = torch.zeros((), device=self.step.like.device)
         first = course.first(update)
-        for begin, count in slices(sizes):
-            x, turns = self._seen(images(first + begin, count), "learn", update * course.batch + begin, update)
+        for begin, count in slices(split(course.batch, -(-course.batch // micro_batch))):
+            x, turns = self._seen(data.images(first + begin, count), "learn", update * course.batch + begin, update)
             answers = self._answers(x)
             loss = torch.stack([
-                cross_entropy(logits, self._right(task, turns, labels, first + begin), reduction="sum")
+                cross_entropy(logits, self._right(task, turns, data, first + begin), reduction="sum")
                 for task, logits in zip(self.tasks, answers, strict=True)
             ]).sum() / course.batch  # fmt: skip
             torch.autograd.backward(loss, inputs=self.parameters)
             total += loss.detach()
         return total
 
-    def rehearse(self, images: Images, count: int) -> None:
-        """Adds gradients for ``count`` images, whose classes are none: what learning allocates."""
-        self.gradients(images, lambda _, n: torch.zeros(n, dtype=torch.long), Course(1, count, count, 0), 0, (count,))
+    def rehearse(self, data: Batch, count: int) -> None:
+        """Adds gradients for ``count`` images, all taken to be of one class: what learning allocates."""
+        data = Batch(data.images, lambda _, n: torch.zeros(n, dtype=torch.long))
+        self.gradients(data, Course(1, count, count, 0), 0, count)
 
     def update(self, done: float) -> None:
         """An update by the gradients there are, after ``done`` of the course (0 to 1)."""
@@ -169,20 +169,20 @@ class FeatureStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def examine(self, images: Images, labels: Labels, course: Course, micro_batch: int) -> dict[str, float]:
+    def examine(self, data: Batch, course: Course, micro_batch: int) -> dict[str, float]:
         """The share of held-out images that each task is right about, by the task's name."""
         if not (course.updates and course.held_out):
             return {}
         right = dict.fromkeys(self.tasks, 0)
         for first in range(0, course.held_out, micro_batch):
             count = min(micro_batch, course.held_out - first)
-            x, turns = self._seen(images(first, count), "examine", first, first)
+            x, turns = self._seen(data.images(first, count), "examine", first, first)
             for task, logits in zip(right, self._answers(x), strict=True):
-                right[task] += int((logits.argmax(1) == self._right(task, turns, labels, first)).sum())
+                right[task] += int((logits.argmax(1) == self._right(task, turns, data, first)).sum())
         return {task: count / course.held_out for task, count in right.items()}
 
     @torch.no_grad()
-    def calibrate(self, images: Images, count: int, micro_batch: int) -> None:
+    def calibrate(self, data: Batch, count: int, micro_batch: int) -> None:
         """Scales every channel of every level to a root mean square of 1 over the first ``count`` images.
 
         Rectifiers commute with positive scales: what one convolution's outputs lose, the next one's weights gain, and the encoder
@@ -191,7 +191,7 @@ class FeatureStep:
         for depth, level in enumerate(self.levels):
             total: Tensor | float = 0.0
             for first in range(0, count, micro_batch):
-                x = self._layout(normalise(images(first, min(micro_batch, count - first)), None, self.step.like))
+                x = self._layout(normalise(data.images(first, min(micro_batch, count - first)), None, self.step.like))
                 with self.autocast():
                     x = self.encoder[: depth + 1](x)
                 total = total + x.to(self.step.like.dtype).square().mean((2, 3)).sum(0)
@@ -213,10 +213,10 @@ class FeatureStep:
         with self.autocast():
             return [logits.to(self.step.like.dtype) for logits in self.answers(self.encoder(x))]
 
-    def _right(self, task: str, turns: Tensor, labels: Labels, first: int) -> Tensor:
+    def _right(self, task: str, turns: Tensor, data: Batch, first: int) -> Tensor:
         if task == "rotations":
             return turns
-        found = labels(first, len(turns))
+        found = data.labels(first, len(turns))
         assert found is not None
         return found.to(turns.device)
 

@@ -10,8 +10,6 @@ from typing import Any
 
 from frugan.gan.features import Course, FeatureStep, feature_step
 from frugan.memory import limit
-from frugan.memory.layout import Layout, split
-from frugan.memory.plan import Plan
 from frugan.reporting.records import Event, FeaturesLearnt
 from frugan.training.session import Session
 from frugan.training.state import State
@@ -26,7 +24,7 @@ LAST = 50  # updates of which the mean loss is told
 
 
 def learn_features(
-    session: Session, plan: Plan, state: State, layout: Layout, signals: Signals, note: Callable[[Event], None]
+    session: Session, state: State, micro_batch: int, held: int, signals: Signals, note: Callable[[Event], None]
 ) -> None:
     """Has the frozen features of D learnt, if it is built on any and training has not begun.
 
@@ -35,9 +33,9 @@ def learn_features(
 
     Args:
         session: of the run.
-        plan: whose memory is kept to.
         state: of the run.
-        layout: of G's phase, whose micro-batches are as large as those that features are learnt from may be.
+        micro_batch: the most images at a time, as in G's phase.
+        held: bytes that training holds at most, by its plan: what is learnt takes no more, if that can be.
         signals: that may ask to stop.
         note: takes in what came of it.
 
@@ -53,18 +51,19 @@ def learn_features(
         return
     began, task = time.monotonic(), learner.options.features
     course = Course.of(learner.options, learner.size, loader.at_hand)
-    sizes = split(course.batch, -(-course.batch // _micro_batch(session, plan, min(layout.micro_batch, course.batch))))
-    file = _file(session, learner, course, sizes)
+    micro_batch = _fitting(session, held, min(micro_batch, course.batch))
+    file = _file(session, learner, course, micro_batch)
     told = _known(learner, file)
     found = told is not None
     if told is None:
         if course.updates:
             tell(f"Features of these images are learnt first, from {'labels and rotations' if task == 'both' else task}.")
         learner.begin()
-        loss, sizes = _learnt(session, learner, course, sizes, signals)
-        learner.calibrate(loader.images(0, course.batch), course.batch, sizes[0])
-        told = {"loss": loss, "accuracy": learner.examine(loader.images(0, course.held_out), loader.labels, course, sizes[0])}
-        _keep(learner, file, told)
+        loss, fitted = _learnt(session, learner, course, micro_batch, signals)
+        told = {"loss": loss, "accuracy": learner.examine(loader.pieces(0, course.held_out), course, fitted)}
+        learner.calibrate(loader.pieces(0, course.batch), course.batch, fitted)
+        if fitted == micro_batch:  # else it is not to the last bit what would be learnt where memory suffices
+            _keep(learner, file, told)
     event = FeaturesLearnt(images=0, task=task, updates=course.updates, seconds=time.monotonic() - began, found=found, **told)
     note(event)
     right = ", ".join(f"right about the {name} of {share:.1%} of images held out" for name, share in event.accuracy.items())
@@ -72,52 +71,53 @@ def learn_features(
     limit.release(session.device)
 
 
-def _learnt(session: Session, learner: FeatureStep, course: Course, sizes: list[int], signals: Signals) -> tuple[float, list[int]]:
-    """Goes the whole course; the mean loss at its end (NaN if it has no update), and the sizes of micro-batches that fitted."""
+def _learnt(session: Session, learner: FeatureStep, course: Course, micro_batch: int, signals: Signals) -> tuple[float, int]:
+    """Goes the whole course; the mean loss at its end (NaN if it has no update), and the largest micro-batch that fitted."""
     loader, device, began = session.loader, session.device, time.monotonic()
     losses: list[Any] = []
     with learner.learning():
         for update in range(course.updates):
             if signals.received is not None:
                 raise Stopped(signals.received, 0)
-            images = loader.images(course.first(update), course.batch)
+            data = loader.pieces(course.first(update), course.batch)
             while True:
                 try:
-                    losses.append(learner.gradients(images, loader.labels, course, update, sizes))
+                    losses.append(learner.gradients(data, course, update, micro_batch))
                     break
                 except limit.SHORTAGE as error:
-                    if sizes[0] == 1 or not limit.is_out_of_memory(error):
+                    if micro_batch == 1 or not limit.is_out_of_memory(error):
                         raise
                 # Outside the except block: while the error is alive, so are the tensors of the frames it went through.
                 learner.optimizer.zero_grad(set_to_none=True)
                 limit.release(device)
-                sizes = split(course.batch, 2 * len(sizes))
+                micro_batch = -(-micro_batch // 2)
             learner.update(update / course.updates)
             losses = losses[-LAST:]
             session.console.features(update + 1, course.updates, time.monotonic() - began)
     loss = sum(map(float, losses)) / len(losses) if losses else math.nan
     if losses and not math.isfinite(loss):
         raise UserError("the features of D cannot be learnt, their loss is not finite: lower --feature-rate.")
-    return loss, sizes
+    return loss, micro_batch
 
 
-def _micro_batch(session: Session, plan: Plan, most: int) -> int:
-    """The largest micro-batch, at most ``most``, that takes no more memory than what is planned for training does."""
+def _fitting(session: Session, held: int, most: int) -> int:
+    """The largest micro-batch, at most ``most``, that takes no more than ``held`` bytes, as far as that is known."""
     traces = Traces(session.recipe, session.device)
     if traces.knows_features():
         growth = traces.features()
-        while most > 1 and growth.peaks([most], several=True)[0] > plan.held:
+        while most > 1 and growth.peaks([most], several=True)[0] > held:
             most = -(-most // 2)
     return most
 
 
-def _file(session: Session, learner: FeatureStep, course: Course, sizes: list[int]) -> Any:
+def _file(session: Session, learner: FeatureStep, course: Course, micro_batch: int) -> Any:
     """Where features are kept that are bitwise those that would be learnt now."""
     memory, data = session.recipe.memory, session.recipe.data
     labels = session.loader.labels(0, course.held_out + course.learnt) if "labels" in learner.tasks else None
     options = {name: value for name, value in asdict(learner.options).items() if name.startswith("feature")}
     about = [
-        VERSION, options, data.shape, data.flip, session.recipe.training.seed, session.loader.fingerprint, asdict(course), sizes,
+        VERSION, options, data.shape, data.flip, session.recipe.training.seed, session.loader.fingerprint, asdict(course),
+        micro_batch,
         hashlib.sha256(labels.numpy().tobytes()).hexdigest() if labels is not None else None, learner.tasks,
         session.machine(), memory.precision, memory.channels_last, memory.in_place,
     ]  # fmt: skip

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from frugan.config.recipe import Recipe
 from frugan.gan import networks, sampling
-from frugan.gan.build import average, freeze, lay_out, make_step, optimizers, phases
+from frugan.gan.build import Batch, average, freeze, lay_out, make_step, optimizers, phases
 from frugan.gan.features import feature_step
 from frugan.gan.optim import Ema, FrugalAdam
 from frugan.memory import limit
@@ -68,7 +68,7 @@ class Model:
         self.step.score_generated(self._first, (count,))
         if learner := feature_step(self.recipe, self.discriminator, self.step):
             with learner.learning():
-                learner.rehearse(self._images, count)
+                learner.rehearse(self._batch(), count)
                 learner.update(0.0)
         sampling.to_images(self.average.module if self.average else self.generator, self.step.latents("latent/g", 0, count), count)
 
@@ -93,7 +93,7 @@ class Model:
         """Computes ``phase`` once, with an update by ``optimizer`` if one is given; gradients are gone afterwards."""
         self._first += 1 << 20  # rows that were not drawn before
         try:
-            self.phases[phase].compute(self._images, self._first, layout)
+            self.phases[phase].compute(self._batch(), self._first, layout)
             if optimizer:
                 optimizer.step()
         finally:
@@ -122,7 +122,7 @@ class Model:
                     "features": [*learner.held()],
                 }
                 made = {GRADIENTS: lambda: [p.grad for p in learner.parameters]}
-                return trace(lambda: learner.rehearse(self._images, count), held | self.held(), made, device=self.device)
+                return trace(lambda: learner.rehearse(self._batch(), count), held | self.held(), made, device=self.device)
 
         return traced(learn, self._granule)
 
@@ -153,8 +153,8 @@ class Model:
             took = time.perf_counter() - begin
         return took * sum(layout.sizes) / sum(short.sizes)
 
-    def _images(self, first: int, count: int) -> Tensor:
-        return torch.empty(count, *self.recipe.data.shape, dtype=torch.uint8)
+    def _batch(self) -> Batch:
+        return Batch(lambda first, count: torch.empty(count, *self.recipe.data.shape, dtype=torch.uint8))
 
 
 def warm_up_update(device: torch.device) -> None:

@@ -81,7 +81,7 @@ class Trainer:
                 if resumed:
                     session.console.tell(f"Going on from {state.images:,} images.")
                 if state.images < session.total:
-                    learn_features(session, plan, state, loop.recovery.layouts["G"], signals, observer.event)
+                    learn_features(session, state, plan.layouts["G"].micro_batch, plan.held, signals, observer.event)
                     loop.run()
                     loop.finish()
                     if found := peak(session, plan, state.images):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from frugan.config.architectures import Norm, Projected
-from frugan.gan.networks.blocks import Block, Network, norm, radford_init
+from frugan.gan.networks.blocks import Block, Head, Network, norm, radford_init
 from frugan.gan.networks.dcgan import transposed_generator
 from frugan.gan.networks.upsample import nearest_generator
 from frugan.utils.draws import Rows
@@ -88,7 +88,7 @@ class MeanLogit(nn.Module):
         return x.mean((1, 2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def head(before: int, side: int, widths: Sequence[int], kind: Norm) -> Block:
+def head(before: int, side: int, widths: Sequence[int], kind: Norm, block: type[Block] = Block) -> Block:
     """Strided convolutions of ``widths`` channels, and a 3x3 one to a map of logits: ``[n, before, side, side]`` to ``[n]``."""
     layers: list[nn.Module] = []
     for out in widths:
@@ -96,7 +96,7 @@ def head(before: int, side: int, widths: Sequence[int], kind: Norm) -> Block:
         down = nn.Conv2d(before, out, 4 if halves else 3, stride=2 if halves else 1, padding=1, bias=kind == "none")
         layers += [down, *norm(kind, out), nn.LeakyReLU(0.2, inplace=True)]
         before, side = out, side // 2 if halves else side
-    made = Block(*layers, nn.Conv2d(before, 1, 3, padding=1), MeanLogit())
+    made = block(*layers, nn.Conv2d(before, 1, 3, padding=1), MeanLogit())
     radford_init(made)
     return made
 
@@ -120,7 +120,8 @@ def build(options: Projected, image_size: int, channels: int) -> tuple[Network, 
         halvings = 1
         while side >> halvings > SMALLEST:
             halvings += 1
-        heads.append(head(level.out_channels, side, [width] * halvings, kind))
+        deepest = level is encoder[-1]  # where classes are learnt
+        heads.append(head(level.out_channels, side, [width] * halvings, kind, Head if deepest else Block))
     discriminator = ProjectedDiscriminator(encoder, heads)
     for level in encoder:
         level.requires_grad_(False)
