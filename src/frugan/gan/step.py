@@ -2,12 +2,14 @@
 
 A phase adds the gradients of its network to ``.grad`` and returns what it measured; it neither loads, logs nor updates. Each
 micro-batch's terms are summed and divided by the size of the whole batch, so that micro-batches of any sizes add up to the
-gradient of the whole batch's mean (up to rounding, on networks that do not couple samples).
+gradient of the whole batch's mean: up to rounding, on networks that do not couple samples, or if the layout has batch norm take its
+statistics over the whole batch (`frugan.memory.batchnorm`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from frugan.gan.losses import LOSSES
 from frugan.gan.networks import Network
 from frugan.gan.penalties import Penalty, penalties, weighted
 from frugan.memory import levers, private
+from frugan.memory.batchnorm import WholeBatches
 from frugan.memory.layout import Layout, slices
 from frugan.utils.draws import Draws, Rows
 
@@ -68,6 +71,7 @@ class Step:
         self.penalties: dict[str, list[Penalty]] = {"real": [], "fake": [], "between": []}  # by the images that they are taken at
         for penalty in penalties(self.objective):
             self.penalties[penalty.where].append(penalty)
+        self._whole = WholeBatches()  # by what draws for them
 
     def discriminator_phase(self, images: Images, first: int, layout: Layout) -> Terms:
         """Adds D's gradients for one batch.
@@ -81,22 +85,31 @@ class Step:
             Means over the batch, as tensors without graph: ``Loss_D``, ``D(x)`` and each penalty.
         """
         total: Terms = {}
-        batch = sum(layout.sizes)
+        batch, parts = sum(layout.sizes), _parts(first, layout)
         self._set_learning(True)
-        for begin, count in slices(layout.sizes):
-            row = first + begin
-            real = self._real(images, row, count)
-            fake = self._layout(self._generate("latent/d", row, count))
-            between = None
-            if self.penalties["between"]:
-                share = self.draws.uniform("between", row, count, 1, 1, 1).to(real)
-                between = torch.lerp(fake, real, share)
-            compute = self._one_by_one if layout.uses("separate_terms") else self._at_once
-            _add(total, compute(real, fake, row, batch, layout), batch)
-            if between is not None:
-                _, (weight, slope), measured = self._penalised(between, row, "between", layout)
-                self._backward(weight * slope, batch, self._learning)
-                _add(total, measured, batch)
+
+        def judge(scope: str, row: int, count: int) -> Tensor:
+            there = self._real(images, row, count) if scope == "real" else self._layout(self._generate("latent/d", row, count))
+            with self._saving(self.discriminator, layout):
+                return self._discriminate(there, row, scope)
+
+        passes = {"latent/d": partial(self._generate, "latent/d"), "real": partial(judge, "real"), "fake": partial(judge, "fake")}
+        with self._measured(layout, parts, passes):
+            for row, count in parts:
+                real = self._real(images, row, count)
+                fake = self._layout(self._generate("latent/d", row, count))
+                between = None
+                if self.penalties["between"]:
+                    share = self.draws.uniform("between", row, count, 1, 1, 1).to(real)
+                    between = torch.lerp(fake, real, share)
+                compute = self._one_by_one if layout.uses("separate_terms") else self._at_once
+                _add(total, compute(real, fake, row, batch, layout), batch)
+                if between is not None:
+                    _, (weight, slope), measured = self._penalised(between, row, "between", layout)
+                    self._backward(weight * slope, batch, self._learning)
+                    _add(total, measured, batch)
+            for scope in ("real", "fake"):
+                self._whole.bring_back(scope, partial(self._carry, scope, passes[scope], self._learning))
         return total
 
     def generator_phase(self, images: Images, first: int, layout: Layout) -> Terms:
@@ -106,39 +119,53 @@ class Step:
             Means over the batch: ``Loss_G`` and ``D(G(z))``, of D as it is now.
         """
         total: Terms = {}
-        batch = sum(layout.sizes)
+        batch, parts = sum(layout.sizes), _parts(first, layout)
         self._set_learning(False)
-        recompute = layout.uses("recompute_generator")
-        for begin, count in slices(layout.sizes):
-            row = first + begin
-            fake = self._generate("latent/g", row, count, learns=not recompute, layout=layout)
-            if recompute:
-                fake.requires_grad_(True)
+
+        def generate(row: int, count: int) -> Tensor:
+            return self._generate("latent/g", row, count, learns=True, layout=layout)
+
+        def judge(fake: Tensor, row: int) -> Tensor:
             with self._saving(self.discriminator, layout):
-                fake_logits = self._discriminate(self._layout(fake), row, "g/fake")
-            real_logits = None
-            if self.loss.paired:
-                with torch.no_grad():
-                    real_logits = self._discriminate(self._real(images, row, count), row, "g/real")
+                return self._discriminate(self._layout(fake), row, "g/fake")
+
+        def judge_real(row: int, count: int) -> Tensor:
+            with torch.no_grad():
+                return self._discriminate(self._real(images, row, count), row, "g/real")
+
+        def lose(row: int, count: int, fake: Tensor) -> Tensor:
+            fake_logits = judge(fake, row)
+            real_logits = judge_real(row, count) if self.loss.paired else None
             terms = self.loss.generator(self.objective, fake_logits, real_logits)
             _add(total, {"Loss_G": terms, "D(G(z))": self._score(fake_logits)}, batch)
-            self._backward(terms, batch, [fake] if recompute else self._generating)
-            if recompute:
-                gradient = fake.grad
-                del fake, fake_logits, terms
-                with levers.still_statistics(self.generator):
-                    fake = self._generate("latent/g", row, count, learns=True, layout=layout)
-                levers.backward_from(fake, gradient, self._generating)
+            return self.scaler.scale(terms.sum() / batch)
+
+        def carry(row: int, count: int) -> None:
+            self._through_generator(lambda fake: self._whole.carried("g/fake", judge, fake, row), row, count, layout)
+
+        passes = {"latent/g": generate, "g/fake": lambda row, count: judge(generate(row, count), row)}
+        with self._measured(layout, parts, passes | ({"g/real": judge_real} if self.loss.paired else {})):
+            for row, count in parts:
+                self._through_generator(partial(lose, row, count), row, count, layout)
+            self._whole.bring_back("g/fake", carry)
+            self._whole.bring_back("latent/g", partial(self._carry, "latent/g", generate, self._generating))
         return total
 
     @torch.no_grad()
-    def score_generated(self, first: int, sizes: Sequence[int]) -> Tensor:
+    def score_generated(self, first: int, layout: Layout) -> Tensor:
         """Mean D(G(z)) of both networks as they are now, on the noise of `generator_phase`; changes neither."""
         total: Terms = {}
-        with levers.still_statistics(self.generator), levers.still_statistics(self.discriminator):
-            for begin, count in slices(sizes):
-                logits = self._discriminate(self._layout(self._generate("latent/g", first + begin, count)), first + begin, "g/fake")
-                _add(total, {"D(G(z))": self._score(logits)}, sum(sizes))
+        parts = _parts(first, layout)
+        generate = partial(self._generate, "latent/g")
+
+        def judge(row: int, count: int) -> Tensor:
+            return self._discriminate(self._layout(generate(row, count)), row, "g/fake")
+
+        still = levers.still_statistics
+        passes = {"latent/g": generate, "g/fake": judge}
+        with still(self.generator), still(self.discriminator), self._measured(layout, parts, passes):
+            for part in parts:
+                _add(total, {"D(G(z))": self._score(judge(*part))}, sum(layout.sizes))
         return total["D(G(z))"]
 
     def latents(self, purpose: str, first: int, count: int) -> Tensor:
@@ -208,13 +235,46 @@ class Step:
             logits, slope = levers.directional(blocks, images.detach(), direction, rows, recompute=recompute)
         return logits.to(self.like.dtype), (weight, slope.to(self.like.dtype)), measured
 
+    def _through_generator(self, score: Callable[[Tensor], Tensor], row: int, count: int, layout: Layout) -> None:
+        """Adds G's gradients of ``score``, a number made from generated images."""
+        recompute = layout.uses("recompute_generator")
+        fake = self._generate("latent/g", row, count, learns=not recompute, layout=layout)
+        if recompute:
+            fake.requires_grad_(True)
+        self._go_back(score(fake), [fake] if recompute else self._generating)
+        if recompute:
+            gradient = fake.grad
+            assert gradient is not None
+            del fake
+            with levers.still_statistics(self.generator):
+                fake = self._generate("latent/g", row, count, learns=True, layout=layout)
+            self._go_back(levers.carrying(fake, gradient), self._generating)
+
+    def _measured(
+        self, layout: Layout, parts: Sequence[tuple[int, int]], passes: Mapping[str, Callable[[int, int], Tensor]]
+    ) -> AbstractContextManager[object]:
+        """While open, batch norm takes its statistics over all of ``parts``, if ``layout`` says so.
+
+        ``passes`` take micro-batches through G (``latent/...``) or D. Gradients of a D with batch norm cannot be penalised meanwhile:
+        what statistics carry would have to be differentiated twice.
+        """
+        if not layout.uses("whole_batch_norm"):
+            return nullcontext()
+        networks = {scope: self.generator if scope.startswith("latent/") else self.discriminator for scope in passes}
+        return self._whole.measured(parts, {scope: (networks[scope], forward) for scope, forward in passes.items()})
+
+    def _carry(self, scope: str, forward: Callable[..., Tensor], leaves: Sequence[Tensor], row: int, count: int) -> None:
+        self._go_back(self._whole.carried(scope, forward, row, count), leaves)
+
     def _set_learning(self, learns: bool) -> None:
         for parameter in self._learning:
             parameter.requires_grad_(learns)
 
     def _generate(self, purpose: str, row: int, count: int, *, learns: bool = False, layout: Layout | None = None) -> Tensor:
         """Generated images in the networks' dtype, with a graph to G if it ``learns``."""
-        with torch.set_grad_enabled(learns), self.autocast(), self._saving(self.generator, layout if learns else None):
+        learns = learns and torch.is_grad_enabled()
+        saving = self._saving(self.generator, layout if learns else None)
+        with torch.set_grad_enabled(learns), self.autocast(), saving, self._whole.passing(purpose):
             images: Tensor = self.generator(self.latents(purpose, row, count))
             return images.to(self.like.dtype)
 
@@ -243,7 +303,7 @@ class Step:
 
     def _discriminate(self, images: Tensor, row: int, scope: str) -> Tensor:
         """Logits ``[n]`` in at least single precision."""
-        with self.autocast():
+        with self.autocast(), self._whole.passing(scope):
             logits: Tensor = self.discriminator(images, Rows(self.draws, scope, row, len(images)))
         return logits.to(self.like.dtype)
 
@@ -252,8 +312,17 @@ class Step:
         return logits.detach().sigmoid() if self.loss.probability else logits.detach()
 
     def _backward(self, terms: Tensor, batch: int, leaves: Sequence[Tensor]) -> None:
+        self._go_back(self.scaler.scale(terms.sum() / batch), leaves)
+
+    def _go_back(self, value: Tensor, leaves: Sequence[Tensor]) -> None:
         """Adds gradients to ``leaves`` alone: those of images, which penalties make leaves too, nobody reads."""
-        torch.autograd.backward(self.scaler.scale(terms.sum() / batch), inputs=leaves)
+        if value.requires_grad:
+            torch.autograd.backward(value, inputs=[*leaves, *self._whole.leaves])
+
+
+def _parts(first: int, layout: Layout) -> list[tuple[int, int]]:
+    """The first row and the number of samples of each micro-batch of a batch that begins at row ``first``."""
+    return [(first + begin, count) for begin, count in slices(layout.sizes)]
 
 
 def _plus(terms: Tensor, penalty: Weighted | None) -> Tensor:

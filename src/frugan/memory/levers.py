@@ -31,8 +31,9 @@ def recomputed(block: nn.Module, function: Callable[..., Any], *inputs: Any, dra
     Bitwise the same: running statistics take part in the first pass only. ``draws``: ``function`` draws from torch's global
     generators, which then draw the same again. (`torch.utils.checkpoint` imports torch's compiler, which holds 150 MiB.)
     """
-    layers = _batch_norms(block)
+    layers = batch_norms(block)
     tracked = [m.track_running_stats for m in layers]
+    whole = next((m.whole_batch.again() for m in layers if "whole_batch" in vars(m)), nullcontext)  # `frugan.memory.batchnorm`
     first = next((t for t in inputs if isinstance(t, Tensor)), None)
     device = first.device if first is not None else torch.device("cpu")
     kind = device.type
@@ -66,7 +67,7 @@ def recomputed(block: nn.Module, function: Callable[..., Any], *inputs: Any, dra
         fresh = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in inputs]
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, _never), torch.enable_grad(), torch.autocast(kind, dtype, enabled),
-            _as_before(layers, tracked),
+            _as_before(layers, tracked), whole(),
         ):  # fmt: skip
             function(*fresh)
         if after:
@@ -85,8 +86,11 @@ def recomputing(blocks: Iterable[nn.Module], draws: bool = False) -> Iterator[No
     """While open, each of ``blocks`` is `recomputed` in backward wherever it is called. Bitwise the same."""
     with ExitStack() as after:
         for block in blocks:
+            if (own := vars(block).get("forward")) is None:
+                after.callback(delattr, block, "forward")  # what the class says shows again
+            else:
+                after.callback(setattr, block, "forward", own)
             block.forward = partial(recomputed, block, block.forward, draws=draws)
-            after.callback(delattr, block, "forward")  # what the class says shows again
         yield
 
 
@@ -132,7 +136,13 @@ class _From(torch.autograd.Function):
 def backward_from(tensor: Tensor, gradient: Tensor | None, leaves: Sequence[Tensor]) -> None:
     """``torch.autograd.backward(tensor, gradient, inputs=leaves)``, for which torch would import SymPy (20 MiB)."""
     assert gradient is not None
-    torch.autograd.backward(_From.apply(tensor, gradient), inputs=leaves)
+    torch.autograd.backward(carrying(tensor, gradient), inputs=leaves)
+
+
+def carrying(tensor: Tensor, gradient: Tensor) -> Tensor:
+    """Zero, whose gradient in ``tensor`` is ``gradient``."""
+    found: Tensor = _From.apply(tensor, gradient)
+    return found
 
 
 def offloading(device: torch.device, wanted: bool, kept: Iterable[Tensor] = ()) -> AbstractContextManager[object]:
@@ -176,7 +186,7 @@ def _is_dense(tensor: Tensor) -> bool:
 @contextmanager
 def still_statistics(module: nn.Module) -> Iterator[None]:
     """While open, passing samples through ``module`` leaves its running statistics as they are."""
-    layers = [m for m in _batch_norms(module) if m.track_running_stats]
+    layers = [m for m in batch_norms(module) if m.track_running_stats]
     for m in layers:
         m.track_running_stats = False  # in training the batch's own statistics are used all the same
     try:
@@ -204,8 +214,9 @@ def _as_before(layers: Sequence[Any], tracked: Sequence[bool]) -> Iterator[None]
 
 def couples(module: nn.Module) -> bool:
     """Whether ``module`` takes statistics over a batch, so that a sample's output depends on the others."""
-    return bool(_batch_norms(module))
+    return bool(batch_norms(module))
 
 
-def _batch_norms(module: nn.Module) -> list[Any]:
+def batch_norms(module: nn.Module) -> list[Any]:
+    """The batch norm layers of ``module``."""
     return [m for m in module.modules() if isinstance(m, private.batch_norm())]

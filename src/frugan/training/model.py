@@ -65,7 +65,7 @@ class Model:
             self.run(phase.name, Layout((count,)), phase.optimizer)
         if self.average:
             self.average.update(self.generator, count, count)
-        self.step.score_generated(self._first, (count,))
+        self.step.score_generated(self._first, Layout((count,)))
         sampling.to_images(self.average.module if self.average else self.generator, self.step.latents("latent/g", 0, count), count)
 
     def multiply(self, rows: int = 16) -> None:
