@@ -1,31 +1,35 @@
 """Batch norm over the whole batch: micro-batches give the gradients and the running statistics of the batch computed at once."""
 
-import copy
-from collections.abc import Callable, Iterable
-from pathlib import Path
+import gc
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.optim import SGD
 
 from frugan.config.architectures import Architecture, Dcgan, Mlp, Upsample
 from frugan.config.objectives import Bce, Objective, RpGan
 from frugan.gan.levers import named
 from frugan.gan.networks import build
 from frugan.gan.step import Step
-from frugan.memory.layout import Layout
+from frugan.memory import Engine, accumulate
+from frugan.memory.layout import WHOLE_BATCH_NORM, Guarantee, Layout
+from frugan.memory.levers import recomputing
 from frugan.utils.draws import Draws
+from frugan.utils.errors import UserError
 
 from .test_exactness import micro_batches
 
-SMALL = {"latent_dim": 5, "width_g": 4, "width_d": 4}
+SMALL = {"latent_dim": 5, "width_g": 4, "width_d": 4, "depth": 2}
 NETWORKS: dict[str, Architecture] = {
     f"{kind.kind}, {where}": kind(**SMALL, norm_g="none" if where == "D" else "batch", norm_d="none" if where == "G" else "batch")
     for kind in (Dcgan, Upsample, Mlp)
     for where in ("G", "D", "both")
 }
+assert all(build(n, 12, 2)["D" in where].couples_samples for where, n in NETWORKS.items())
 EXACT = "whole_batch_norm"
 
 
@@ -61,7 +65,7 @@ def assert_equal(whole: dict[str, Tensor], parts: dict[str, Tensor], tolerance: 
         assert error < tolerance, (name, float(error))
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(
     network=st.sampled_from(sorted(NETWORKS)),
     objective=st.sampled_from([Bce(label_smoothing=0.1), RpGan(r1=0, r2=0)]),
@@ -73,3 +77,111 @@ def test_any_cut_gives_the_gradients_and_running_statistics_of_the_whole_batch(
 ) -> None:
     whole = outcome(NETWORKS[network], objective, [7])
     assert_equal(whole, outcome(NETWORKS[network], objective, sizes, {*levers, EXACT}))
+
+
+def test_without_it_micro_batches_train_otherwise() -> None:
+    whole = outcome(NETWORKS["dcgan, both"], Bce(), [7])
+    with pytest.raises(AssertionError):
+        assert_equal(whole, outcome(NETWORKS["dcgan, both"], Bce(), [4, 3]), 0.01)
+
+
+class Residual(nn.Module):
+    """As of a ResNet: two batch norms, one of them called twice, and a way around them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.one, self.two = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
+        self.norm = nn.BatchNorm2d(channels, momentum=None)
+        self.last = nn.BatchNorm2d(channels, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.last(self.two(self.norm(self.one(self.norm(x).relu_())).relu_()))).relu()
+
+
+def residual() -> nn.Sequential:
+    torch.manual_seed(0)
+    frozen = nn.BatchNorm2d(6).eval()
+    network = nn.Sequential(
+        nn.BatchNorm2d(3), nn.Conv2d(3, 6, 3), frozen, Residual(6), Residual(6), nn.BatchNorm2d(6, track_running_stats=False),
+        nn.LeakyReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4),
+    )  # fmt: skip
+    away_from_the_start(network)
+    return network
+
+
+def squares(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return (module(x) - y).square().sum(1)
+
+
+@settings(max_examples=15)
+@given(sizes=micro_batches(9), blocks=st.booleans())
+def test_any_cut_of_a_foreign_module_is_its_whole_batch(sizes: list[int], blocks: bool) -> None:
+    found = []
+    x, y = torch.randn(9, 3, 5, 5, dtype=torch.float64) + 3, torch.randn(9, 4, dtype=torch.float64)
+    for cut in ([9], sizes):
+        module = residual()
+        with recomputing([module[3], module[4], module[5]] if blocks else ()):
+            mean = accumulate(squares, module, (x, y), cut, whole_batch_norm=len(cut) > 1)
+        found.append({"mean": mean} | {k: p.grad for k, p in module.named_parameters() if p.grad is not None})
+        found[-1] |= {f"buffer {k}": b for k, b in module.named_buffers()}
+        assert not any("whole_batch" in vars(m) or "forward" in vars(m) for m in module.modules())
+    assert_equal(*found)
+
+
+@pytest.fixture
+def _frozen() -> Iterator[None]:
+    gc.collect()
+    gc.freeze()  # what is there now is not looked at again by every plan
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("_frozen")
+def test_the_engine_is_exact_in_micro_batches_and_says_so() -> None:
+    x, y = torch.randn(12, 3, 5, 5, dtype=torch.float64), torch.randn(12, 4, dtype=torch.float64)
+    states = []
+    for parts in (1, 5):
+        module = residual()
+        engine = Engine(module, squares, SGD(module.parameters(), lr=0.1), batch=12)
+        engine.plan(x[:2], y[:2])
+        job = engine.choice.chosen["the step"].job  # type: ignore[union-attr]
+        assert (WHOLE_BATCH_NORM,) in job.variants and 12 in job.counts((WHOLE_BATCH_NORM,))
+        layout = Layout.of(12, parts, [WHOLE_BATCH_NORM] if parts > 1 else [])
+        assert layout.guarantee(coupled=True) == (Guarantee.REASSOCIATION if parts > 1 else Guarantee.BITWISE)
+        engine.recovery.layouts["the step"] = layout
+        with engine:
+            for count in (12, 5, 12):  # the second batch is a short one
+                engine.step(x[:count], y[:count])
+        states.append(module.state_dict())
+    assert_equal(*states)
+
+
+@pytest.mark.usefixtures("_frozen")
+def test_what_cannot_be_computed_again_is_refused() -> None:
+    class Uneven(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x) if x.sum() > 0 else x + self.norm.weight
+
+    def penalised(module: nn.Module, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.clone().requires_grad_(True)
+            (slope,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
+        return slope.square().sum(1)
+
+    x = torch.cat([torch.ones(2, 3), -torch.ones(2, 3)])
+    with pytest.raises(UserError, match="calls its layers alike for all samples"):
+        accumulate(lambda m, x: m(x).sum(1), Uneven(), (x,), [2, 2], whole_batch_norm=True)
+    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh())
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        accumulate(penalised, module, (torch.randn(4, 3),), [2, 2], whole_batch_norm=True)
+    engine = Engine(module, penalised, SGD(module.parameters(), lr=0.1), batch=4)
+    engine.plan(torch.randn(2, 3))
+    with pytest.raises(UserError, match="whole_batch_norm=False"):
+        engine._growth([torch.randn(2, 3)], (WHOLE_BATCH_NORM,))
+    drawing = Engine(nn.Sequential(module, nn.Dropout()), squares, SGD(module.parameters(), lr=0.1), batch=4)
+    drawing.plan(torch.randn(2, 3), torch.randn(2, 3))
+    assert drawing.choice and drawing.choice.chosen["the step"].job.variants == [()]

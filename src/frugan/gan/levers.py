@@ -66,9 +66,9 @@ def allowed(
     """For each lever of ``phase`` whether it may be left alone and whether it may be used, the plainest first.
 
     Raises:
-        UserError: a lever was asked for that does not go with gradient penalties and batch norm in D. By jvp they would be wrong, as
-            torch differentiates the forward derivative of batch norm as if the batch's statistics were constants; under statistics of
-            the whole batch, what these carry would have to be differentiated twice. With group norm all is right.
+        UserError: a lever was asked for that does not go with gradient penalties and batch norm in D. By jvp they would be wrong,
+            as torch differentiates the forward derivative of batch norm as if the batch's statistics were constants; under
+            statistics of the whole batch, what these carry would have to be differentiated twice. With group norm all is right.
     """
     found: dict[Lever, tuple[bool, ...]] = {}
     penalised = phase == "D" and coupled[1] and bool(penalties(recipe.objective))
@@ -106,8 +106,8 @@ def variants(recipe: Recipe, phase: str, device: torch.device, coupled: tuple[bo
 
     What uncouples samples takes several times as long and makes micro-batches of any size possible, so that other levers hardly
     help: it is used alone, or with all of them where memory is least. Penalties by jvp need as much as by double backward until
-    blocks are recomputed, and blocks under a double backward are all needed at once: the two are used together or not at all, unless
-    one was asked for.
+    blocks are recomputed, and blocks under a double backward are all needed at once: the two are used together or not at all,
+    unless one was asked for.
     """
     may = allowed(recipe, phase, device, coupled)
     made = [tuple(sorted(x for x, used in zip(may, values, strict=True) if used)) for values in product(*may.values())]
@@ -152,7 +152,7 @@ def jobs(
     found = []
     for phase in PHASES:
         parts, ways = parts_of(recipe, phase), variants(recipe, phase, device, coupled)
-        if any(coupled) and (batch < 2 or not uncoupling(ways[0]) and min(split(batch, parts or 1)) < 2):
+        if any(coupled) and (batch < 2 or (not uncoupling(ways[0]) and min(split(batch, parts or 1)) < 2)):
             raise UserError(
                 "batch norm cannot train on micro-batches of 1: use a larger --batch-size or fewer --accumulation-steps, "
                 "or --norm-g group --norm-d group."

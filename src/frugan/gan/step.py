@@ -156,14 +156,17 @@ class Step:
         """Mean D(G(z)) of both networks as they are now, on the noise of `generator_phase`; changes neither."""
         total: Terms = {}
         parts = _parts(first, layout)
-        generate = partial(self._generate, "latent/g")
+
+        def generate(row: int, count: int) -> Tensor:
+            return self._layout(self._generate("latent/g", row, count))
 
         def judge(row: int, count: int) -> Tensor:
-            return self._discriminate(self._layout(generate(row, count)), row, "g/fake")
+            return self._discriminate(generate(row, count), row, "g/fake")
 
-        still = levers.still_statistics
-        passes = {"latent/g": generate, "g/fake": judge}
-        with still(self.generator), still(self.discriminator), self._measured(layout, parts, passes):
+        with (
+            levers.still_statistics(self.generator), levers.still_statistics(self.discriminator),
+            self._measured(layout, parts, {"latent/g": generate, "g/fake": judge}),
+        ):  # fmt: skip
             for part in parts:
                 _add(total, {"D(G(z))": self._score(judge(*part))}, sum(layout.sizes))
         return total["D(G(z))"]
@@ -244,27 +247,25 @@ class Step:
         self._go_back(score(fake), [fake] if recompute else self._generating)
         if recompute:
             gradient = fake.grad
-            assert gradient is not None
             del fake
             with levers.still_statistics(self.generator):
                 fake = self._generate("latent/g", row, count, learns=True, layout=layout)
-            self._go_back(levers.carrying(fake, gradient), self._generating)
+            levers.backward_from(fake, gradient, [*self._generating, *self._whole.leaves])
 
     def _measured(
         self, layout: Layout, parts: Sequence[tuple[int, int]], passes: Mapping[str, Callable[[int, int], Tensor]]
     ) -> AbstractContextManager[object]:
-        """While open, batch norm takes its statistics over all of ``parts``, if ``layout`` says so.
+        """While open, batch norm takes its statistics over all of ``parts``, if ``layout`` says so (not beside penalties of such a D).
 
-        ``passes`` take micro-batches through G (``latent/...``) or D. Gradients of a D with batch norm cannot be penalised meanwhile:
-        what statistics carry would have to be differentiated twice.
+        ``passes`` take micro-batches through G (``latent/...``) or D.
         """
         if not layout.uses("whole_batch_norm"):
             return nullcontext()
         networks = {scope: self.generator if scope.startswith("latent/") else self.discriminator for scope in passes}
         return self._whole.measured(parts, {scope: (networks[scope], forward) for scope, forward in passes.items()})
 
-    def _carry(self, scope: str, forward: Callable[..., Tensor], leaves: Sequence[Tensor], row: int, count: int) -> None:
-        self._go_back(self._whole.carried(scope, forward, row, count), leaves)
+    def _carry(self, scope: str, forward: Callable[..., Tensor], leaves: Sequence[Tensor], *part: int) -> None:
+        self._go_back(self._whole.carried(scope, forward, *part), leaves)
 
     def _set_learning(self, learns: bool) -> None:
         for parameter in self._learning:

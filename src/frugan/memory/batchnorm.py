@@ -52,7 +52,7 @@ class _Once(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
@@ -292,24 +292,21 @@ class WholeBatches:
         return self._found[name].carried(forward, *part)
 
 
-def accumulate(
-    module: nn.Module, share: Callable[..., Tensor], parts: Sequence[Part], calls: int | None = None
-) -> tuple[Tensor, int]:  # fmt: skip
+def accumulate(module: nn.Module, share: Callable[..., Tensor], parts: Sequence[Part]) -> Tensor:
     """Adds the gradients of the sum of ``share(*part)`` over all micro-batches, with statistics of all of them.
 
     Args:
         module: what ``share`` passes samples through.
         share: of a micro-batch, a number; computes the same in every pass.
         parts: what it is called with.
-        calls: see `WholeBatch`.
 
     Returns:
-        The sum, without graph, and the number of calls of batch norm layers that each micro-batch makes.
+        The sum, without graph.
 
     Raises:
         UserError: micro-batches call layers in another order than others.
     """
-    whole = WholeBatch(module, calls)
+    whole = WholeBatch(module)
 
     def passed(*part: Any) -> Tensor:
         with whole.passing():
@@ -328,7 +325,7 @@ def accumulate(
         total = value.detach() if total is None else total + value.detach()
     whole.bring_back(add, parts)
     assert total is not None
-    return total, len(whole.calls)
+    return total
 
 
 def _wide(x: Tensor) -> Tensor:

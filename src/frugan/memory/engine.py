@@ -16,10 +16,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from frugan.memory import levers, limit
+from frugan.memory import batchnorm, levers, limit
 from frugan.memory.budget import Beside, BudgetPlanner, Process
 from frugan.memory.growth import SMALL, Growth, traced
-from frugan.memory.layout import CHECKPOINT_BLOCKS, Layout, slices, split
+from frugan.memory.layout import CHECKPOINT_BLOCKS, WHOLE_BATCH_NORM, Layout, slices, split
 from frugan.memory.optimizer import state_of, tried
 from frugan.memory.recover import Change, Recovery
 from frugan.memory.search import Choice, Job, Levers, Search
@@ -30,7 +30,9 @@ Loss = Callable[..., Tensor]
 STEP = "the step"
 
 
-def accumulate(loss: Loss, module: nn.Module, tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+def accumulate(
+    loss: Loss, module: nn.Module, tensors: Sequence[Tensor], sizes: Sequence[int], *, whole_batch_norm: bool = False
+) -> Tensor:  # fmt: skip
     """Adds the gradients of the mean of ``loss(module, *tensors)`` over all samples, in micro-batches of ``sizes``.
 
     Args:
@@ -38,6 +40,8 @@ def accumulate(loss: Loss, module: nn.Module, tensors: Sequence[Tensor], sizes: 
         module: what is trained.
         tensors: each ``[n, ...]``; are cut along their first dimension, and moved to the module's device a piece at a time.
         sizes: sum to n.
+        whole_batch_norm: whether batch norm takes its statistics over all samples, for which the loss is computed again and again
+            (`frugan.memory.batchnorm`); it must draw nothing, and differentiate nothing itself.
 
     Returns:
         The mean loss, without graph.
@@ -50,15 +54,21 @@ def accumulate(loss: Loss, module: nn.Module, tensors: Sequence[Tensor], sizes: 
             f"micro-batches of {list(sizes)} are {sum(sizes)} samples, but the tensors have {[len(t) for t in tensors]}."
         )
     device = next(module.parameters()).device
-    total = torch.zeros((), device=device)
-    for begin, count in slices(sizes):
+
+    def share(begin: int, count: int) -> Tensor:
         terms = loss(module, *(t[begin : begin + count].to(device) for t in tensors))
         if tuple(terms.shape) != (count,):
             raise UserError(
                 f"the loss gave a tensor of shape {list(terms.shape)} for {count} samples: it must give one term a sample, "
                 f"[{count}] (reduction='none'), of which the engine takes the mean."
             )
-        mean = terms.sum() / sum(sizes)
+        return terms.sum() / sum(sizes)
+
+    if whole_batch_norm:
+        return batchnorm.accumulate(module, share, list(slices(sizes)))
+    total = torch.zeros((), device=device)
+    for part in slices(sizes):
+        mean = share(*part)
         torch.autograd.backward(mean)
         total = total + mean.detach()  # a loss in double precision gives a mean in double precision
     return total
@@ -76,6 +86,8 @@ class Engine(AbstractContextManager["Engine"]):
             free.
         blocks: parts of the module, each called with one tensor, that may be recomputed in backward. What they draw from torch's
             global generators (dropout) they draw again.
+        whole_batch_norm: whether micro-batches may be exact under batch norm, by passes that compute the loss again and again; not
+            of a module that draws.
         changed: is told of every change to go on when memory ran out.
 
     Raises:
@@ -84,7 +96,7 @@ class Engine(AbstractContextManager["Engine"]):
 
     def __init__(
         self, module: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, *, batch: int, memory: str | None = None,
-        blocks: Sequence[nn.Module] = (), changed: Callable[[Change], None] = print,
+        blocks: Sequence[nn.Module] = (), whole_batch_norm: bool = True, changed: Callable[[Change], None] = print,
     ) -> None:  # fmt: skip
         if batch < 1:
             raise UserError(f"the engine's batch must be at least one sample, not {batch}.")
@@ -98,6 +110,7 @@ class Engine(AbstractContextManager["Engine"]):
         self.optimizer = optimizer
         self.batch = batch
         self.blocks = blocks
+        self.whole_batch_norm = whole_batch_norm
         self.device = next(module.parameters()).device
         self.budget = limit.budget(memory, self.device)
         self.coupled = levers.couples(module)
@@ -132,8 +145,6 @@ class Engine(AbstractContextManager["Engine"]):
         if not self.optimizer.state:
             self._reserved = [torch.empty(n, dtype=torch.uint8, device=self.device).fill_(0) for n in sizes if n]
         least = min(2, self.batch)
-        usable = (CHECKPOINT_BLOCKS,) if self.blocks else ()
-        variants: list[Levers] = [(), usable] if self.blocks else [()]
         smallest = least if self.coupled else 1
         cpu = self.device.type == "cpu"
         # The first meets what libraries load, and the second what they load for one more size: what the training's own will take.
@@ -143,6 +154,8 @@ class Engine(AbstractContextManager["Engine"]):
         size_loads = max(0, limit.at_rest(self.device) - first) if cpu else 0
         reserved = max(0, limit.addresses() - data - size_loads) if cpu else 0
         self.draws = growths[()].random
+        usable = self._usable()
+        variants: list[Levers] = list(dict.fromkeys([(), *((lever,) for lever in usable), usable]))
 
         def growth(used: Levers) -> Growth:
             if used not in growths:
@@ -216,9 +229,15 @@ class Engine(AbstractContextManager["Engine"]):
         self.optimizer.zero_grad(set_to_none=True)
         return mean
 
+    def _usable(self) -> Levers:
+        """The levers that there are for this module."""
+        uncouples = self.whole_batch_norm and self.coupled and not self.draws and self.batch > 1
+        return (*([CHECKPOINT_BLOCKS] if self.blocks else []), *([WHOLE_BATCH_NORM] if uncouples else []))
+
     def _compute(self, layout: Layout, tensors: Sequence[Tensor], draws: bool = True) -> Tensor:
         with levers.recomputing(self.blocks if layout.uses(CHECKPOINT_BLOCKS.name) else (), draws):
-            return accumulate(self.loss, self.module, tensors, layout.sizes)
+            whole = layout.uses(WHOLE_BATCH_NORM.name)
+            return accumulate(self.loss, self.module, tensors, layout.sizes, whole_batch_norm=whole)
 
     def _held(self) -> list[Tensor]:
         return [*self.module.parameters(), *self.module.buffers(), *state_of(self.optimizer), *self._reserved]
@@ -256,7 +275,10 @@ class Engine(AbstractContextManager["Engine"]):
                 raise
             reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
             shapes = [list(t.shape) for t in inputs]
-            raise UserError(f"the module and its loss cannot be run on {count} samples, of shapes {shapes}: {reason}") from error
+            way = "; whole_batch_norm=False does without passes of their own for batch norm" if WHOLE_BATCH_NORM in used else ""
+            raise UserError(
+                f"the module and its loss cannot be run on {count} samples, of shapes {shapes}: {reason}{way}"
+            ) from error
         finally:
             back()
             with torch.no_grad():
@@ -270,5 +292,7 @@ def fitted(layout: Layout, count: int, smallest: int = 1) -> Layout:
     """``layout`` for a batch of ``count`` samples, in micro-batches that are no larger, unless one had fewer than ``smallest``."""
     if count == sum(layout.sizes):
         return layout
+    smallest = 1 if layout.uncoupled else smallest
     parts = min(-(-count // layout.micro_batch), max(1, count // smallest))
-    return replace(layout, sizes=tuple(split(count, parts)))
+    used = layout.levers if parts > 1 else tuple(lever for lever in layout.levers if not lever.uncouples)
+    return replace(layout, sizes=tuple(split(count, parts)), levers=used)
