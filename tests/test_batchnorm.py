@@ -12,6 +12,7 @@ from torch.optim import SGD
 
 from frugan.config.architectures import Architecture, Dcgan, Mlp, Upsample
 from frugan.config.objectives import Bce, Objective, RpGan
+from frugan.data.loader import Batch
 from frugan.gan.levers import named
 from frugan.gan.networks import build
 from frugan.gan.step import Step
@@ -46,10 +47,11 @@ def outcome(options: Architecture, objective: Objective, sizes: Iterable[int], l
     away_from_the_start(generator, discriminator)
     layout = Layout(tuple(sizes), named(levers))
     images = torch.randint(0, 256, (sum(layout.sizes), 2, 12, 12), dtype=torch.uint8)
+    batch = Batch(lambda row, n: images[row - 7 : row - 7 + n])
     step = Step(generator, discriminator, objective, options.latent_dim, Draws(3), flip=True)
     found = {}
     for name, phase in (("d", step.discriminator_phase), ("g", step.generator_phase)):
-        found |= {f"{name}/{k}": v for k, v in phase(lambda row, n: images[row - 7 : row - 7 + n], 7, layout).items()}
+        found |= {f"{name}/{k}": v for k, v in phase(batch, 7, layout).items()}
         for part, network in (("g", generator), ("d", discriminator)):
             found |= {f"{name}/{part}.{k}": p.grad.clone() for k, p in network.named_parameters() if p.grad is not None}
             found |= {f"{name}/{part}.{k}": b.clone() for k, b in network.named_buffers()}

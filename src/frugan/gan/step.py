@@ -2,12 +2,12 @@
 
 A phase adds the gradients of its network to ``.grad`` and returns what it measured; it neither loads, logs nor updates. Each
 micro-batch's terms are summed and divided by the size of the whole batch, so that micro-batches of any sizes add up to the
-gradient of the whole batch's mean: up to rounding, on networks that do not couple samples, or if the layout has batch norm take its
-statistics over the whole batch (`frugan.memory.batchnorm`).
+gradient of the whole batch's mean: up to rounding, on networks that do not couple samples, or where batch norm takes its statistics
+from the whole batch (`frugan.memory.batchnorm`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,41 +15,35 @@ import torch
 from torch import Tensor
 
 from frugan.config.objectives import Objective
+from frugan.data.loader import Batch, unlabelled
+from frugan.data.loader import Labels as Labels
 from frugan.gan.losses import LOSSES
 from frugan.gan.networks import Network
+from frugan.gan.passes import Part, Passes
 from frugan.gan.penalties import Penalty, penalties, weighted
 from frugan.memory import levers, private
-from frugan.memory.batchnorm import WholeBatches
 from frugan.memory.layout import Layout, slices
 from frugan.utils.draws import Draws, Rows
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-Images = Callable[[int, int], Tensor]  # (first, count) to uint8 images [count, c, h, w] on the host
 Terms = dict[str, Tensor]
 Weighted = tuple[float, Tensor]  # a weight, and terms [n]
 
 
-def normalise(images: Tensor, mirrored: Tensor | None, like: Tensor) -> Tensor:
-    """uint8 images ``[n, c, h, w]`` to [-1, 1], on the device and in the dtype of ``like``, those in ``mirrored`` flipped."""
-    images = images.to(like.device, non_blocking=True)
-    if mirrored is not None:
-        images = torch.where(mirrored.to(like.device)[:, None, None, None], images.flip(3), images)
-    return images.to(like.dtype).div_(127.5).sub_(1)
-
-
 @dataclass
-class Step:
+class Step(Passes):
     """Both phases of one objective on one pair of networks.
 
     Args:
-        generator: maps noise ``[n, latent_dim]`` to images ``[n, c, h, w]``.
-        discriminator: maps images to logits ``[n]``.
+        generator: maps noise ``[n, latent_dim]``, and what it needs to know of the samples, to images ``[n, c, h, w]``.
+        discriminator: maps images, and the same, to logits ``[n]``.
         objective: what is minimised, with its penalties.
         latent_dim: length of a noise vector.
         draws: where noise, masks and mirrorings come from.
         flip: whether half of the real images are mirrored.
         precision: ``fp32`` computes in the networks' own dtype, ``bf16`` and ``fp16`` under autocast.
         channels_last: memory format of the images that enter the networks.
+        conditional: whether both networks are told the classes of images, which then need labels.
+        balanced: the classes that generated images have equally often; none: each has the class of the real image of its number.
     """
 
     generator: Network
@@ -60,10 +54,12 @@ class Step:
     flip: bool = False
     precision: str = "fp32"
     channels_last: bool = False
+    conditional: bool = False
+    balanced: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.loss = LOSSES[type(self.objective)]
-        self.like = next(self.generator.parameters())  # its device and dtype are the networks'
         self._learning = [p for p in self.discriminator.parameters() if p.requires_grad]  # the others are frozen for good
         self._generating = [*self.generator.parameters()]
         # Gradients of fp16 arithmetic underflow without a scale; with the other precisions the scaler does nothing.
@@ -71,13 +67,12 @@ class Step:
         self.penalties: dict[str, list[Penalty]] = {"real": [], "fake": [], "between": []}  # by the images that they are taken at
         for penalty in penalties(self.objective):
             self.penalties[penalty.where].append(penalty)
-        self._whole = WholeBatches()  # by what draws for them
 
-    def discriminator_phase(self, images: Images, first: int, layout: Layout) -> Terms:
+    def discriminator_phase(self, batch: Batch, first: int, layout: Layout) -> Terms:
         """Adds D's gradients for one batch.
 
         Args:
-            images: real images by the number of images seen before them.
+            batch: real images, and their classes, by the number of images seen before them.
             first: the number of images seen before this batch, which also says what is drawn.
             layout: the sizes of the micro-batches and how each is computed.
 
@@ -85,83 +80,91 @@ class Step:
             Means over the batch, as tensors without graph: ``Loss_D``, ``D(x)`` and each penalty.
         """
         total: Terms = {}
-        batch, parts = sum(layout.sizes), _parts(first, layout)
+        whole, parts = sum(layout.sizes), _parts(first, layout)
         self._set_learning(True)
+        compute = self._one_by_one if layout.uses("separate_terms") else self._at_once
 
-        def judge(scope: str, row: int, count: int) -> Tensor:
-            there = self._real(images, row, count) if scope == "real" else self._layout(self._generate("latent/d", row, count))
-            with self._saving(self.discriminator, layout):
-                return self._discriminate(there, row, scope)
+        def generate(first: int, count: int) -> Tensor:
+            return self._layout(self._generate(self._of_fake("latent/d", first, count, batch.labels)))
 
-        passes = {"latent/d": partial(self._generate, "latent/d"), "real": partial(judge, "real"), "fake": partial(judge, "fake")}
-        with self._measured(layout, parts, passes):
-            for row, count in parts:
-                real = self._real(images, row, count)
-                fake = self._layout(self._generate("latent/d", row, count))
+        def judge_real(first: int, count: int) -> Tensor:
+            rows = self._of_real(first, count, batch.labels)
+            return self._judge(self._real(batch, rows), rows.used_as("real"), layout)
+
+        def judge_fake(first: int, count: int) -> Tensor:
+            rows = self._of_fake("latent/d", first, count, batch.labels)
+            return self._judge(generate(first, count), rows.used_as("fake"), layout)
+
+        with self._measured(layout, parts, {"latent/d": generate, "real": judge_real, "fake": judge_fake}):
+            for begin, count in parts:
+                of_real = self._of_real(begin, count, batch.labels)
+                of_fake = self._of_fake("latent/d", begin, count, batch.labels)
+                real = self._real(batch, of_real)
+                fake = self._layout(self._generate(of_fake))
                 between = None
                 if self.penalties["between"]:
-                    share = self.draws.uniform("between", row, count, 1, 1, 1).to(real)
+                    share = self.draws.uniform("between", begin, count, 1, 1, 1).to(real)
                     between = torch.lerp(fake, real, share)
-                compute = self._one_by_one if layout.uses("separate_terms") else self._at_once
-                _add(total, compute(real, fake, row, batch, layout), batch)
+                _add(total, compute(real, fake, of_real.used_as("real"), of_fake.used_as("fake"), whole, layout), whole)
                 if between is not None:
-                    _, (weight, slope), measured = self._penalised(between, row, "between", layout)
-                    self._backward(weight * slope, batch, self._learning)
-                    _add(total, measured, batch)
-            for scope in ("real", "fake"):
-                self._whole.bring_back(scope, partial(self._carry, scope, passes[scope], self._learning))
+                    _, (weight, slope), measured = self._penalised(between, of_real.used_as("between"), layout)
+                    self._backward(weight * slope, whole, self._learning)
+                    _add(total, measured, whole)
+            self._whole.bring_back("real", partial(self._carry, "real", judge_real, self._learning))
+            self._whole.bring_back("fake", partial(self._carry, "fake", judge_fake, self._learning))
         return total
 
-    def generator_phase(self, images: Images, first: int, layout: Layout) -> Terms:
+    def generator_phase(self, batch: Batch, first: int, layout: Layout) -> Terms:
         """Adds G's gradients for one batch, with D frozen; arguments as in `discriminator_phase`.
 
         Returns:
             Means over the batch: ``Loss_G`` and ``D(G(z))``, of D as it is now.
         """
         total: Terms = {}
-        batch, parts = sum(layout.sizes), _parts(first, layout)
+        whole, parts = sum(layout.sizes), _parts(first, layout)
         self._set_learning(False)
 
-        def generate(row: int, count: int) -> Tensor:
-            return self._generate("latent/g", row, count, learns=True, layout=layout)
+        def generate(first: int, count: int) -> Tensor:
+            return self._generate(self._of_fake("latent/g", first, count, batch.labels), learns=True, layout=layout)
 
-        def judge(fake: Tensor, row: int) -> Tensor:
-            with self._saving(self.discriminator, layout):
-                return self._discriminate(self._layout(fake), row, "g/fake")
+        def judge(first: int, count: int, fake: Tensor) -> Tensor:
+            return self._judge(fake, self._of_fake("latent/g", first, count, batch.labels).used_as("g/fake"), layout)
 
-        def judge_real(row: int, count: int) -> Tensor:
+        def judge_real(first: int, count: int) -> Tensor:
+            rows = self._of_real(first, count, batch.labels)
             with torch.no_grad():
-                return self._discriminate(self._real(images, row, count), row, "g/real")
+                return self._discriminate(self._real(batch, rows), rows.used_as("g/real"))
 
-        def lose(row: int, count: int, fake: Tensor) -> Tensor:
-            fake_logits = judge(fake, row)
-            real_logits = judge_real(row, count) if self.loss.paired else None
+        def lose(first: int, count: int, fake: Tensor) -> Tensor:
+            fake_logits = judge(first, count, fake)
+            real_logits = judge_real(first, count) if self.loss.paired else None
             terms = self.loss.generator(self.objective, fake_logits, real_logits)
-            _add(total, {"Loss_G": terms, "D(G(z))": self._score(fake_logits)}, batch)
-            return self.scaler.scale(terms.sum() / batch)
+            _add(total, {"Loss_G": terms, "D(G(z))": self._score(fake_logits)}, whole)
+            return self.scaler.scale(terms.sum() / whole)
 
-        def carry(row: int, count: int) -> None:
-            self._through_generator(lambda fake: self._whole.carried("g/fake", judge, fake, row), row, count, layout)
+        def add(score: Callable[..., Tensor], *part: int) -> None:
+            self._through_generator(partial(generate, *part), partial(score, *part), layout)
 
-        passes = {"latent/g": generate, "g/fake": lambda row, count: judge(generate(row, count), row)}
+        passes = {"latent/g": generate, "g/fake": lambda first, count: judge(first, count, generate(first, count))}
         with self._measured(layout, parts, passes | ({"g/real": judge_real} if self.loss.paired else {})):
-            for row, count in parts:
-                self._through_generator(partial(lose, row, count), row, count, layout)
-            self._whole.bring_back("g/fake", carry)
+            for part in parts:
+                add(lose, *part)
+            self._whole.bring_back("g/fake", partial(add, partial(self._whole.carried, "g/fake", judge)))
             self._whole.bring_back("latent/g", partial(self._carry, "latent/g", generate, self._generating))
         return total
 
     @torch.no_grad()
-    def score_generated(self, first: int, layout: Layout) -> Tensor:
-        """Mean D(G(z)) of both networks as they are now, on the noise of `generator_phase`; changes neither."""
+    def score_generated(self, first: int, layout: Layout, labels: Labels = unlabelled) -> Tensor:
+        """Mean D(G(z)) of both networks as they are now, on the noise and ``labels`` of `generator_phase`; changes neither."""
         total: Terms = {}
         parts = _parts(first, layout)
 
-        def generate(row: int, count: int) -> Tensor:
-            return self._layout(self._generate("latent/g", row, count))
+        def generate(first: int, count: int) -> Tensor:
+            return self._layout(self._generate(self._of_fake("latent/g", first, count, labels)))
 
-        def judge(row: int, count: int) -> Tensor:
-            return self._discriminate(generate(row, count), row, "g/fake")
+        def judge(first: int, count: int) -> Tensor:
+            rows = self._of_fake("latent/g", first, count, labels)
+            return self._discriminate(generate(first, count), rows.used_as("g/fake"))
 
         with (
             levers.still_statistics(self.generator), levers.still_statistics(self.discriminator),
@@ -171,20 +174,16 @@ class Step:
                 _add(total, {"D(G(z))": self._score(judge(*part))}, sum(layout.sizes))
         return total["D(G(z))"]
 
-    def latents(self, purpose: str, first: int, count: int) -> Tensor:
-        """Rows of noise ``[count, latent_dim]`` on the device."""
-        return self.draws.normal(purpose, first, count, self.latent_dim).to(self.like)
-
-    def _at_once(self, real: Tensor, fake: Tensor, row: int, batch: int, layout: Layout) -> Terms:
+    def _at_once(self, real: Tensor, fake: Tensor, of_real: Rows, of_fake: Rows, batch: int, layout: Layout) -> Terms:
         """One backward for everything that concerns real and generated images."""
-        real_logits, real_penalty, measured = self._with_penalties(real, row, "real", layout)
-        fake_logits, fake_penalty, more = self._with_penalties(fake, row, "fake", layout)
+        real_logits, real_penalty, measured = self._with_penalties(real, of_real, layout)
+        fake_logits, fake_penalty, more = self._with_penalties(fake, of_fake, layout)
         terms = self.loss.discriminator(self.objective, real_logits, fake_logits)
         loss = {"Loss_D": terms.detach(), "D(x)": self._score(real_logits)}
         self._backward(_plus(_plus(terms, real_penalty), fake_penalty), batch, self._learning)
         return loss | measured | more
 
-    def _one_by_one(self, real: Tensor, fake: Tensor, row: int, batch: int, layout: Layout) -> Terms:
+    def _one_by_one(self, real: Tensor, fake: Tensor, of_real: Rows, of_fake: Rows, batch: int, layout: Layout) -> Terms:
         """One backward for real images, then one for generated ones, so that never both graphs are held.
 
         A loss that compares both needs the other's logits first, which cost a pass without graph.
@@ -192,42 +191,41 @@ class Step:
         other = real.new_zeros(len(fake))
         if self.loss.paired:
             with torch.no_grad(), levers.still_statistics(self.discriminator):
-                other = self._discriminate(fake, row, "fake")
-        logits, penalty, measured = self._with_penalties(real, row, "real", layout)
+                other = self._discriminate(fake, of_fake)
+        logits, penalty, measured = self._with_penalties(real, of_real, layout)
         terms = self.loss.discriminator(self.objective, logits, other)
         self._backward(_plus(terms, penalty), batch, self._learning)
         real_logits = logits.detach()
         del logits, penalty, terms
-        logits, penalty, more = self._with_penalties(fake, row, "fake", layout)
+        logits, penalty, more = self._with_penalties(fake, of_fake, layout)
         terms = self.loss.discriminator(self.objective, real_logits, logits)
         loss = {"Loss_D": terms.detach(), "D(x)": self._score(real_logits)}
         self._backward(_plus(terms, penalty), batch, self._learning)
         return loss | measured | more
 
-    def _with_penalties(self, images: Tensor, row: int, where: str, layout: Layout) -> tuple[Tensor, Weighted | None, Terms]:
+    def _with_penalties(self, images: Tensor, rows: Rows, layout: Layout) -> tuple[Tensor, Weighted | None, Terms]:
         """Logits, what penalties there are add to D's loss, and their values by name."""
-        if self.penalties[where]:
-            return self._penalised(images, row, where, layout)
-        with self._saving(self.discriminator, layout):
-            return self._discriminate(images, row, where), None, {}
+        if self.penalties[rows.scope]:
+            return self._penalised(images, rows, layout)
+        return self._judge(images, rows, layout), None, {}
 
-    def _penalised(self, images: Tensor, row: int, where: str, layout: Layout) -> tuple[Tensor, Weighted, Terms]:
+    def _penalised(self, images: Tensor, rows: Rows, layout: Layout) -> tuple[Tensor, Weighted, Terms]:
         """Logits, a weight with terms ``[n]`` whose gradient in D's weights is the penalties', and their values ``[n]``."""
+        penalties = self.penalties[rows.scope]
         images.requires_grad_(True)
         if not layout.uses("penalty"):
             with self._offloading(self.discriminator, layout):
-                logits = self._discriminate(images, row, where)
-                weight, terms, measured = weighted(self.penalties[where], _input_gradient(logits, images, create_graph=True))
+                logits = self._discriminate(images, rows)
+                weight, terms, measured = weighted(penalties, _input_gradient(logits, images, create_graph=True))
             return logits, (weight, terms), measured
         private.load_forward_mode()
         self._set_learning(False)
         with self._saving(self.discriminator, layout):
-            gradient = _input_gradient(self._discriminate(images, row, where), images)
+            gradient = _input_gradient(self._discriminate(images, rows), images)
         self._set_learning(True)
         gradient.requires_grad_(True)
-        weight, terms, measured = weighted(self.penalties[where], gradient)
+        weight, terms, measured = weighted(penalties, gradient)
         (direction,) = torch.autograd.grad(terms.sum(), gradient)
-        rows = Rows(self.draws, where, row, len(images))
         blocks = list(self.discriminator.blocks)
         recompute = layout.uses("checkpoint_blocks")
         with (
@@ -238,91 +236,42 @@ class Step:
             logits, slope = levers.directional(blocks, images.detach(), direction, rows, recompute=recompute)
         return logits.to(self.like.dtype), (weight, slope.to(self.like.dtype)), measured
 
-    def _through_generator(self, score: Callable[[Tensor], Tensor], row: int, count: int, layout: Layout) -> None:
-        """Adds G's gradients of ``score``, a number made from generated images."""
-        recompute = layout.uses("recompute_generator")
-        fake = self._generate("latent/g", row, count, learns=not recompute, layout=layout)
-        if recompute:
-            fake.requires_grad_(True)
-        self._go_back(score(fake), [fake] if recompute else self._generating)
-        if recompute:
-            gradient = fake.grad
-            del fake
-            with levers.still_statistics(self.generator):
-                fake = self._generate("latent/g", row, count, learns=True, layout=layout)
-            levers.backward_from(fake, gradient, [*self._generating, *self._whole.leaves])
-
-    def _measured(
-        self, layout: Layout, parts: Sequence[tuple[int, int]], passes: Mapping[str, Callable[[int, int], Tensor]]
-    ) -> AbstractContextManager[object]:
-        """While open, batch norm takes its statistics over all of ``parts``, if ``layout`` says so (not beside penalties of such a D).
-
-        ``passes`` take micro-batches through G (``latent/...``) or D.
-        """
-        if not layout.uses("whole_batch_norm"):
-            return nullcontext()
-        networks = {scope: self.generator if scope.startswith("latent/") else self.discriminator for scope in passes}
-        return self._whole.measured(parts, {scope: (networks[scope], forward) for scope, forward in passes.items()})
-
-    def _carry(self, scope: str, forward: Callable[..., Tensor], leaves: Sequence[Tensor], *part: int) -> None:
-        self._go_back(self._whole.carried(scope, forward, *part), leaves)
-
     def _set_learning(self, learns: bool) -> None:
         for parameter in self._learning:
             parameter.requires_grad_(learns)
 
-    def _generate(self, purpose: str, row: int, count: int, *, learns: bool = False, layout: Layout | None = None) -> Tensor:
-        """Generated images in the networks' dtype, with a graph to G if it ``learns``."""
-        learns = learns and torch.is_grad_enabled()
-        saving = self._saving(self.generator, layout if learns else None)
-        with torch.set_grad_enabled(learns), self.autocast(), saving, self._whole.passing(purpose):
-            images: Tensor = self.generator(self.latents(purpose, row, count))
-            return images.to(self.like.dtype)
-
-    def _real(self, images: Images, row: int, count: int) -> Tensor:
-        mirrored = self.draws.uniform("flip", row, count) < 0.5 if self.flip else None
-        return self._layout(normalise(images(row, count), mirrored, self.like))
-
-    def _layout(self, images: Tensor) -> Tensor:
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """While open, networks compute in the precision that was asked for."""
-        if self.precision not in DTYPES:
-            return nullcontext()
-        return torch.autocast(self.like.device.type, DTYPES[self.precision])
-
-    @contextmanager
-    def _saving(self, network: Network, layout: Layout | None) -> Iterator[None]:
-        """While open, what ``network`` keeps for backward is kept as ``layout`` says."""
-        blocks = network.blocks if layout and layout.uses("checkpoint_blocks") else ()
-        with self._offloading(network, layout), levers.recomputing(blocks):
-            yield
-
-    def _offloading(self, network: Network, layout: Layout | None) -> AbstractContextManager[object]:
-        return levers.offloading(self.like.device, bool(layout and layout.uses("offload_activations")), network.parameters())
-
-    def _discriminate(self, images: Tensor, row: int, scope: str) -> Tensor:
-        """Logits ``[n]`` in at least single precision."""
-        with self.autocast(), self._whole.passing(scope):
-            logits: Tensor = self.discriminator(images, Rows(self.draws, scope, row, len(images)))
-        return logits.to(self.like.dtype)
-
     def _score(self, logits: Tensor) -> Tensor:
         """What is reported as D(.): the probability of being real where the loss defines one, else the logit."""
         return logits.detach().sigmoid() if self.loss.probability else logits.detach()
+
+    def _through_generator(self, generate: Callable[[], Tensor], score: Callable[[Tensor], Tensor], layout: Layout) -> None:
+        """Adds G's gradients of ``score``, a number, of the images that ``generate`` gives."""
+        if not layout.uses("recompute_generator"):
+            self._go_back(score(generate()), self._generating)
+            return
+        with torch.no_grad():
+            fake = generate()
+        self._go_back(score(fake.requires_grad_(True)), [fake])
+        gradient = fake.grad
+        del fake
+        with levers.still_statistics(self.generator):
+            fake = generate()
+        levers.backward_from(fake, gradient, [*self._generating, *self._whole.leaves])
+
+    def _carry(self, scope: str, forward: Callable[..., Tensor], leaves: Sequence[Tensor], *part: int) -> None:
+        self._go_back(self._whole.carried(scope, forward, *part), leaves)
 
     def _backward(self, terms: Tensor, batch: int, leaves: Sequence[Tensor]) -> None:
         self._go_back(self.scaler.scale(terms.sum() / batch), leaves)
 
     def _go_back(self, value: Tensor, leaves: Sequence[Tensor]) -> None:
         """Adds gradients to ``leaves`` alone: those of images, which penalties make leaves too, nobody reads."""
-        if value.requires_grad:
+        if value.requires_grad:  # what statistics carry need not come from anything that learns
             torch.autograd.backward(value, inputs=[*leaves, *self._whole.leaves])
 
 
-def _parts(first: int, layout: Layout) -> list[tuple[int, int]]:
-    """The first row and the number of samples of each micro-batch of a batch that begins at row ``first``."""
+def _parts(first: int, layout: Layout) -> list[Part]:
+    """The micro-batches of a batch that begins at sample ``first``."""
     return [(first + begin, count) for begin, count in slices(layout.sizes)]
 
 

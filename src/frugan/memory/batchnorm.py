@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from frugan.memory import levers
+from frugan.memory import private
+from frugan.memory.batch_statistics import Call, carrying
 from frugan.utils.errors import UserError
 
 Part = tuple[Any, ...]  # what tells a micro-batch to who computes it
@@ -41,91 +41,6 @@ class Reached(Exception):
         super().__init__("a pass of batch norm's ended outside of it")
         self.layer = layer
         self.x = x
-
-
-class _Once(torch.autograd.Function):
-    """What is there, of which gradients cannot be differentiated: statistics would be taken for constants."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:
-        ctx.mark_dirty(y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-class Call:
-    """One call of ``layer``, by all micro-batches of a batch.
-
-    Attributes:
-        count: values of each channel that were taken in.
-        mean: of them, ``[channels]``.
-        spread: their squared distances from it, summed.
-        weight, bias: copies of the layer's, whose gradients are those of this call.
-    """
-
-    def __init__(self, layer: Any, x: Tensor) -> None:
-        self.layer = layer
-        self.count = 0
-        self.mean = torch.zeros(x.shape[1], device=x.device, dtype=_wide(x).dtype)
-        self.spread = torch.zeros_like(self.mean)
-
-    def take_in(self, x: Tensor) -> None:
-        """Takes in a micro-batch ``[n, channels, ...]`` (Chan, Golub and LeVeque 1979, equations 2.1)."""
-        x = _wide(x)
-        others = [d for d in range(x.dim()) if d != 1]
-        mean = x.mean(others, keepdim=True)
-        spread = (x - mean).square_().sum(others)
-        n = x.numel() // x.shape[1]
-        apart = mean.flatten() - self.mean
-        total = self.count + n
-        self.mean = self.mean + apart * (n / total)
-        self.spread = self.spread + spread + apart.square() * (self.count * n / total)
-        self.count = total
-
-    def settle(self) -> None:
-        """All micro-batches are taken in: running statistics move as by one batch.
-
-        Raises:
-            ValueError: of one value a channel, as torch does.
-        """
-        layer = self.layer
-        if self.count == 1:
-            raise ValueError("Expected more than 1 value per channel when training")
-        self.variance = self.spread / self.count
-        weight, bias = (
-            torch.full_like(self.mean, value) if own is None else own.detach().to(self.mean)
-            for own, value in ((layer.weight, 1.0), (layer.bias, 0.0))
-        )
-        self.weight, self.bias = weight.requires_grad_(True), bias.requires_grad_(True)
-        if layer.training and layer.track_running_stats and layer.running_mean is not None:
-            layer.num_batches_tracked.add_(1)
-            share = 1 / int(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
-            layer.running_mean.lerp_(self.mean.to(layer.running_mean), share)
-            layer.running_var.lerp_((self.spread / (self.count - 1)).to(layer.running_var), share)
-
-    def normalise(self, x: Tensor) -> Tensor:
-        """What the layer gives for a micro-batch, its statistics being constants."""
-        y = nn.functional.batch_norm(x, self.mean, self.variance, self.weight, self.bias, False, 0.0, self.layer.eps)
-        found: Tensor = _Once.apply(y) if y.requires_grad else y
-        return found
-
-    def gradient(self, x: Tensor) -> Tensor:
-        """What the loss's gradient at a micro-batch ``x`` has by way of the statistics: the two last terms of dx."""
-        assert self.weight.grad is not None and self.bias.grad is not None
-        scale = self.weight.detach() * (self.variance + self.layer.eps).rsqrt() / -self.count
-        by_h, by_y = scale * self.weight.grad, scale * self.bias.grad
-        return nn.functional.batch_norm(x.detach(), self.mean, self.variance, by_h, by_y, False, 0.0, self.layer.eps)
-
-    def finish(self) -> None:
-        """Adds the gradients of this call to the layer's own, if it learns."""
-        for own, copy in ((self.layer.weight, self.weight), (self.layer.bias, self.bias)):
-            if own is not None and own.requires_grad and copy.grad is not None:
-                gradient = copy.grad.to(own)
-                own.grad = gradient if own.grad is None else own.grad.add_(gradient)
 
 
 class WholeBatch:
@@ -215,7 +130,7 @@ class WholeBatch:
         """Zero, with the graph of a micro-batch up to the layer whose turn it is, and the gradient that its statistics carry."""
         reached = self._reach(forward, part)
         assert reached and self._end is not None
-        return levers.carrying(reached[1], self.calls[self._end].gradient(reached[1]))
+        return carrying(reached[1], self.calls[self._end].gradient(reached[1]))
 
     def _reach(self, forward: Callable[..., Any], part: Part) -> tuple[Any, Tensor] | None:
         """The layer at which the pass ends, and its input; None where it is not called."""
@@ -244,7 +159,7 @@ def _put_back(layer: Any, before: dict[str, Any]) -> None:
 
 def layers_of(module: nn.Module) -> list[Any]:
     """The batch norm layers of ``module`` that take statistics of what they are given, as they are now."""
-    return [m for m in levers.batch_norms(module) if m.training or m.running_mean is None]
+    return [m for m in module.modules() if isinstance(m, private.batch_norm()) and (m.training or m.running_mean is None)]
 
 
 class WholeBatches:
@@ -326,8 +241,3 @@ def accumulate(module: nn.Module, share: Callable[..., Tensor], parts: Sequence[
     whole.bring_back(add, parts)
     assert total is not None
     return total
-
-
-def _wide(x: Tensor) -> Tensor:
-    """``x`` in a dtype in which sums can be taken."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -16,62 +16,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from frugan.memory import batchnorm, levers, limit
+from frugan.memory import levers, limit
 from frugan.memory.budget import Beside, BudgetPlanner, Process
 from frugan.memory.growth import SMALL, Growth, traced
-from frugan.memory.layout import CHECKPOINT_BLOCKS, WHOLE_BATCH_NORM, Layout, slices, split
+from frugan.memory.layout import CHECKPOINT_BLOCKS, WHOLE_BATCH_NORM, Layout, split
 from frugan.memory.optimizer import state_of, tried
 from frugan.memory.recover import Change, Recovery
 from frugan.memory.search import Choice, Job, Levers, Search
 from frugan.memory.trace import GRADIENTS, GRANULE, Timeline, trace
 from frugan.utils.errors import UserError
 
-Loss = Callable[..., Tensor]
 STEP = "the step"
-
-
-def accumulate(
-    loss: Loss, module: nn.Module, tensors: Sequence[Tensor], sizes: Sequence[int], *, whole_batch_norm: bool = False
-) -> Tensor:  # fmt: skip
-    """Adds the gradients of the mean of ``loss(module, *tensors)`` over all samples, in micro-batches of ``sizes``.
-
-    Args:
-        loss: gives one term a sample, ``[n]``; what it draws at random should come with ``tensors``.
-        module: what is trained.
-        tensors: each ``[n, ...]``; are cut along their first dimension, and moved to the module's device a piece at a time.
-        sizes: sum to n.
-        whole_batch_norm: whether batch norm takes its statistics over all samples, for which the loss is computed again and again
-            (`frugan.memory.batchnorm`); it must draw nothing, and differentiate nothing itself.
-
-    Returns:
-        The mean loss, without graph.
-
-    Raises:
-        UserError: the loss gives something else than one term a sample, or ``sizes`` do not sum to n.
-    """
-    if any(len(t) != sum(sizes) for t in tensors):
-        raise UserError(
-            f"micro-batches of {list(sizes)} are {sum(sizes)} samples, but the tensors have {[len(t) for t in tensors]}."
-        )
-    device = next(module.parameters()).device
-
-    def share(begin: int, count: int) -> Tensor:
-        terms = loss(module, *(t[begin : begin + count].to(device) for t in tensors))
-        if tuple(terms.shape) != (count,):
-            raise UserError(
-                f"the loss gave a tensor of shape {list(terms.shape)} for {count} samples: it must give one term a sample, "
-                f"[{count}] (reduction='none'), of which the engine takes the mean."
-            )
-        return terms.sum() / sum(sizes)
-
-    if whole_batch_norm:
-        return batchnorm.accumulate(module, share, list(slices(sizes)))
-    total = torch.zeros((), device=device)
-    for part in slices(sizes):
-        mean = share(*part)
-        torch.autograd.backward(mean)
-        total = total + mean.detach()  # a loss in double precision gives a mean in double precision
-    return total
 
 
 class Engine(AbstractContextManager["Engine"]):
@@ -79,7 +34,7 @@ class Engine(AbstractContextManager["Engine"]):
 
     Args:
         module: on its device.
-        loss: see `accumulate`.
+        loss: see `levers.accumulate`.
         optimizer: over the module's parameters. Memory for the state that it has not made yet is kept free for it.
         batch: samples in an update, at most.
         memory: the most that the process (on an accelerator: its part of the device) may hold, as ``2GiB``; None: most of what is
@@ -95,7 +50,7 @@ class Engine(AbstractContextManager["Engine"]):
     """
 
     def __init__(
-        self, module: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, *, batch: int, memory: str | None = None,
+        self, module: nn.Module, loss: levers.Loss, optimizer: torch.optim.Optimizer, *, batch: int, memory: str | None = None,
         blocks: Sequence[nn.Module] = (), whole_batch_norm: bool = True, changed: Callable[[Change], None] = print,
     ) -> None:  # fmt: skip
         if batch < 1:
@@ -237,7 +192,7 @@ class Engine(AbstractContextManager["Engine"]):
     def _compute(self, layout: Layout, tensors: Sequence[Tensor], draws: bool = True) -> Tensor:
         with levers.recomputing(self.blocks if layout.uses(CHECKPOINT_BLOCKS.name) else (), draws):
             whole = layout.uses(WHOLE_BATCH_NORM.name)
-            return accumulate(self.loss, self.module, tensors, layout.sizes, whole_batch_norm=whole)
+            return levers.accumulate(self.loss, self.module, tensors, layout.sizes, whole_batch_norm=whole)
 
     def _held(self) -> list[Tensor]:
         return [*self.module.parameters(), *self.module.buffers(), *state_of(self.optimizer), *self._reserved]

@@ -8,8 +8,57 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frugan.memory import private
+from frugan.memory import batchnorm, private
+from frugan.memory.batch_statistics import carrying
+from frugan.memory.layout import slices
 from frugan.utils.accelerator import accelerator
+from frugan.utils.errors import UserError
+
+Loss = Callable[..., Tensor]
+
+
+def accumulate(
+    loss: Loss, module: nn.Module, tensors: Sequence[Tensor], sizes: Sequence[int], *, whole_batch_norm: bool = False
+) -> Tensor:  # fmt: skip
+    """Adds the gradients of the mean of ``loss(module, *tensors)`` over all samples, in micro-batches of ``sizes``.
+
+    Args:
+        loss: gives one term a sample, ``[n]``; what it draws at random should come with ``tensors``.
+        module: what is trained.
+        tensors: each ``[n, ...]``; are cut along their first dimension, and moved to the module's device a piece at a time.
+        sizes: sum to n.
+        whole_batch_norm: whether batch norm takes its statistics over all samples, for which the loss is computed again and again
+            (`frugan.memory.batchnorm`); it must draw nothing, and differentiate nothing itself.
+
+    Returns:
+        The mean loss, without graph.
+
+    Raises:
+        UserError: the loss gives something else than one term a sample, or ``sizes`` do not sum to n.
+    """
+    if any(len(t) != sum(sizes) for t in tensors):
+        raise UserError(
+            f"micro-batches of {list(sizes)} are {sum(sizes)} samples, but the tensors have {[len(t) for t in tensors]}."
+        )
+    device = next(module.parameters()).device
+
+    def share(begin: int, count: int) -> Tensor:
+        terms = loss(module, *(t[begin : begin + count].to(device) for t in tensors))
+        if tuple(terms.shape) != (count,):
+            raise UserError(
+                f"the loss gave a tensor of shape {list(terms.shape)} for {count} samples: it must give one term a sample, "
+                f"[{count}] (reduction='none'), of which the engine takes the mean."
+            )
+        return terms.sum() / sum(sizes)
+
+    if whole_batch_norm:
+        return batchnorm.accumulate(module, share, list(slices(sizes)))
+    total = torch.zeros((), device=device)
+    for part in slices(sizes):
+        mean = share(*part)
+        torch.autograd.backward(mean)
+        total = total + mean.detach()  # a loss in double precision gives a mean in double precision
+    return total
 
 
 def drawn(device: torch.device) -> Callable[[], None]:
@@ -120,29 +169,10 @@ def directional(blocks: Sequence[nn.Module], x: Tensor, v: Tensor, *inputs: Any,
     return x, v
 
 
-class _From(torch.autograd.Function):
-    """A number whose gradient with respect to a tensor is given."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return tensor.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        return ctx.saved_tensors[0], None
-
-
 def backward_from(tensor: Tensor, gradient: Tensor | None, leaves: Sequence[Tensor]) -> None:
     """``torch.autograd.backward(tensor, gradient, inputs=leaves)``, for which torch would import SymPy (20 MiB)."""
     assert gradient is not None
     torch.autograd.backward(carrying(tensor, gradient), inputs=leaves)
-
-
-def carrying(tensor: Tensor, gradient: Tensor) -> Tensor:
-    """Zero, whose gradient in ``tensor`` is ``gradient``."""
-    found: Tensor = _From.apply(tensor, gradient)
-    return found
 
 
 def offloading(device: torch.device, wanted: bool, kept: Iterable[Tensor] = ()) -> AbstractContextManager[object]:
