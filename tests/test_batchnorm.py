@@ -10,20 +10,26 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from frugan.config import recipes
 from frugan.config.architectures import Architecture, Dcgan, Mlp, Upsample
 from frugan.config.objectives import Bce, Objective, RpGan
+from frugan.config.recipe import Recipe
 from frugan.data.loader import Batch
-from frugan.gan.levers import named
+from frugan.gan.levers import jobs, named
 from frugan.gan.networks import build
 from frugan.gan.step import Step
-from frugan.memory import Engine, accumulate
-from frugan.memory.layout import WHOLE_BATCH_NORM, Guarantee, Layout
+from frugan.memory import Engine, accumulate, limit
+from frugan.memory.layout import WHOLE_BATCH_NORM, Guarantee, Layout, uncoupling
 from frugan.memory.levers import recomputing
+from frugan.memory.recover import Change, Recovery
+from frugan.memory.search import Job, Search
+from frugan.training.model import Model
 from frugan.utils.draws import Draws
 from frugan.utils.errors import UserError
 
 from .test_exactness import micro_batches
 
+CPU = torch.device("cpu")
 SMALL = {"latent_dim": 5, "width_g": 4, "width_d": 4, "depth": 2}
 NETWORKS: dict[str, Architecture] = {
     f"{kind.kind}, {where}": kind(**SMALL, norm_g="none" if where == "D" else "batch", norm_d="none" if where == "G" else "batch")
@@ -187,3 +193,52 @@ def test_what_cannot_be_computed_again_is_refused() -> None:
     drawing = Engine(nn.Sequential(module, nn.Dropout()), squares, SGD(module.parameters(), lr=0.1), batch=4)
     drawing.plan(torch.randn(2, 3), torch.randn(2, 3))
     assert drawing.choice and drawing.choice.chosen["the step"].job.variants == [()]
+
+
+def test_a_plan_cuts_exactly_and_only_where_that_can_be() -> None:
+    def planned(recipe: Recipe) -> list[Job]:
+        return jobs(recipe, CPU, (True, True), Model(recipe, CPU).growth)
+
+    plain = recipes.get("dcgan").replace(image_size=16, channels=1, batch_size=24, width_g=8, width_d=8)
+    search = Search(planned(plain), CPU)
+    whole = [search.candidate(job, Layout.of(24, 1)).needs("reuse") for job in search.jobs]
+    least = [*search.smallest().values()]
+    assert all(c.layout.uncoupled for c in least)
+    most = max(c.needs("return") for c in least)
+    for available, guarantee in ((max(whole), Guarantee.BITWISE), (most, Guarantee.REASSOCIATION)):
+        choice = search.choose(available)
+        assert choice and choice.guarantee == guarantee
+        assert all(c.needs(choice.freed) <= available for c in choice.chosen.values())
+        assert all(c.layout.uncoupled == (len(c.layout.sizes) > 1) for c in choice.chosen.values())
+
+    for asked, uncoupled in (
+        ({"accumulation_steps": 3}, {True}), ({"accumulation_steps": 3, EXACT: "no"}, {False}),
+        ({"accumulation_steps": 1}, {False}), ({}, {False, True}), ({"r1": 1.0}, {False}),
+    ):  # fmt: skip
+        first = planned(plain.replace(**asked))[0]
+        assert {uncoupling(levers) for levers in first.variants} == uncoupled
+    assert planned(plain.replace(**{EXACT: "yes"}))[0].counts(()) == [1]
+    with pytest.raises(UserError, match="gradient penalties and batch norm in the discriminator"):
+        planned(plain.replace(r1=1.0, **{EXACT: "yes"}))
+
+
+def test_recovery_cuts_a_whole_batch_exactly() -> None:
+    told: list[Change] = []
+    layouts = [*Layout.of(16, 1).cheaper(named([EXACT, "checkpoint_blocks"]), smallest=16, coupled=True)]
+    assert [str(layout) for layout in layouts[:2]] == [
+        "blocks recomputed", f"micro-batches of 8, blocks recomputed, {WHOLE_BATCH_NORM.words}"
+    ]  # fmt: skip
+    assert layouts[-1].micro_batch == 1 and layouts[-1].guarantee(coupled=True) == Guarantee.REASSOCIATION
+
+    def compute(layout: Layout) -> Layout:
+        if layout.micro_batch > 4:
+            raise torch.OutOfMemoryError("none left")
+        return layout
+
+    with limit.as_before():
+        recovery = Recovery(
+            [nn.BatchNorm1d(2)], CPU, {"D": Layout.of(16, 1)}, "return", levers={"D": named([EXACT])}, smallest={"D": 16},
+            coupled=True, changed=told.append, needs=lambda phase, layout: None,
+        )  # fmt: skip
+        assert recovery.run("D", compute) == Layout.of(16, 4, named([EXACT]))
+    assert [change.guarantee for change in told] == [Guarantee.REASSOCIATION] * 2

@@ -39,7 +39,7 @@ CELLS = [
     ("mlp", 28, {"precision": "bf16"}, []), ("mlp", 28, {}, ["separate_terms"]),
     ("upsample", 16, {}, ["checkpoint_blocks"]), ("upsample", 28, {}, ["recompute_generator"]),
     ("dcgan", 28, {}, []), ("dcgan", 32, {"precision": "bf16"}, ["checkpoint_blocks"]),
-    ("dcgan", 32, {"in_place": False}, []),
+    ("dcgan", 32, {"in_place": False}, []), ("dcgan", 28, {}, ["whole_batch_norm"]),
     ("r3", 16, {}, []), ("r3", 28, {}, ["penalty"]), ("r3", 16, {"lean_adam": False}, ["separate_terms"]),
     ("r3", 28, {"precision": "bf16"}, ["penalty", "checkpoint_blocks", "separate_terms"]),
     ("r3", 28, {}, ["recompute_generator", "checkpoint_blocks"]),
