@@ -1,4 +1,4 @@
-"""One phase of training, in micro-batches: the only place that calls networks and ``backward``.
+"""One phase of training, in micro-batches: with its base, `frugan.gan.passes`, the only place that calls networks and ``backward``.
 
 A phase adds the gradients of its network to ``.grad`` and returns what it measured; it neither loads, logs nor updates. Each
 micro-batch's terms are summed and divided by the size of the whole batch, so that micro-batches of any sizes add up to the
