@@ -2,7 +2,8 @@
 
 The paper's features are of a network trained on ImageNet; here they are learnt in seconds on the images at hand, before the first
 update (`frugan.gan.features`). The encoder is a part of D whose parameters never learn with it: optimizers leave it out, and
-checkpoints have it. Small heads look at its deepest levels, one more looks at the pixels, and their logits are averaged.
+checkpoints have it. Small heads look at its deepest levels, one more looks at the pixels, and each has a loss of its own (the
+paper's equation 4), of which the mean is taken.
 """
 
 from collections.abc import Sequence
@@ -70,14 +71,14 @@ class ProjectedDiscriminator(Network):
         return [self]
 
     def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
-        """Images ``[n, c, h, w]`` to the mean of the heads' logits, ``[n]``."""
+        """Images ``[n, c, h, w]`` to a logit of each head, ``[n, heads]``."""
         heads, encoder = [*self.blocks][: self.heads], self.encoder
         logits = [heads[0](x, rows)]
         for deeper, level in zip(range(len(encoder) - 1, -1, -1), encoder, strict=True):
             x = level(x)
             if deeper < len(heads) - 1:
                 logits.append(heads[-1 - deeper](x, rows))
-        return torch.stack(logits).mean(0)
+        return torch.stack(logits, 1)
 
 
 class MeanLogit(nn.Module):
@@ -103,7 +104,9 @@ def head(before: int, side: int, widths: Sequence[int], kind: Norm, block: type[
 
 def build(options: Projected, image_size: int, channels: int) -> tuple[Network, Network]:
     """Both networks; see `frugan.gan.networks.build`."""
-    generator = GENERATORS[options.upsampling](options.latent_dim, options.sizes(image_size), options.width_g, channels, options.norm_g)
+    generator = GENERATORS[options.upsampling](
+        options.latent_dim, options.sizes(image_size), options.width_g, channels, options.norm_g
+    )
     radford_init(generator)
 
     encoder: list[Level] = []
@@ -142,7 +145,8 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """As the class says."""
         shortcut: Tensor = self.shortcut(x)
-        return shortcut + self.layers(x)
+        residue: Tensor = self.layers(x)
+        return shortcut + residue
 
 
 def residual_generator(latent_dim: int, sizes: list[int], width: int, channels: int, kind: Norm) -> Network:
