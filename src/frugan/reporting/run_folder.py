@@ -87,8 +87,13 @@ class RunFolder:
             )
         changes = before.differences(recipe)
         changes.pop("data", None)  # the same images by another path are the same images
-        if recipe.optimizer.schedule != "cosine" and recipe.training.epochs > before.training.epochs:
-            changes.pop("epochs", None)  # training longer changes nothing of what was done
+        now, then_ = recipe.training, before.training
+        if now.minutes and then_.minutes:
+            changes.pop("epochs", None)  # which say nothing
+        if recipe.optimizer.schedule != "cosine":  # training longer changes nothing of what was done
+            longer = "minutes" if now.minutes and now.minutes > (then_.minutes or now.minutes) else ""
+            longer = "epochs" if not (now.minutes or then_.minutes) and now.epochs > then_.epochs else longer
+            changes.pop(longer, None)
         if changes and not accept_changes:
             listed = ", ".join(f"{flag(k)} was {old} and is now {new}" for k, (old, new) in changes.items())
             raise UserError(
@@ -145,14 +150,14 @@ class RunFolder:
                 way = "Remove it to go on from the one before it, then run the same command again."
             raise UserError(f"{error} {way}") from None
 
-    def samples_after(self, epoch: int) -> Path:
-        """Where the picture of the samples after ``epoch`` lies."""
-        return self.samples / f"epoch_{epoch}.png"
+    def samples_after(self, epoch: float) -> Path:
+        """Where the picture of the samples after ``epoch`` epochs lies."""
+        return self.samples / f"epoch_{epoch:.10g}.png"
 
-    def pictures_of_samples(self) -> list[tuple[int, Path]]:
+    def pictures_of_samples(self) -> list[tuple[float, Path]]:
         """The pictures there are of samples, with their epochs, in order."""
         found = self.samples.glob("epoch_*.png")
-        return sorted((int(path.stem[6:]), path) for path in found if re.fullmatch("[0-9]+", path.stem[6:]))
+        return sorted((float(path.stem[6:]), path) for path in found if re.fullmatch(r"[0-9]+(\.[0-9]+)?", path.stem[6:]))
 
     def log(self, record: Record) -> None:
         """Adds a line to ``log.jsonl``.
