@@ -18,7 +18,7 @@ from frugan.reporting.story import Story
 from frugan.training import duration
 from frugan.training.duration import Minutes
 from frugan.training.loop import Loop
-from frugan.training.state import Terms
+from frugan.training.state import Labels, Terms
 from frugan.utils.errors import UserError
 from frugan.utils.signals import Stopped
 from tests.conftest import SMALL, assert_same_state, final_state
@@ -33,7 +33,7 @@ class Clock:
         self.update: Callable[[int], float] = lambda images: 0.0  # after so many images
         advance = Loop.advance
 
-        def timed(loop: Loop) -> Terms:
+        def timed(loop: Loop) -> tuple[Terms, Labels]:
             self.time += self.update(loop.state.images)
             return advance(loop)
 
