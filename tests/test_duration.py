@@ -39,7 +39,6 @@ class Clock:
 
         monkeypatch.setattr(Loop, "advance", timed)
         monkeypatch.setattr(duration, "now", lambda: self.time)
-        monkeypatch.setattr("frugan.training.loop.now", lambda: self.time)
         monkeypatch.setattr("frugan.training.session.now", lambda: self.time)
 
 

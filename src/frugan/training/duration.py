@@ -11,6 +11,7 @@ from time import monotonic
 from typing import Any
 
 from frugan.config.recipe import Training
+from frugan.reporting.records import DurationDecided
 from frugan.utils.errors import UserError
 
 WARM = 0.01  # share of the minutes that pass after the first update before speed is measured,
@@ -77,7 +78,7 @@ class Epochs:
             UserError: there is no time for it.
         """
 
-    def look(self, images: int) -> "Decision | None":
+    def look(self, images: int) -> DurationDecided | None:
         """Looks at the clock after an update; what it decides, if anything."""
         return None
 
@@ -85,8 +86,8 @@ class Epochs:
         """Whether it is time for pictures, and for a checkpoint, in the midst of an epoch."""
         return False, False
 
-    def done(self, pictures: bool, checkpoint: bool, seconds: float) -> None:
-        """Pictures or a checkpoint were made, in so many seconds."""
+    def done(self, pictures: bool, checkpoint: bool) -> None:
+        """Pictures or a checkpoint were made since `due` was asked."""
 
     def capture(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, as JSON has it."""
@@ -137,7 +138,7 @@ class Minutes(Epochs):
         self._began = began
         self._before = 0.0  # seconds that earlier commands took
         self._changed = False  # whether other minutes were asked for than the decisions were made for
-        self._started = self._pictures = self._checkpoint = began
+        self._started = self._pictures = self._checkpoint = self._asked = began
         self._since: tuple[int, float] | None = None  # images and seconds from which speed is measured
         self._checked = 0  # checks that are behind
         self._ending = 0.0  # seconds that pictures and a checkpoint take, which also stand at the end
@@ -173,7 +174,7 @@ class Minutes(Epochs):
             ready = f"getting ready took {self.spent:.0f} s"
             raise UserError(f"--minutes {self.seconds / 60:g} is too short to make one update: {ready}; give more.")
 
-    def look(self, images: int) -> Decision | None:
+    def look(self, images: int) -> DurationDecided | None:
         """As `Epochs` says."""
         spent, over = self.spent, self.spent >= self.seconds
         if self._changed:
@@ -204,7 +205,7 @@ class Minutes(Epochs):
         begun, when = self._since or (0, 0.0)
         return (images - begun) / (self.spent - when) if images > begun else images / self.spent
 
-    def _decide(self, images: int, speed: float) -> Decision:
+    def _decide(self, images: int, speed: float) -> DurationDecided:
         rest = max(self.batch, TAIL * images, (self.seconds - self.spent - self._ending) * speed)
         total = images + round(rest / self.batch) * self.batch
         share = self.share(images)
@@ -213,17 +214,18 @@ class Minutes(Epochs):
             share = (images - first) / (total - first)
         self._changed = False
         self.decisions.append(Decision(images, share, total))
-        return self.decisions[-1]
+        return DurationDecided(images=images, total=total, seconds=self.spent)
 
     def due(self) -> tuple[bool, bool]:
         """As `Epochs` says."""
-        return now() - self._pictures >= PICTURES * self.seconds, now() - self._checkpoint >= CHECKPOINT
+        self._asked = now()
+        return self._asked - self._pictures >= PICTURES * self.seconds, self._asked - self._checkpoint >= CHECKPOINT
 
-    def done(self, pictures: bool, checkpoint: bool, seconds: float) -> None:
+    def done(self, pictures: bool, checkpoint: bool) -> None:
         """As `Epochs` says."""
         self._pictures = now() if pictures else self._pictures
         self._checkpoint = now() if checkpoint else self._checkpoint
-        self._ending = max(self._ending, seconds)
+        self._ending = max(self._ending, now() - self._asked)
 
     def capture(self) -> dict[str, Any]:
         """As `Epochs` says."""

@@ -11,7 +11,6 @@ from frugan.memory import limit
 from frugan.memory.recover import Recovery
 from frugan.reporting.records import DurationDecided, Line
 from frugan.training.checkpoints import save, save_generator
-from frugan.training.duration import Decision, now
 from frugan.training.messages import diverged
 from frugan.training.observer import Observer
 from frugan.training.session import Session
@@ -63,7 +62,7 @@ class Loop:
         while not duration.over(state.images):
             drawn = state.images
             terms, labels = self.advance()
-            decision = duration.look(state.images)
+            decided = duration.look(state.images)
             ended = state.images // len(loader) > drawn // len(loader)
             within = state.images % len(loader) // session.batch  # updates of this epoch, so that a resumed log is the same
             last = duration.over(state.images)
@@ -72,7 +71,7 @@ class Loop:
             session.console.progress(self._line(self.measured), duration.total, duration.epochs, self.budget)
             if ended:
                 self._end_epoch(state.images // len(loader))
-            self._pause(ended, last, decision)
+            self._pause(ended, last, decided)
             if self.on_update:
                 self.on_update(state.images)
             if self.signals.received is not None and not last:
@@ -152,33 +151,27 @@ class Loop:
                 state.plateau_g.step(means["Loss_G"])
         session.console.epoch(self._line(self.measured | means), number, session.duration.epochs)
 
-    def _pause(self, ended: bool, last: bool, decision: Decision | None) -> None:
+    def _pause(self, ended: bool, last: bool, decided: DurationDecided | None) -> None:
         """What is looked at, saved and said between two updates, of which the first may have ``ended`` an epoch, or be the last."""
         session, state, run, duration = self.session, self.state, self.session.run, self.session.duration
         pictures, checkpoint = duration.due()
-        if not (ended or last or pictures or checkpoint or decision):
+        if not (ended or last or pictures or checkpoint or decided):
             return
-        begin, length = now(), len(session.loader)
+        length = len(session.loader)
         epoch = state.images // length if ended else state.images / length
         pictures = pictures or epoch % run.sample_every == 0 or (last and duration.timed)
         is_best = (ended or pictures) and self.observer.look(epoch, state.images, state.updates, self.sample, pictures, last)
-        checkpoint = checkpoint or epoch % run.checkpoint_every == 0 or is_best or last or decision is not None
+        checkpoint = checkpoint or epoch % run.checkpoint_every == 0 or is_best or last or decided is not None
         if checkpoint:
             save(session, state)
         if is_best:
             session.folder.keep_best()
-        if decision:
-            self._tell(decision)
+        if decided:  # a checkpoint has it now
+            self.observer.event(decided)
+            session.folder.rewrite_plan({"updates": decided.total // session.batch})
+            session.console.tell(f"{decided.total:,} images, {duration.epochs:.3g} epochs, are {duration.words} at this speed.")
         limit.release(session.device)
-        duration.done(pictures, checkpoint, now() - begin)
-
-    def _tell(self, decision: Decision) -> None:
-        """Writes a decision down, which a checkpoint has already, and says so."""
-        session, duration = self.session, self.session.duration
-        spent = duration.capture()["spent"]
-        self.observer.event(DurationDecided(images=decision.images, total=decision.total, seconds=spent))
-        session.folder.rewrite_plan({"updates": decision.total // session.batch})
-        session.console.tell(f"{decision.total:,} images, {duration.epochs:.3g} epochs, are {duration.words} at this speed.")
+        duration.done(pictures, checkpoint)
 
     def finish(self) -> None:
         """Everything that stands at the end of a run."""

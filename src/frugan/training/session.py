@@ -11,8 +11,7 @@ import torch
 from frugan.config.recipe import Recipe
 from frugan.config.run import Run
 from frugan.data.loader import Loader
-from frugan.data.opening import keepable, open_loader, opened
-from frugan.data.sources.base import Source, Tell
+from frugan.data.opening import Source, Tell, keepable, open_loader, opened
 from frugan.memory import limit
 from frugan.reporting.console import Console
 from frugan.reporting.run_folder import RunFolder
