@@ -10,7 +10,6 @@ training goes on. ``--only`` writes the page from what is there.
 import json
 import os
 import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -44,7 +43,7 @@ class Options:
     seeds: int = 3
     recipes: tuple[str, ...] = tuple(RECIPES)
     conditional: tuple[bool, ...] = (False, True)
-    flags: str = ""  # more for frugan train, as "--threads 1"
+    flags: tuple[str, ...] = ()  # more for frugan train, without dashes, as threads=1
     also: tuple[str, ...] = ()  # trainings made otherwise, NAME@MINUTES=RUN
     samples: int = 10_000
     out: Path = Path("runs/fashion-mnist")
@@ -91,7 +90,7 @@ def train(options: Options, name: str, minutes: float, seed: int) -> Path:
     run = options.out / f"{name.replace(' ', '-')}-{minutes:g}min-{seed}"
     recipe, *classes = name.split()
     said = [str(options.data), "--recipe", recipe, "--minutes", f"{minutes:g}", "--seed", f"{seed}", "--out", str(run)]
-    said += ["--conditional"] * bool(classes) + shlex.split(options.flags)
+    said += ["--conditional"] * bool(classes) + [f"--{flag}" for flag in options.flags]
     subprocess.run([sys.executable, "-m", "frugan", "train", *said], check=True, stdout=sys.stderr)
     return run
 
@@ -157,7 +156,7 @@ def page(rows: list[Row], real: dict[str, float], options: Options, protocol: st
     measured = sorted({(row.machine, row.day) for row in rows})
     when = "; ".join(f"{where} ({', '.join(day for w, day in measured if w == where)})" for where in dict(measured))
     shown = os.path.relpath(options.picture, options.page.parent)
-    but = f" but `{options.flags}`" if options.flags else ""
+    but = "".join(f", but `--{flag}`" for flag in options.flags)
     return f"""# Quality against minutes, Fashion-MNIST
 
 `frugan train fashion-mnist --recipe NAME --minutes M`, everything else as it comes{but}; "classes" is `--conditional`. Minutes are

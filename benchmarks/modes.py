@@ -1,6 +1,6 @@
 """Stacked MNIST: does a generator find all of 1,000 modes? Three digits (or garments) in three channels, as in R3GAN's Table 3.
 
-    python benchmarks/modes.py --data ../shared/data/fashion-mnist --minutes 12 --train "--recipe dcgan" "--recipe r3"
+    python benchmarks/modes.py --data ../shared/data/fashion-mnist --minutes 12 --train recipe=dcgan "recipe=r3 batch-size=64"
 
 Each image is three of the training images of an IDX folder, drawn independently, one a channel. They are packed once, and each
 ``--train`` trains on them (without classes) for so many minutes, unless it has. A classifier of single channels, trained on nine
@@ -11,12 +11,10 @@ few samples can have.
 """
 
 import math
-import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,8 +31,7 @@ from frugan.config.recipe import Data
 from frugan.data.opening import open_loader, resolve
 from frugan.data.packing import make
 from frugan.data.sources import open_source
-from frugan.data.sources.base import ArraySource, Source
-from frugan.reporting.run_folder import RunFolder
+from frugan.data.sources.base import ArraySource, Source, plain
 from frugan.utils.draws import derive
 
 CLASSES = 10
@@ -44,7 +41,7 @@ MODES = CLASSES**3
 @dataclass
 class Options:
     data: str = "../shared/data/fashion-mnist"  # a folder of IDX files with ten classes, mnist, or digits
-    train: tuple[str, ...] = ("--recipe dcgan",)  # what follows frugan train DATA, once for each training
+    train: tuple[str, ...] = ("recipe=dcgan",)  # flags of frugan train without their dashes, once for each training
     minutes: float = 12
     images: int = 60_000  # to train on
     samples: int = 25_600
@@ -128,12 +125,11 @@ def main(options: Options) -> None:
 
     row("real", torch.from_numpy(Stacked(base, options.samples, 1).stacked(slice(None))), "", "")
     for flags in options.train:
-        name = "".join(c if c.isalnum() or c in ".-" else "-" for c in flags.replace("--", "")).strip("-") or "default"
-        run = RunFolder(options.out / f"{name}-{options.minutes:g}min")
-        said: list[Any] = [pack, *shlex.split(flags), "--minutes", options.minutes, "--out", run.path, "--sample-every", 10]
-        subprocess.run([sys.executable, "-m", "frugan", "train", *map(str, said)], check=True, stdout=sys.stderr)
-        generator = frugan.load(run.path)
-        row(flags or "default", generator.generate(options.samples), f"{options.minutes:g}", f"{generator.images_seen:,}")
+        run = options.out / f"{plain(flags)}-{options.minutes:g}min"
+        said = [str(pack), *(f"--{flag}" for flag in flags.split()), f"--minutes={options.minutes}", f"--out={run}"]
+        subprocess.run([sys.executable, "-m", "frugan", "train", *said], check=True, stdout=sys.stderr)
+        generator = frugan.load(run)
+        row(flags, generator.generate(options.samples), f"{options.minutes:g}", f"{generator.images_seen:,}")
     Console(width=120).print(table)
     print(
         f"A classifier of single channels, {modes.accuracy:.1%} right about images that it was not trained on, tells modes apart."
