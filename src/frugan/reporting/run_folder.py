@@ -87,15 +87,15 @@ class RunFolder:
             )
         changes = before.differences(recipe)
         changes.pop("data", None)  # the same images by another path are the same images
-        now, then_ = recipe.training, before.training
-        if now.minutes and then_.minutes:
-            changes.pop("epochs", None)  # which say nothing
-        if recipe.optimizer.schedule != "cosine":  # training longer changes nothing of what was done
-            longer = "minutes" if now.minutes and now.minutes > (then_.minutes or now.minutes) else ""
-            longer = "epochs" if not (now.minutes or then_.minutes) and now.epochs > then_.epochs else longer
-            changes.pop(longer, None)
+        new, old = recipe.training, before.training
+        by_clock = new.minutes is not None and old.minutes is not None
+        if by_clock:
+            changes.pop("epochs", None)  # which say nothing then
+        longer = (new.minutes or 0) > (old.minutes or 0) if by_clock else new.minutes == old.minutes and new.epochs > old.epochs
+        if longer and (recipe.optimizer.schedule != "cosine" or not self.newest_checkpoint()):  # it changes nothing that was done
+            changes.pop("minutes" if by_clock else "epochs", None)
         if changes and not accept_changes:
-            listed = ", ".join(f"{flag(k)} was {old} and is now {new}" for k, (old, new) in changes.items())
+            listed = ", ".join(f"{flag(k)} was {was} and is now {now}" for k, (was, now) in changes.items())
             raise UserError(
                 f"{self.path} was started with other settings: {listed}. "
                 "Give another --out to start anew, or --accept-changes to go on with the new ones."

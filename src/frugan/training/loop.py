@@ -58,6 +58,7 @@ class Loop:
         """
         session, state, loader, duration = self.session, self.state, self.session.loader, self.session.duration
         self._clock, self._clock_images = time.monotonic(), state.images
+        duration.begin(state.images)
         session.console.start(state.images, duration.total)
         while not duration.over(state.images):
             drawn = state.images

@@ -1,7 +1,7 @@
 """A session: everything that a training is about, found and resolved before anything is planned or written."""
 
 import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ def resolved(recipe: Recipe, where: torch.device, tell: Tell) -> tuple[Recipe, S
     memory = recipe.memory
     if memory.precision == "auto":
         memory = replace(memory, precision=device.fast_precision(where))  # type: ignore[arg-type]
-    return replace(recipe, data=data, memory=memory), source
+    network = recipe.network.resolved(len(source.classes) if source.random_access else 0)  # streams have no labels
+    return replace(recipe, data=data, memory=memory, network=network), source
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,10 @@ class Session:
     def batch(self) -> int:
         """Images of an update."""
         return self.recipe.training.batch_size
+
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """While open, products in single precision are as the recipe says, see `frugan.utils.device.arithmetic`."""
+        return device.arithmetic(self.recipe.memory.precision, self.device)
 
     def machine(self) -> dict[str, Any]:
         """What results depend on up to rounding: torch's version, the kind of device, the number of threads."""
