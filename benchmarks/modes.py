@@ -109,7 +109,7 @@ def main(options: Options) -> None:
     base = open_source(Data(data=options.data))
     assert isinstance(base, ArraySource)
     source = Stacked(base, options.images, 0)
-    pack = options.out / source.name
+    pack = options.out / f"{source.name}-{options.images}"
     if not pack.exists():
         wanted = resolve(source, Data(data=str(pack)), say)
         make(source, wanted, pack, workers=2, tell=say)
