@@ -189,11 +189,15 @@ class Minutes(Epochs):
         if self._behind(images) <= self._checked or since < WARM * self.seconds or self.over(images):
             return None
         speed = self._speed(images)
-        self._since = (images, spent)
         end = spent + self.left(images, speed) + self._ending
-        decision = self._decide(images, speed) if abs(end - self.seconds) > OFF * self.seconds else None
-        self._checked = self._behind(images)
-        return decision
+        if abs(end - self.seconds) > OFF * self.seconds:
+            return self._decide(images, speed)
+        self._measure(images)
+        return None
+
+    def _measure(self, images: int) -> None:
+        """From here on speed is measured, until the next check."""
+        self._since, self._checked = (images, self.spent), self._behind(images)
 
     def _behind(self, images: int) -> int:
         """How many checks are behind, by the clock, or by images: a training that becomes faster could end before the next."""
@@ -214,6 +218,7 @@ class Minutes(Epochs):
             share = (images - first) / (total - first)
         self._changed = False
         self.decisions.append(Decision(images, share, total))
+        self._measure(images)
         return DurationDecided(images=images, total=total, seconds=self.spent)
 
     def due(self) -> tuple[bool, bool]:
