@@ -1,7 +1,8 @@
 """Evaluating while training: what samples are worth, and which were the best."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from math import isnan
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +19,12 @@ from frugan.utils.errors import UserError
 
 ENOUGH = 20  # samples for each class, before one that is missing tells something
 
-Sample = Callable[[int, int, int], Tensor]  # (seed, first, count) to uint8 images [count, c, h, w]
+
+class Sample(Protocol):
+    """Makes images."""
+
+    def __call__(self, seed: int, first: int, count: int, classes: Sequence[int] = ()) -> Tensor:
+        """Images ``first`` to ``first + count`` of ``seed``, of ``classes`` in turn if any: uint8 ``[count, c, h, w]``."""
 
 
 class Evaluating:

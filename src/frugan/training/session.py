@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from frugan.config.classes import Classes
 from frugan.config.recipe import Recipe
 from frugan.config.run import Run
+from frugan.data.classes import classes_of
 from frugan.data.loader import Loader
 from frugan.data.opening import keepable, open_loader, opened
 from frugan.data.sources.base import Source, Tell
@@ -27,13 +29,14 @@ def resolved(recipe: Recipe, where: torch.device, tell: Tell) -> tuple[Recipe, S
     """``recipe`` with nothing left open, for the images that it names and for the device ``where``; and those images.
 
     Raises:
-        UserError: they are not there, or cannot be read.
+        UserError: they are not there, or cannot be read; or classes are to be learnt, and there are none.
     """
     source, data = opened(recipe.data, tell)
     memory = recipe.memory
     if memory.precision == "auto":
         memory = replace(memory, precision=device.fast_precision(where))  # type: ignore[arg-type]
-    return replace(recipe, data=data, memory=memory), source
+    classes = classes_of(source, tell) if recipe.training.conditional else Classes()
+    return replace(recipe, data=data, memory=memory, classes=classes), source
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class Source(ABC):
         name: short, for folders and titles.
         classes: names of the classes, or none.
         labels: class of each image, int64 ``[n]``, or None.
+        unlabelled: why there are no labels, although some images have one: names one that has none.
         size: the side all images share in pixels, if the data set has one, else None.
         grey: whether images are grey, or None if only the images tell.
         place: where they lie, as one name.
@@ -43,6 +44,7 @@ class Source(ABC):
     name: str
     classes: Sequence[str] = ()
     labels: NDArray[np.int64] | None = None
+    unlabelled: str | None = None
     size: int | None = None
     grey: bool | None = None
     place: str
