@@ -59,7 +59,7 @@ def test_killed_and_continued_is_never_stopped(
 ) -> None:
     settings = {
         "recipe": recipe, "precision": precision, "schedule": schedule, "schedule_epochs": 1, "schedule_patience": 0,
-        "accumulation_steps": 3, "generator_accumulation_steps": 2, "flip": True,
+        "accumulation_steps": 3, "generator_accumulation_steps": 2, "flip": True, "conditional": precision != "fp16",
     }  # fmt: skip
     straight = train(tmp_path / "straight", **settings)
     draw = random.Random(f"{recipe}{precision}{schedule}")
@@ -73,7 +73,12 @@ def test_killed_and_continued_is_never_stopped(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"objective": "wgan-gp", "discriminator_steps": 3}, {"ema_half_life": 0}, {"norm_d": "group"}]
+    "settings",
+    [
+        {"objective": "wgan-gp", "discriminator_steps": 3, "conditional": True, "class_sampling": "balanced"},
+        {"ema_half_life": 0},
+        {"norm_d": "group"},
+    ],
 )
 def test_other_settings_too(settings: dict[str, object], train: Callable[..., Path], tmp_path: Path) -> None:
     straight = train(tmp_path / "straight", **settings)

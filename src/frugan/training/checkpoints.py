@@ -22,13 +22,14 @@ def begin(session: Session) -> State:
     folder, training = session.folder, session.recipe.training
     resuming = folder.newest_checkpoint() is not None
     weights = None
+    known: tuple[str, ...] = ()
     if training.init_from and not resuming:
         other = RunFolder(Path(training.init_from))
         loaded = other.load_newest() if other.path.is_dir() else None
         if loaded is None:
             raise UserError(f"--init-from {training.init_from}: there is no checkpoint in it.")
-        weights = loaded[0]
-    state = State(session.recipe, session.device, weights, session.console.tell)
+        weights, known = loaded[0], Recipe.from_toml(loaded[1]["recipe"], training.init_from).classes.names
+    state = State(session.recipe, session.device, weights, session.console.tell, known)
     if resuming:
         _resume(session, state)
     return state

@@ -52,18 +52,30 @@ class State:
         recipe: what is trained, resolved.
         device: on what.
         weights: of another training to start from, as it captured them; ``tell`` says what of them fits.
+        known: names of the classes of that training.
         tell: is called with what a person should know.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device, weights: Tensors | None = None, tell: Tell = print) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        weights: Tensors | None = None,
+        tell: Tell = print,
+        known: Sequence[str] = (),
+    ) -> None:
         self.recipe = recipe
         options = recipe.optimizer
         channels, size, _ = recipe.data.shape
         self.generator, self.discriminator = build(recipe.network, size, channels, recipe.training.seed, len(recipe.classes))
         if weights is not None:
-            for name, (fitted, of, new) in take_weights(weights, self.generator, self.discriminator).items():
+            named = (known, recipe.classes.names)
+            for name, (fitted, of, new) in take_weights(weights, self.generator, self.discriminator, named).items():
                 shown = f"; new are {', '.join(new[:3])}{' ...' if len(new) > 3 else ''}" if new else ""
                 tell(f"From {recipe.training.init_from}: {fitted} of {of} tensors of the {name} fit{shown}.")
+            if new_classes := [name for name in recipe.classes.names if name not in known]:
+                shown = f"{', '.join(new_classes[:5])}{' ...' if len(new_classes) > 5 else ''}"
+                tell(f"Of {len(recipe.classes)} classes {len(new_classes)} are not known there: {shown}.")
         lay_out(recipe, self.generator, self.discriminator)
         self.generator.to(device)
         self.discriminator.to(device)
@@ -166,8 +178,12 @@ class State:
         yield "optimizer_d", self.discriminator, self.optimizer_d
 
 
-def take_weights(tensors: Tensors, generator: Network, discriminator: Network) -> dict[str, tuple[int, int, list[str]]]:
+def take_weights(
+    tensors: Tensors, generator: Network, discriminator: Network, classes: tuple[Sequence[str], Sequence[str]] = ((), ())
+) -> dict[str, tuple[int, int, list[str]]]:
     """Copies every weight of a captured state, the averaged generator's if there is one, that fits by name and shape.
+
+    What belongs to ``classes``, whose names are those of the captured state and those of the networks, is found by their names.
 
     Returns:
         For each network how many tensors fitted, of how many, and the names and shapes of those that did not.
@@ -180,7 +196,19 @@ def take_weights(tensors: Tensors, generator: Network, discriminator: Network) -
     ):
         own = network.state_dict()
         there = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        for k in own.keys() & there.keys():
+            if k.endswith("classes") and own[k].shape[1:] == there[k].shape[1:]:
+                there[k] = _by_class(own[k], there[k], *classes)
         fits = {k: v for k, v in there.items() if k in own and own[k].shape == v.shape}
         network.load_state_dict(fits, strict=False)
         report[name] = (len(fits), len(own), [f"{k} {list(v.shape)}" for k, v in own.items() if k not in fits])
     return report
+
+
+def _by_class(own: Tensor, there: Tensor, before: Sequence[str], now: Sequence[str]) -> Tensor:
+    """``own``, one row a class of those ``now``, with the rows that ``there`` has of those of ``before``."""
+    rows = own.clone()
+    for number, name in enumerate(now):
+        if name in before:
+            rows[number] = there[before.index(name)]
+    return rows

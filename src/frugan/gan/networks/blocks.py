@@ -87,12 +87,12 @@ class ClassNoise(OfSamples):
 
     def __init__(self, classes: int, latent_dim: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(classes, latent_dim)  # begins as N(0, 1), as the noise
+        self.classes = nn.Parameter(torch.empty(classes, latent_dim).normal_())  # of N(0, 1), as the noise
 
     def forward(self, x: Tensor, rows: Rows | None) -> Tensor:
         """Noise ``[n, latent_dim]`` to the same; ``rows`` must have classes."""
         assert rows is not None and rows.classes is not None, "a conditional generator needs the classes of its samples"
-        noise: Tensor = (x + self.embedding(rows.classes)) * 0.5**0.5
+        noise: Tensor = (x + nn.functional.embedding(rows.classes, self.classes)) * 0.5**0.5
         return noise
 
 
