@@ -9,12 +9,14 @@ from frugan.utils.errors import UserError
 FEW = 20  # images of a class, below which a generator can hardly do more than repeat them
 
 
-def classes_of(source: Source, tell: Tell) -> Classes:
-    """The classes of ``source``; ``tell`` says which have few images.
+def classes_of(source: Source, conditional: bool, tell: Tell) -> Classes:
+    """The classes of ``source`` that a ``conditional`` training learns; none if it is not. ``tell`` says which have few images.
 
     Raises:
         UserError: there are none, one only, or not every image has one of those that there are.
     """
+    if not conditional:
+        return Classes()
     if source.labels is None:
         raise UserError(
             f"--conditional learns classes, and {source.unlabelled or f'{source.name} has none'}: put the images of each into a "

@@ -10,7 +10,6 @@ from torch import nn
 from frugan.config.recipe import Recipe
 from frugan.data.loader import Batch as Batch
 from frugan.gan.levers import of_phase
-from frugan.gan.losses import LOSSES
 from frugan.gan.networks import Network
 from frugan.gan.optim import Ema, FrugalAdam, LowBitAdam
 from frugan.gan.step import Step, Terms
@@ -70,18 +69,19 @@ def make_step(recipe: Recipe, generator: Network, discriminator: Network) -> Ste
         UserError: generated images shall have classes of their own, and the loss compares them with real ones.
     """
     balanced = recipe.training.class_sampling == "balanced"
-    if balanced and LOSSES[type(recipe.objective)].paired:
-        raise UserError(
-            f"--class-sampling balanced draws classes anew for generated images, and {recipe.objective.kind} compares each with a "
-            "real one, which must be of the same class: use natural, or another --objective."
-        )
     memory = recipe.memory
     device = next(generator.parameters()).device
-    return Step(
+    step = Step(
         generator, discriminator, recipe.objective, recipe.network.latent_dim, Draws(recipe.training.seed, device),
         flip=recipe.data.flip, precision=memory.precision, channels_last=memory.channels_last,
         conditional=bool(recipe.classes), balanced=recipe.classes.present if balanced else (),
     )  # fmt: skip
+    if step.balanced and step.loss.paired:
+        raise UserError(
+            f"--class-sampling balanced draws classes anew for generated images, and {recipe.objective.kind} compares each with a "
+            "real one, which must be of the same class: use natural, or another --objective."
+        )
+    return step
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 
-from frugan.config.classes import Classes
 from frugan.config.recipe import Recipe
 from frugan.config.run import Run
 from frugan.data.classes import classes_of
-from frugan.data.loader import Loader
-from frugan.data.opening import keepable, open_loader, opened
+from frugan.data.opening import Loader, keepable, open_loader, opened
 from frugan.data.sources.base import Source, Tell
 from frugan.memory import limit
 from frugan.reporting.console import Console
@@ -35,7 +33,7 @@ def resolved(recipe: Recipe, where: torch.device, tell: Tell) -> tuple[Recipe, S
     memory = recipe.memory
     if memory.precision == "auto":
         memory = replace(memory, precision=device.fast_precision(where))  # type: ignore[arg-type]
-    classes = classes_of(source, tell) if recipe.training.conditional else Classes()
+    classes = classes_of(source, recipe.training.conditional, tell)
     return replace(recipe, data=data, memory=memory, classes=classes), source
 
 
