@@ -1,5 +1,7 @@
 """Classes: from any data into training, into the generator's file, and out of it by name."""
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,8 @@ from frugan.config.recipe import Recipe
 from frugan.gan.networks import build
 from frugan.gan.sampling import natural
 from frugan.reporting import pictures
+from frugan.reporting.records import Metrics
+from frugan.reporting.run_folder import RunFolder
 from frugan.utils.draws import Draws, Rows
 from frugan.utils.errors import UserError
 
@@ -199,3 +203,24 @@ def test_fine_tuning_with_classes_from_a_run_without_and_the_other_way(
     assert torch.allclose(after["generator/entry.classes"][1], before["ema/module.entry.classes"][2], atol=1e-6)  # of mice
     train(tmp_path / "back", others, init_from=str(conditional), epochs=1, quiet=False)
     assert "tensors of the generator fit." in capsys.readouterr().out
+
+
+def test_an_evaluation_asks_whether_samples_are_of_their_class(
+    train: Callable[..., Path], animals: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = animals(cats=160, dogs=40)
+    settings = {"recipe": "upsample", "epochs": 8, "lr_g": 5e-3, "lr_d": 5e-3, "evaluate_every": 8, "evaluate_samples": 64}
+    run = train(data.parent / "run", data, conditional=True, **settings)
+    (measured,) = [event for event in RunFolder(run).read_events() if isinstance(event, Metrics)]
+    assert measured.values["class_accuracy"] > 0.9
+    main(["evaluate", str(run), "--samples", "190", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["metrics"]["class_accuracy"] > 0.9
+    assert found["classes"]["cats"]["frechet_classifier"] > 0 and found["classes"]["dogs"]["frechet_classifier"] is None  # too few
+    main(["evaluate", str(run), "--samples", "64"])
+    assert re.search(r"dogs +[01]\.\d{3} +-", capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(data), str(data), "--metrics", "class_accuracy", "--image-size", "8"])
+    assert "class_accuracy needs samples that were asked for by class: train with --conditional" in capsys.readouterr().err
+    main(["evaluate", str(run), str(animals("others", ants=30, bees=30)), "--samples", "32"])
+    assert "The classes of others are others than those of" in (told := capsys.readouterr().out) and "Class accuracy" not in told

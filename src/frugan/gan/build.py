@@ -76,7 +76,9 @@ def make_step(recipe: Recipe, generator: Network, discriminator: Network) -> Ste
         flip=recipe.data.flip, precision=memory.precision, channels_last=memory.channels_last,
         conditional=bool(recipe.classes), balanced=recipe.classes.present if balanced else (),
     )  # fmt: skip
-    if step.balanced and step.loss.paired:
+    if balanced and not recipe.classes:
+        raise UserError("--class-sampling balanced is for classes: --conditional learns them.")
+    if balanced and step.loss.paired:
         raise UserError(
             f"--class-sampling balanced draws classes anew for generated images, and {recipe.objective.kind} compares each with a "
             "real one, which must be of the same class: use natural, or another --objective."

@@ -39,7 +39,7 @@ class Observer:
         console: Console, device: torch.device,
     ) -> None:  # fmt: skip
         self.recipe, self.run, self.folder, self.console = recipe, run, folder, console
-        self.evaluating = Evaluating.asked(run, loader, name, classes, console, device)
+        self.evaluating = Evaluating.asked(run, loader, name, classes, console, device, recipe)
         self.trackers = Trackers(run, folder, device, console.tell)
         self.diagnostics = Diagnostics(loader, recipe.objective, self._warn)
         self.rows = recipe.classes.present[:ROWS]
