@@ -206,21 +206,24 @@ def test_fine_tuning_with_classes_from_a_run_without_and_the_other_way(
 
 
 def test_an_evaluation_asks_whether_samples_are_of_their_class(
-    train: Callable[..., Path], animals: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    train: Callable[..., Path], animals: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("frugan.evaluation.families.classifier.UPDATES", 30)
     data = animals(cats=160, dogs=40)
-    settings = {"recipe": "upsample", "epochs": 8, "lr_g": 5e-3, "lr_d": 5e-3, "evaluate_every": 8, "evaluate_samples": 64}
-    run = train(data.parent / "run", data, conditional=True, **settings)
+    settings = {"epochs": 8, "lr_g": 5e-3, "lr_d": 5e-3, "evaluate_every": 8, "evaluate_samples": 64, "metrics": "class_accuracy"}
+    run = train(data.parent / "run", data, recipe="upsample", conditional=True, **settings)
     (measured,) = [event for event in RunFolder(run).read_events() if isinstance(event, Metrics)]
     assert measured.values["class_accuracy"] > 0.9
-    main(["evaluate", str(run), "--samples", "190", "--json"])
+    main(["evaluate", str(run), "--samples", "190", "--metrics", "class_accuracy", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["metrics"]["class_accuracy"] > 0.9
     assert found["classes"]["cats"]["frechet_classifier"] > 0 and found["classes"]["dogs"]["frechet_classifier"] is None  # too few
-    main(["evaluate", str(run), "--samples", "64"])
+    main(["evaluate", str(run), "--samples", "64", "--metrics", "class_accuracy"])
     assert re.search(r"dogs +[01]\.\d{3} +-", capsys.readouterr().out)
-    with pytest.raises(SystemExit):
-        main(["evaluate", str(data), str(data), "--metrics", "class_accuracy", "--image-size", "8"])
-    assert "class_accuracy needs samples that were asked for by class: train with --conditional" in capsys.readouterr().err
-    main(["evaluate", str(run), str(animals("others", ants=30, bees=30)), "--samples", "32"])
-    assert "The classes of others are others than those of" in (told := capsys.readouterr().out) and "Class accuracy" not in told
+    others = animals("others", ants=30, bees=30)
+    for command in (["evaluate", str(data), str(data), "--image-size", "8"], ["evaluate", str(run), str(others)]):
+        with pytest.raises(SystemExit):
+            main([*command, "--samples", "32", "--metrics", "class_accuracy"])
+        said = capsys.readouterr()
+        assert "class_accuracy needs samples that were asked for by class" in said.err
+    assert "The classes of others are others than those of" in said.out
