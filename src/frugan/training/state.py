@@ -68,9 +68,12 @@ class State:
         options = recipe.optimizer
         channels, size, _ = recipe.data.shape
         self.generator, self.discriminator = build(recipe.network, size, channels, recipe.training.seed, len(recipe.classes))
+        self.has_features = False  # whether frozen features of D, if it is built on any, are another run's
         if weights is not None:
             named = (known, recipe.classes.names)
-            for name, (fitted, of, new) in take_weights(weights, self.generator, self.discriminator, named).items():
+            taken = take_weights(weights, self.generator, self.discriminator, named)
+            self.has_features = not self.discriminator.frozen() & {name.split(" ")[0] for name in taken["discriminator"][2]}
+            for name, (fitted, of, new) in taken.items():
                 shown = f"; new are {', '.join(new[:3])}{' ...' if len(new) > 3 else ''}" if new else ""
                 tell(f"From {recipe.training.init_from}: {fitted} of {of} tensors of the {name} fit{shown}.")
             if new_classes := [name for name in recipe.classes.names if name not in known]:
