@@ -18,6 +18,7 @@ from frugan.config.architectures import Architecture
 from frugan.config.classes import Classes
 from frugan.config.recipe import Recipe
 from frugan.gan.networks import build
+from frugan.gan.networks.blocks import Head
 from frugan.gan.sampling import natural
 from frugan.reporting import pictures
 from frugan.reporting.records import Metrics
@@ -61,7 +62,8 @@ def test_networks_are_those_without_classes_and_what_classes_add(kind: str) -> N
         assert more.keys() > own.keys()
     generator, discriminator = (network.eval() for network in conditional)
     with torch.no_grad():
-        discriminator.blocks[-1].classes.normal_()
+        for head in (m for m in discriminator.modules() if isinstance(m, Head)):
+            head.classes.normal_()
     z = torch.randn(1, 6).expand(3, 6)
     rows = Rows(Draws(0), "t", 0, 3, torch.tensor([0, 1, 1]))
     images = generator(z, rows)

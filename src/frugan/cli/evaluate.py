@@ -46,7 +46,6 @@ def run(said: Any) -> None:
     from frugan.data.sources import open_source
     from frugan.evaluation.evaluator import FEWEST, SEED, Evaluator
     from frugan.evaluation.families.base import Options
-    from frugan.gan.sampling import natural
     from frugan.reporting.console import Console
     from frugan.utils import device
 
@@ -56,7 +55,7 @@ def run(said: Any) -> None:
     what, path = f"images of {said.run}", Path(said.run)
     asked = Data(**data_said(said))
     produce: Callable[[int, int], Any] | None = None
-    recipe = None
+    drawn, trained = None, tuple[str, ...]()
     count = said.samples
     if path.suffix == ".safetensors" or (path / "recipe.toml").exists():
         from frugan.reporting.run_folder import load_generator
@@ -69,7 +68,7 @@ def run(said: Any) -> None:
         which = "the best checkpoint of " if said.best else ""
         what = f"samples of {which}{said.run} (seed {said.seed}, after {generator.images_seen:,} images{averaged})"
         produce = lambda first, n: generator.generate(n, seed=said.seed, first=first)  # noqa: E731
-        recipe = generator.recipe
+        drawn, trained = generator.drawn(count, seed=said.seed), generator.recipe.classes.names
     elif said.data is None:
         raise UserError(f"{path} is no run folder: name a run, or images and DATA to evaluate them by.")
     source, asked = opened(asked, console.tell)
@@ -85,18 +84,16 @@ def run(said: Any) -> None:
         images = open_loader(evaluated, asked, seed=SEED, **ways)
         produce, count = images.batch, min(count, len(images))
         what = f"{'images' if said.run_split == 'train' else said.run_split + ' images'} of {evaluated.name}"
-    classes, asked_for = [*map(str, source.classes)], None
-    if recipe is not None and recipe.classes:
-        if [*recipe.classes.names] == classes:
-            asked_for = natural(recipe, said.seed, 0, count)
-        else:
-            console.tell(f"The classes of {source.name} are others than those of {said.run}: samples are not compared by class.")
+    classes = tuple(map(str, source.classes))
+    if drawn is not None and trained != classes:
+        drawn = None
+        console.tell(f"The classes of {source.name} are others than those of {said.run}: samples are not compared by class.")
     asking = Options(said.metrics, said.weights, said.any_weights, min(said.samples, len(real)))
     evaluator = Evaluator(
         real, source.name, len(source.classes), asking, device.choose(said.device), console.tell, console.evaluating,
-        console.learning, asked_for is not None,
+        console.learning, drawn is not None,
     )  # fmt: skip
-    values, unofficial = evaluator(produce, count, asked_for), evaluator.unofficial
+    values, unofficial = evaluator(produce, count, drawn), evaluator.unofficial
     by_class = {name: found.tolist() for name, found in evaluator.by_class.items()}
     protocol = evaluator.protocol(count, what)
     if said.json:

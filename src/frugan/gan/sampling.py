@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from frugan.config.recipe import Recipe
+from frugan.config.recipe import Recipe as Recipe
 from frugan.gan.networks import Network, build
 from frugan.gan.step import evaluating
 from frugan.utils import checkpoint, device
@@ -50,7 +50,11 @@ class Generator:
         if n < 1:
             raise UserError(f"the number of images to generate must be at least 1, not {n}.")
         noise = Draws(seed).normal("sample", first, n, self.recipe.network.latent_dim)
-        return self.decode(noise, in_turn(self._found(classes), first, n) if classes else natural(self.recipe, seed, first, n))
+        return self.decode(noise, in_turn(self._found(classes), first, n) if classes else self.drawn(n, seed=seed, first=first))
+
+    def drawn(self, n: int, *, seed: int = 0, first: int = 0) -> Tensor | None:
+        """The classes of what `generate` makes where none are asked for: int64 ``[n]``; None: it was trained without."""
+        return natural(self.recipe, seed, first, n)
 
     def interpolate(self, seeds: Sequence[int], frames: int = 16, *, of: str | None = None) -> Tensor:
         """Goes from the first image of each seed to that of the next in ``frames`` steps, along the sphere on which noise lies.

@@ -7,13 +7,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from frugan.config.recipe import Recipe
 from frugan.config.run import Run
 from frugan.data.loader import Loader
 from frugan.evaluation.evaluator import SEED, Evaluator
 from frugan.evaluation.families import better
 from frugan.evaluation.families.base import Options
-from frugan.gan.sampling import natural
+from frugan.gan.sampling import Recipe, natural
 from frugan.memory.spare import spare
 from frugan.reporting.console import Console
 from frugan.reporting.records import Event, Metrics
