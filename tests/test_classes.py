@@ -196,7 +196,7 @@ def test_fine_tuning_with_classes_from_a_run_without_and_the_other_way(
     conditional = train(tmp_path / "conditional", three, init_from=str(plain), conditional=True, epochs=1, quiet=False)
     said = capsys.readouterr().out
     assert "tensors of the generator fit; new are entry.classes [3, 8]." in said
-    assert "tensors of the discriminator fit; new are blocks.1.classes [3, 8]." in said
+    assert "tensors of the discriminator fit; new are blocks.1.classes [3, 8, 4, 4]." in said
     assert "Of 3 classes 3 are not known there: cats, dogs, mice." in said
     others = animals("others", ants=20, mice=20)
     changed = train(tmp_path / "changed", others, init_from=str(conditional), conditional=True, epochs=1, lr_g=1e-9, quiet=False)

@@ -182,13 +182,14 @@ def by_name(names: Sequence[str | None], without: Callable[[int], str], classes:
 
     Where some have no name there are no classes, as ``without`` says of the first of them.
     """
-    there = {name for name in names if name is not None}
+    there = {name: shown(name) for name in {*names} if name is not None}
     if None in names:
         return Labels(unlabelled=without(names.index(None)) if there else None)
-    if not classes or not there <= {*classes}:
+    if not classes or not there.keys() <= {*classes}:
         classes = sorted(there, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
     number = {name: i for i, name in enumerate(classes)}
-    return Labels(classes, np.array([number[name] for name in names if name is not None], np.int64)) if names else Labels()
+    numbers = np.array([number[name] for name in names if name is not None], np.int64)
+    return Labels([there.get(name, name) for name in classes], numbers) if names else Labels()
 
 
 def stamp_of(entries: Iterable[Entry]) -> str:
