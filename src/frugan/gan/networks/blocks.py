@@ -9,6 +9,8 @@ from frugan.config.architectures import Norm
 from frugan.memory.private import batch_norm
 from frugan.utils.draws import Rows
 
+SHIFT = 0.3  # of noise by its class, at first, in standard deviations of noise
+
 
 class OfSamples(nn.Module):
     """Base of the layers that are called with ``(x, rows)``: they need to know which samples ``x``, ``[n, ...]``, is of."""
@@ -83,8 +85,10 @@ class Head(Block):
 
 
 class ClassNoise(OfSamples):
-    """Noise that says the class too: that of each class begins as a region of its own of all noise, and so as images that an
-    unconditional generator would make as well.
+    """Noise that says the class too: it is shifted by a learnt vector, at first a small one, so that an unconditional generator
+    would make its images of it as well.
+
+    Where the shift is as large as the noise, the generator learns to look at nothing else, and samples of a class are all alike.
 
     Args:
         classes: how many there are.
@@ -93,13 +97,12 @@ class ClassNoise(OfSamples):
 
     def __init__(self, classes: int, latent_dim: int) -> None:
         super().__init__()
-        self.classes = nn.Parameter(torch.empty(classes, latent_dim).normal_())  # of N(0, 1), as the noise
+        self.classes = nn.Parameter(torch.empty(classes, latent_dim).normal_() * SHIFT)
 
     def forward(self, x: Tensor, rows: Rows | None) -> Tensor:
         """Noise ``[n, latent_dim]`` to the same; ``rows`` must have classes."""
         assert rows is not None and rows.classes is not None, "a conditional generator needs the classes of its samples"
-        noise: Tensor = (x + nn.functional.embedding(rows.classes, self.classes)) * 0.5**0.5
-        return noise
+        return x + nn.functional.embedding(rows.classes, self.classes)
 
 
 class Network(nn.Module):
