@@ -55,7 +55,7 @@ def test_replacing_the_objective_keeps_what_both_have() -> None:
         ({"image_size": 7}, "--image-size must be at least 8, not 7"),
         ({"norm_g": "layer"}, "--norm-g must be one of batch, group, none, not 'layer'"),
         ({"epochs": 1.5}, "--epochs must be a whole number, not 1.5"),
-        ({"flip": 1}, "--flip must be true or false, not 1"),
+        ({"flip": 1}, "--flip must be one of no, yes, auto, not 1"),
         ({"batchsize": 8}, "there is no setting 'batchsize' in recipe 'dcgan': did you mean 'batch_size'?"),
         ({"objective": "hings"}, "there is no objective called 'hings': did you mean 'hinge'?"),
     ],

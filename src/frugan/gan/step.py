@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from frugan.config.objectives import Objective
+from frugan.gan.augment import Augment
 from frugan.gan.losses import LOSSES
 from frugan.gan.networks import Network
 from frugan.gan.penalties import Penalty, penalties, weighted
@@ -45,6 +46,7 @@ class Step:
         latent_dim: length of a noise vector.
         draws: where noise, masks and mirrorings come from.
         flip: whether half of the real images are mirrored.
+        augment: what D sees of images; None: the images themselves.
         precision: ``fp32`` computes in the networks' own dtype, ``bf16`` and ``fp16`` under autocast.
         channels_last: memory format of the images that enter the networks.
     """
@@ -55,6 +57,7 @@ class Step:
     latent_dim: int
     draws: Draws
     flip: bool = False
+    augment: Augment | None = None
     precision: str = "fp32"
     channels_last: bool = False
 
@@ -78,15 +81,16 @@ class Step:
             layout: the sizes of the micro-batches and how each is computed.
 
         Returns:
-            Means over the batch, as tensors without graph: ``Loss_D``, ``D(x)`` and each penalty.
+            Means over the batch, as tensors without graph: ``Loss_D``, ``D(x)``, each penalty, and ``r_t`` and ``p`` if images
+            are augmented.
         """
         total: Terms = {}
         batch = sum(layout.sizes)
         self._set_learning(True)
         for begin, count in slices(layout.sizes):
             row = first + begin
-            real = self._real(images, row, count)
-            fake = self._layout(self._generate("latent/d", row, count))
+            real = self._real(images, row, count, "real")
+            fake = self._shown(self._generate("latent/d", row, count), row, "fake")
             between = None
             if self.penalties["between"]:
                 share = self.draws.uniform("between", row, count, 1, 1, 1).to(real)
@@ -97,6 +101,8 @@ class Step:
                 _, (weight, slope), measured = self._penalised(between, row, "between", layout)
                 self._backward(weight * slope, batch, self._learning)
                 _add(total, measured, batch)
+        if self.augment:
+            total["p"] = self.like.new_full((), self.augment.p)
         return total
 
     def generator_phase(self, images: Images, first: int, layout: Layout) -> Terms:
@@ -115,11 +121,11 @@ class Step:
             if recompute:
                 fake.requires_grad_(True)
             with self._saving(self.discriminator, layout):
-                fake_logits = self._discriminate(self._layout(fake), row, "g/fake")
+                fake_logits = self._discriminate(self._shown(fake, row, "g/fake"), row, "g/fake")
             real_logits = None
             if self.loss.paired:
                 with torch.no_grad():
-                    real_logits = self._discriminate(self._real(images, row, count), row, "g/real")
+                    real_logits = self._discriminate(self._real(images, row, count, "g/real"), row, "g/real")
             terms = self.loss.generator(self.objective, fake_logits, real_logits)
             _add(total, {"Loss_G": terms, "D(G(z))": self._score(fake_logits)}, batch)
             self._backward(terms, batch, [fake] if recompute else self._generating)
@@ -137,7 +143,8 @@ class Step:
         total: Terms = {}
         with levers.still_statistics(self.generator), levers.still_statistics(self.discriminator):
             for begin, count in slices(sizes):
-                logits = self._discriminate(self._layout(self._generate("latent/g", first + begin, count)), first + begin, "g/fake")
+                row = first + begin
+                logits = self._discriminate(self._shown(self._generate("latent/g", row, count), row, "g/fake"), row, "g/fake")
                 _add(total, {"D(G(z))": self._score(logits)}, sum(sizes))
         return total["D(G(z))"]
 
@@ -150,7 +157,7 @@ class Step:
         real_logits, real_penalty, measured = self._with_penalties(real, row, "real", layout)
         fake_logits, fake_penalty, more = self._with_penalties(fake, row, "fake", layout)
         terms = self.loss.discriminator(self.objective, real_logits, fake_logits)
-        loss = {"Loss_D": terms.detach(), "D(x)": self._score(real_logits)}
+        loss = self._measured(terms, real_logits, fake_logits)
         self._backward(_plus(_plus(terms, real_penalty), fake_penalty), batch, self._learning)
         return loss | measured | more
 
@@ -170,7 +177,7 @@ class Step:
         del logits, penalty, terms
         logits, penalty, more = self._with_penalties(fake, row, "fake", layout)
         terms = self.loss.discriminator(self.objective, real_logits, logits)
-        loss = {"Loss_D": terms.detach(), "D(x)": self._score(real_logits)}
+        loss = self._measured(terms, real_logits, logits)
         self._backward(_plus(terms, penalty), batch, self._learning)
         return loss | measured | more
 
@@ -218,11 +225,14 @@ class Step:
             images: Tensor = self.generator(self.latents(purpose, row, count))
             return images.to(self.like.dtype)
 
-    def _real(self, images: Images, row: int, count: int) -> Tensor:
+    def _real(self, images: Images, row: int, count: int, scope: str) -> Tensor:
         mirrored = self.draws.uniform("flip", row, count) < 0.5 if self.flip else None
-        return self._layout(normalise(images(row, count), mirrored, self.like))
+        return self._shown(normalise(images(row, count), mirrored, self.like), row, scope)
 
-    def _layout(self, images: Tensor) -> Tensor:
+    def _shown(self, images: Tensor, row: int, scope: str) -> Tensor:
+        """Images as D sees them: the only place where they are augmented and laid out."""
+        if self.augment:
+            images = self.augment(images, self.draws, scope, row)
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -246,6 +256,13 @@ class Step:
         with self.autocast():
             logits: Tensor = self.discriminator(images, Rows(self.draws, scope, row, len(images)))
         return logits.to(self.like.dtype)
+
+    def _measured(self, terms: Tensor, real: Tensor, fake: Tensor) -> Terms:
+        """What D's phase reports of each sample, ``[n]`` each: by its terms, and its logits of real and generated images."""
+        measured = {"Loss_D": terms.detach(), "D(x)": self._score(real)}
+        if self.augment:  # the sign that D overfits: `frugan.gan.augment.Adaptive`
+            measured["r_t"] = ((real if self.loss.centred else real - fake) > 0).to(real.dtype) * 2 - 1
+        return measured
 
     def _score(self, logits: Tensor) -> Tensor:
         """What is reported as D(.): the probability of being real where the loss defines one, else the logit."""

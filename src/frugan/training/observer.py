@@ -83,6 +83,11 @@ class Observer:
         if number % self.run.sample_every == 0:
             picture = self.album.samples(grid, number)
             self.album.neighbours(grid, self.diagnostics.neighbours)
+            found = self.album.spared(
+                lambda: self.diagnostics.nearness(grid, images), "measuring how near samples are to real images"
+            )
+            if found:
+                self.event(found)
             self.album.losses(self.folder.read_log())
             self.trackers.images("samples", picture, images)
         return is_best

@@ -11,12 +11,12 @@ import torch
 
 from frugan.config.recipe import Recipe
 from frugan.config.run import Run
-from frugan.data.loader import Loader
-from frugan.data.opening import keepable, open_loader, opened
+from frugan.data.opening import Loader, keepable, open_loader, opened
 from frugan.data.sources.base import Source, Tell
 from frugan.memory import limit
 from frugan.reporting.console import Console
 from frugan.reporting.run_folder import RunFolder
+from frugan.training.mirroring import decided
 from frugan.utils import device
 from frugan.utils.errors import UserError
 
@@ -33,7 +33,7 @@ def resolved(recipe: Recipe, where: torch.device, tell: Tell) -> tuple[Recipe, S
     memory = recipe.memory
     if memory.precision == "auto":
         memory = replace(memory, precision=device.fast_precision(where))  # type: ignore[arg-type]
-    return replace(recipe, data=data, memory=memory), source
+    return replace(recipe, data=data, memory=memory, augmentation=recipe.augmentation.settled(len(source))), source
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class Session:
                 f"use --batch-size {min(64, len(loader))} or fewer."
             )
         folder = RunFolder(Path(run.out) if run.out else Path("runs") / f"{source.name}-{recipe.recipe}")
+        recipe = decided(recipe, loader, folder, console.tell)
         saved = folder.saved_plan()
         if run.allow_approximate and saved.get("precision") == "bf16":
             recipe = recipe.replace(precision="bf16")  # as it was planned
