@@ -41,6 +41,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from frugan.config import recipes
+    from frugan.data.loader import Batch
     from frugan.gan.build import lay_out, make_step, optimizers
     from frugan.gan.levers import LEVERS
     from frugan.gan.networks import build
@@ -77,7 +78,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
                 for phase, name, optimizer in (
                     (step.discriminator_phase, "D", optimizer_d), (step.generator_phase, "G", optimizer_g)
                 ):  # fmt: skip
-                    phase(lambda row, n, first=first: pixels[row - first : row - first + n], first, layouts[name])
+                    phase(Batch(lambda row, n, first=first: pixels[row - first : row - first + n]), first, layouts[name])
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
             seconds.append(time.perf_counter() - begin)

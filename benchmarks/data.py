@@ -29,6 +29,7 @@ from rich.table import Table
 
 from frugan.config import recipes
 from frugan.config.recipe import Data
+from frugan.data.loader import Batch
 from frugan.data.opening import resolve
 from frugan.data.pack_loader import PackLoader
 from frugan.data.packing import make
@@ -91,9 +92,9 @@ def training(loader: PackLoader, updates: int) -> tuple[float, float]:
 
     def update(first: int, read: bool) -> float:
         begin = time.perf_counter()
-        images = loader.images(first, 128) if read else (lambda row, n: there[row - first : row - first + n])
+        batch = loader.pieces(first, 128) if read else Batch(lambda row, n: there[row - first : row - first + n])
         for phase, optimizer in ((step.discriminator_phase, optimizer_d), (step.generator_phase, optimizer_g)):
-            phase(images, first, layout)
+            phase(batch, first, layout)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - begin

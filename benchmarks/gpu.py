@@ -205,9 +205,12 @@ class Frugan:
         self.phases = ((self.step.discriminator_phase, optimizer_d), (self.step.generator_phase, optimizer_g))
 
     def update(self) -> dict[str, Any]:
+        from frugan.data.loader import Batch
+
         first, measured = self.seen, {}
+        batch = Batch(lambda row, n: self.images[row - first : row - first + n])
         for phase, optimizer in self.phases:
-            measured |= phase(lambda row, n: self.images[row - first : row - first + n], first, self.layout)
+            measured |= phase(batch, first, self.layout)
             self.step.scaler.step(optimizer)
             self.step.scaler.update()
             optimizer.zero_grad(set_to_none=True)

@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from frugan.config import recipes
+from frugan.data.loader import Batch
 from frugan.gan.build import lay_out, make_step
 from frugan.gan.levers import named
 from frugan.gan.networks import build
@@ -84,8 +85,8 @@ def main(options: Options) -> None:
         update = {name: used for name, used in update.items() if "penalty" not in used}
 
     def updated(layout: Layout) -> None:
-        step.discriminator_phase(lambda row, n: pixels[row : row + n], 0, layout)
-        step.generator_phase(lambda row, n: pixels[row : row + n], 0, layout)
+        step.discriminator_phase(Batch(lambda row, n: pixels[row : row + n]), 0, layout)
+        step.generator_phase(Batch(lambda row, n: pixels[row : row + n]), 0, layout)
 
     for name, used in update.items():
         parts = 4 if name in ("micro-batches of a quarter", "all of these") else 1

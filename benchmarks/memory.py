@@ -155,6 +155,7 @@ def parity(recipe_name: str) -> float:
     import torch
 
     from frugan.config import recipes
+    from frugan.data.loader import Batch
     from frugan.gan.build import lay_out, make_step, optimizers
     from frugan.gan.networks import build
     from frugan.memory.layout import Layout
@@ -176,7 +177,7 @@ def parity(recipe_name: str) -> float:
                 loop.update(lambda row, n: (whole[row - first : row - first + n].double() / 127.5).sub_(1), first, 8)  # noqa: B023
                 continue
             for phase, optimizer in ((step.discriminator_phase, optimizer_d), (step.generator_phase, optimizer_g)):
-                phase(lambda row, n: whole[row - first : row - first + n], first, layout)  # noqa: B023
+                phase(Batch(lambda row, n: whole[row - first : row - first + n]), first, layout)  # noqa: B023
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         found.append([p.detach() for n in (generator, discriminator) for p in n.parameters()])

@@ -66,6 +66,7 @@ def measure(cell: dict[str, Any]) -> dict[str, int]:
     import torch
 
     from frugan.config import recipes
+    from frugan.data.loader import Batch
     from frugan.gan import sampling
     from frugan.gan.build import average, lay_out, make_step, optimizers
     from frugan.gan.levers import jobs, named
@@ -101,7 +102,7 @@ def measure(cell: dict[str, Any]) -> dict[str, int]:
         step, ema = make_step(recipe, generator, discriminator), average(recipe, generator, device)
         for seen in range(0, updates * batch, batch):
             for phase, optimizer in ((step.discriminator_phase, optimizer_d), (step.generator_phase, optimizer_g)):
-                phase(lambda row, n: torch.zeros(n, channels, side, side, dtype=torch.uint8), seen, layout)
+                phase(Batch(lambda row, n: torch.zeros(n, channels, side, side, dtype=torch.uint8)), seen, layout)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             if ema:

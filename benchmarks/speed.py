@@ -23,6 +23,7 @@ from rich.table import Table
 
 from frugan.config import recipes
 from frugan.config.recipe import Recipe
+from frugan.data.loader import Batch
 from frugan.gan.losses import LOSSES
 from frugan.gan.networks import build
 from frugan.gan.optim import FrugalAdam
@@ -83,7 +84,7 @@ def frugal(recipe: Recipe, options: Options, device: torch.device, precision: st
     def update() -> None:
         nonlocal seen
         for phase, optimizer in zip((step.discriminator_phase, step.generator_phase), optimizers, strict=True):
-            phase(lambda row, n: images[row - seen : row - seen + n], seen, layout)
+            phase(Batch(lambda row, n: images[row - seen : row - seen + n]), seen, layout)
             step.scaler.step(optimizer)
             step.scaler.update()
             optimizer.zero_grad(set_to_none=True)

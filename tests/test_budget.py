@@ -16,6 +16,7 @@ from torch.optim import SGD, Adam
 
 from frugan.cli import main
 from frugan.config import recipes
+from frugan.data.loader import Batch
 from frugan.gan.build import average, lay_out, make_step, optimizers
 from frugan.gan.levers import jobs, named
 from frugan.gan.networks import build
@@ -63,7 +64,7 @@ def test_what_is_predicted_is_what_the_allocator_gives_out(
         ema = average(recipe, generator, CPU)
         for first in (0, 24):  # the second has what the first leaves behind
             for phase in (step.discriminator_phase, step.generator_phase):
-                phase(lambda row, n: torch.zeros(n, 1, side, side, dtype=torch.uint8), first, layout)
+                phase(Batch(lambda row, n: torch.zeros(n, 1, side, side, dtype=torch.uint8)), first, layout)
                 for optimizer in both:
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)

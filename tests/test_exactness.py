@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from frugan.config.architectures import R3, Architecture, Dcgan, Mlp, Upsample
 from frugan.config.objectives import Bce, Hinge, Objective, RpGan, WganGp
+from frugan.data.loader import Batch
 from frugan.gan.levers import named
 from frugan.gan.networks import build
 from frugan.gan.step import Step
@@ -51,7 +52,7 @@ def gradients(
     step = Step(generator, discriminator, objective, options.latent_dim, Draws(3), flip=True)
     layout = Layout(tuple(sizes), named(levers))
     for phase in (step.discriminator_phase, step.generator_phase):
-        phase(lambda row, n: images[row - first : row - first + n], first, layout)
+        phase(Batch(lambda row, n: images[row - first : row - first + n]), first, layout)
     return {
         f"{name}.{k}": p.grad
         for name, net in (("g", generator), ("d", discriminator))
@@ -102,7 +103,7 @@ def test_the_generators_phase_leaves_no_gradient_on_the_discriminator() -> None:
     options = NETWORKS["r3"]
     generator, discriminator = build(options, 8, 1)
     step = Step(generator, discriminator, RpGan(), options.latent_dim, Draws(0))
-    step.generator_phase(lambda row, n: torch.zeros(n, 1, 8, 8, dtype=torch.uint8), 0, Layout(sizes=(4,)))
+    step.generator_phase(Batch(lambda row, n: torch.zeros(n, 1, 8, 8, dtype=torch.uint8)), 0, Layout(sizes=(4,)))
     assert all(p.grad is None for p in discriminator.parameters())
     assert any(p.grad is not None for p in generator.parameters())
 

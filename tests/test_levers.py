@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from frugan.config import recipes
 from frugan.config.architectures import R3, Architecture, Dcgan, Mlp, Upsample
 from frugan.config.objectives import Objective, RpGan
+from frugan.data.loader import Batch
 from frugan.gan.levers import LEVERS, jobs, named
 from frugan.gan.networks import build
 from frugan.gan.networks.blocks import Block
@@ -17,7 +18,7 @@ from frugan.gan.step import Step
 from frugan.memory import levers, private
 from frugan.memory.layout import Guarantee, Layout
 from frugan.training.model import Model
-from frugan.utils.draws import Draws
+from frugan.utils.draws import Draws, Rows
 from frugan.utils.errors import UserError
 
 from .test_exactness import NETWORKS, OBJECTIVES
@@ -42,7 +43,7 @@ def outcome(network: Architecture, objective: Objective, layout: Layout) -> dict
     step = Step(generator, discriminator, objective, network.latent_dim, Draws(3))
     found = {}
     for name, phase in (("d", step.discriminator_phase), ("g", step.generator_phase)):
-        found |= {f"{name}/{k}": v for k, v in phase(lambda row, n: images[row : row + n], 0, layout).items()}
+        found |= {f"{name}/{k}": v for k, v in phase(Batch(lambda row, n: images[row : row + n]), 0, layout).items()}
     for name, net in (("g", generator), ("d", discriminator)):
         found |= {f"{name}.{k}": p.grad for k, p in net.named_parameters() if p.grad is not None}
         found |= {f"{name}.{k}": b for k, b in net.named_buffers()}
@@ -163,12 +164,12 @@ def test_images_get_no_gradients_that_nobody_reads(used: list[str], penalties: t
     seen: list[Tensor] = []
     judge = step._discriminate
 
-    def watch(images: Tensor, row: int, scope: str) -> Tensor:
+    def watch(images: Tensor, rows: Rows) -> Tensor:
         seen.append(images)
-        return judge(images, row, scope)
+        return judge(images, rows)
 
     step._discriminate = watch  # type: ignore[method-assign]
     images = torch.randint(0, 256, (6, 2, 12, 12), dtype=torch.uint8)
-    step.discriminator_phase(lambda row, n: images[row : row + n], 0, Layout.of(6, 2, named(used)))
+    step.discriminator_phase(Batch(lambda row, n: images[row : row + n]), 0, Layout.of(6, 2, named(used)))
     assert len(seen) >= 4
     assert all(image.grad is None for image in seen if image.is_leaf)

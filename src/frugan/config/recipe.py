@@ -16,6 +16,7 @@ import tomli_w
 
 from frugan.config.architectures import Architecture
 from frugan.config.augmentation import Augmentation
+from frugan.config.classes import Classes
 from frugan.config.objectives import Objective
 from frugan.config.section import Kinded, Section, lever, option
 from frugan.utils.errors import UserError, nearest
@@ -85,6 +86,10 @@ class Training(Section):
     ema_half_life: float = option(
         10_000, "images after which the averaged generator has forgotten half; 0: do not average", least=0
     )
+    conditional: bool = option(False, "learn the classes of the images too, so that each can be asked for (needs labels)")
+    class_sampling: Literal["natural", "balanced"] = option(
+        "natural", "classes that generated images have in training: as often as the data has them, or all equally often"
+    )
     seed: int = option(0, "the same seed gives the same training", least=0)
     init_from: str | None = option(None, "run folder whose weights to start from (fine-tuning)")
     freeze_d: int = option(0, "first blocks of the discriminator that stay as they are when fine-tuning", least=0)
@@ -131,7 +136,10 @@ class Memory(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides what is trained. Built by the functions of `frugan.config.recipes`, changed by `replace`."""
+    """Everything that decides what is trained. Built by the functions of `frugan.config.recipes`, changed by `replace`.
+
+    ``classes`` is no setting: it is what a conditional training finds in its images.
+    """
 
     recipe: str
     data: Data = Data()
@@ -141,10 +149,11 @@ class Recipe:
     optimizer: Optimizer = Optimizer()
     training: Training = Training()
     memory: Memory = Memory()
+    classes: Classes = Classes()
 
     def sections(self) -> dict[str, Section]:
         """The sections by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "recipe"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("recipe", "classes")}
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its own name, and the kinds of network and objective under theirs."""
@@ -192,6 +201,8 @@ class Recipe:
         for name, section in self.sections().items():
             table = {"kind": section.kind} if isinstance(section, Kinded) else {}
             document[name] = table | {f.name: v for f in fields(section) if (v := getattr(section, f.name)) is not None}
+        if self.classes:
+            document["classes"] = vars(self.classes)
         return tomli_w.dumps(document)
 
     @classmethod
@@ -214,7 +225,7 @@ class Recipe:
     def _from_document(cls, document: dict[str, Any]) -> "Recipe":
         bases: dict[str, Any] = {
             "data": Data, "network": Architecture, "objective": Objective, "augmentation": Augmentation,
-            "optimizer": Optimizer, "training": Training, "memory": Memory,
+            "optimizer": Optimizer, "training": Training, "memory": Memory, "classes": Classes,
         }  # fmt: skip
         if unknown := document.keys() - bases.keys() - {"recipe"}:
             name = min(unknown)

@@ -1,11 +1,25 @@
 """What training, evaluation and diagnostics take images from."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 Images = Callable[[int, int], Tensor]  # (first, count) to uint8 images [count, c, h, w]
+Labels = Callable[[int, int], Tensor | None]  # (first, count) to their classes, int64 [count], or None if there are none
+
+
+def unlabelled(first: int, count: int) -> None:
+    """The labels of images that have none."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch to be read in pieces, by the number of images seen before each and its length: their images and their classes."""
+
+    images: Images
+    labels: Labels = unlabelled
 
 
 class Loader(Protocol):
@@ -27,8 +41,8 @@ class Loader(Protocol):
     def batch(self, first: int, count: int) -> Tensor:
         """Images ``first`` to ``first + count`` of the endless order: uint8 ``[count, c, h, w]``."""
 
-    def images(self, first: int, count: int) -> Images:
-        """A batch to be read in pieces, ``(first, count)`` to uint8 ``[count, c, h, w]``."""
+    def pieces(self, first: int, count: int) -> Batch:
+        """The same images, with their classes, to be read in pieces."""
 
     def labels(self, first: int, count: int) -> Tensor | None:
         """The classes of the images that `batch` gives: int64 ``[count]``, or None if there are none."""

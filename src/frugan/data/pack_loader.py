@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from frugan.config.recipe import Data
-from frugan.data.loader import Images
+from frugan.data.loader import Batch
 from frugan.data.pack import Pack
 from frugan.data.packing import Progress, packed
 from frugan.data.sources.base import ArraySource, Source, Tell
@@ -93,17 +93,17 @@ class PackLoader:
 
     def batch(self, first: int, count: int) -> Tensor:
         """Images ``first`` to ``first + count`` of the endless order: uint8 ``[count, c, h, w]``, on the host or as kept."""
-        return self.images(first, count)(first, count)
+        return self.pieces(first, count).images(first, count)
 
-    def images(self, first: int, count: int) -> Images:
-        """A batch to be read in pieces, ``(first, count)`` to uint8 ``[count, c, h, w]``; only what is asked for is copied."""
+    def pieces(self, first: int, count: int) -> Batch:
+        """The same images, with their classes, to be read in pieces; only what is asked for is copied."""
         if self._kept is not None:
             kept = self._kept
-            return lambda begin, number: kept[self._indices(begin, number).to(kept.device)]
+            return Batch(lambda begin, number: kept[self._indices(begin, number).to(kept.device)], self.labels)
         pack = self._pack
         assert pack
         pack.expect(self._indices(first + count, count).numpy())
-        return lambda begin, number: torch.from_numpy(pack.read(self._indices(begin, number).numpy()))
+        return Batch(lambda begin, number: torch.from_numpy(pack.read(self._indices(begin, number).numpy())), self.labels)
 
     def ahead(self, batch: int) -> int:
         """Bytes that images will take besides those that are kept and the micro-batch in use: none."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from frugan.config.recipe import Data
 from frugan.data.decode import Pixels, background_colour, fit, flatten
-from frugan.data.loader import Images, Loader
+from frugan.data.loader import Batch, Loader
 from frugan.data.sources import streams
 from frugan.data.sources.base import Tell, loaded, reason, stamp_of
 from frugan.data.sources.streams import Damaged, Item, Shard, short
@@ -83,17 +83,17 @@ class StreamLoader:
 
     def batch(self, first: int, count: int) -> Tensor:
         """Those of images ``first`` to ``first + count`` of the endless order that are this process's: uint8 ``[n, c, h, w]``."""
-        return self.images(first, count)(first, count)
+        return self.pieces(first, count).images(first, count)
 
-    def images(self, first: int, count: int) -> Images:
-        """A batch to be read in pieces, ``(first, count)`` to uint8 ``[n, c, h, w]``."""
+    def pieces(self, first: int, count: int) -> Batch:
+        """The same images to be read in pieces."""
         rows = {p: self._image(p) for p in range(first, first + count) if p % self.world == self.rank}
 
         def piece(begin: int, number: int) -> Tensor:
             mine = [rows[p] for p in range(begin, begin + number) if p in rows]
             return torch.from_numpy(np.stack(mine)) if mine else torch.empty(0, *self.shape, dtype=torch.uint8)
 
-        return piece
+        return Batch(piece)
 
     def ahead(self, batch: int) -> int:
         """Bytes of the blocks that are held, and of the batch in use."""

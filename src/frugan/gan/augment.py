@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from frugan.config.augmentation import Augmentation
-from frugan.utils.draws import Draws
+from frugan.utils.draws import Rows
 from frugan.utils.errors import UserError, nearest
 
 REACH = 1 / 8  # of the side: how far `translation` goes (Zhao et al. 2020)
@@ -121,17 +121,15 @@ class Augment:
         self.operations = [OPERATIONS[name] for name in names]
         self.p = p
 
-    def __call__(self, images: Tensor, draws: Draws, scope: str, row: int) -> Tensor:
-        """Images ``[n, c, h, w]`` in [-1, 1] as D sees them.
+    def __call__(self, images: Tensor, rows: Rows) -> Tensor:
+        """Images ``[n, c, h, w]`` in [-1, 1] as D sees them: for the same use of the same samples always the same.
 
         Args:
-            images: of the samples ``row`` to ``row + n``.
-            draws: where numbers come from.
-            scope: what the images are used for: the same use of the same samples draws the same.
-            row: number of the first sample.
+            images: of the samples that ``rows`` name.
+            rows: where numbers come from, and what the images are used for (their scope).
         """
         counts = [operation.numbers for operation in self.operations]
-        numbers = draws.uniform(f"augment/{scope}", row, len(images), sum(counts)).to(images.device)
+        numbers = rows.draws.uniform(f"augment/{rows.scope}", rows.first, rows.count, sum(counts)).to(images.device)
         for operation, own in zip(self.operations, torch.split(numbers, counts, 1), strict=True):
             images = operation.function(images, own, self.p).to(images.dtype)
         return images

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from frugan.config.recipe import Recipe
+from frugan.data.loader import Batch as Batch
 from frugan.gan.augment import Adaptive, adaptive, augment
 from frugan.gan.levers import of_phase
 from frugan.gan.networks import Network
 from frugan.gan.optim import Ema, FrugalAdam, LowBitAdam
-from frugan.gan.step import Images, Step, Terms
+from frugan.gan.step import Step, Terms
 from frugan.memory.layout import Layout
 from frugan.memory.search import Levers
 from frugan.utils.draws import Draws
@@ -93,7 +94,7 @@ class Phase:
     name: str
     network: Network
     optimizer: FrugalAdam
-    compute: Callable[[Images, int, Layout], Terms]
+    compute: Callable[[Batch, int, Layout], Terms]
     every: int = 1
 
     @property

@@ -11,7 +11,7 @@ from frugan.config.recipe import Recipe
 from frugan.gan.networks import Network, build
 from frugan.gan.step import evaluating
 from frugan.utils import checkpoint, device
-from frugan.utils.draws import Draws
+from frugan.utils.draws import Draws, Rows
 from frugan.utils.errors import UserError
 
 CHUNK = 64  # images made at once, so that memory does not grow with their number
@@ -61,13 +61,17 @@ class Generator:
         return to_images(self.network, noise)
 
 
-def to_images(network: nn.Module, noise: Tensor, chunk: int = CHUNK) -> Tensor:
-    """Runs a generator on ``chunk`` samples at a time: noise ``[n, latent_dim]`` to uint8 ``[n, c, h, w]`` on the CPU."""
+def to_images(network: nn.Module, noise: Tensor, chunk: int = CHUNK, classes: Tensor | None = None) -> Tensor:
+    """Runs a generator on ``chunk`` samples at a time: noise ``[n, latent_dim]``, and ``classes`` int64 ``[n]`` if it learnt them,
+    to uint8 ``[n, c, h, w]`` on the CPU."""
     like = next(network.parameters())
+    draws = Draws(0, like.device)  # nothing draws while evaluating
     pieces = []
     with evaluating(network):
-        for some in torch.split(noise, chunk):
-            images = network(some.to(like)).float().clamp_(-1, 1)
+        for first in range(0, len(noise), chunk):
+            some = noise[first : first + chunk].to(like)
+            of = None if classes is None else classes[first : first + chunk].to(like.device)
+            images = network(some, Rows(draws, "sample", first, len(some), of)).float().clamp_(-1, 1)
             pieces.append(images.add_(1).mul_(127.5).round_().to("cpu", torch.uint8).contiguous())
     return torch.cat(pieces)
 

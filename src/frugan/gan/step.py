@@ -5,7 +5,7 @@ micro-batch's terms are summed and divided by the size of the whole batch, so th
 gradient of the whole batch's mean (up to rounding, on networks that do not couple samples).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from frugan.config.objectives import Objective
+from frugan.data.loader import Batch, unlabelled
+from frugan.data.loader import Labels as Labels
 from frugan.gan.augment import Augment
 from frugan.gan.losses import LOSSES
 from frugan.gan.networks import Network
@@ -22,7 +24,6 @@ from frugan.memory.layout import Layout, slices
 from frugan.utils.draws import Draws, Rows
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-Images = Callable[[int, int], Tensor]  # (first, count) to uint8 images [count, c, h, w] on the host
 Terms = dict[str, Tensor]
 Weighted = tuple[float, Tensor]  # a weight, and terms [n]
 
@@ -40,8 +41,8 @@ class Step:
     """Both phases of one objective on one pair of networks.
 
     Args:
-        generator: maps noise ``[n, latent_dim]`` to images ``[n, c, h, w]``.
-        discriminator: maps images to logits ``[n]``.
+        generator: maps noise ``[n, latent_dim]``, and what it needs to know of the samples, to images ``[n, c, h, w]``.
+        discriminator: maps images, and the same, to logits ``[n]``.
         objective: what is minimised, with its penalties.
         latent_dim: length of a noise vector.
         draws: where noise, masks and mirrorings come from.
@@ -49,6 +50,8 @@ class Step:
         augment: what D sees of images; None: the images themselves.
         precision: ``fp32`` computes in the networks' own dtype, ``bf16`` and ``fp16`` under autocast.
         channels_last: memory format of the images that enter the networks.
+        conditional: whether both networks are told the classes of images, which then need labels.
+        balanced: the classes that generated images have equally often; none: each has the class of the real image of its number.
     """
 
     generator: Network
@@ -60,6 +63,8 @@ class Step:
     augment: Augment | None = None
     precision: str = "fp32"
     channels_last: bool = False
+    conditional: bool = False
+    balanced: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.loss = LOSSES[type(self.objective)]
@@ -72,11 +77,11 @@ class Step:
         for penalty in penalties(self.objective):
             self.penalties[penalty.where].append(penalty)
 
-    def discriminator_phase(self, images: Images, first: int, layout: Layout) -> Terms:
+    def discriminator_phase(self, batch: Batch, first: int, layout: Layout) -> Terms:
         """Adds D's gradients for one batch.
 
         Args:
-            images: real images by the number of images seen before them.
+            batch: real images, and their classes, by the number of images seen before them.
             first: the number of images seen before this batch, which also says what is drawn.
             layout: the sizes of the micro-batches and how each is computed.
 
@@ -85,66 +90,68 @@ class Step:
             are augmented.
         """
         total: Terms = {}
-        batch = sum(layout.sizes)
+        whole = sum(layout.sizes)
         self._set_learning(True)
+        compute = self._one_by_one if layout.uses("separate_terms") else self._at_once
         for begin, count in slices(layout.sizes):
-            row = first + begin
-            real = self._real(images, row, count, "real")
-            fake = self._shown(self._generate("latent/d", row, count), row, "fake")
+            of_real = self._of_real(first + begin, count, batch.labels)
+            of_fake = self._of_fake("latent/d", first + begin, count, batch.labels)
+            real = self._real(batch, of_real)
+            fake = self._shown(self._generate(of_fake), of_fake.used_as("fake"))
             between = None
             if self.penalties["between"]:
-                share = self.draws.uniform("between", row, count, 1, 1, 1).to(real)
+                share = self.draws.uniform("between", of_real.first, count, 1, 1, 1).to(real)
                 between = torch.lerp(fake, real, share)
-            compute = self._one_by_one if layout.uses("separate_terms") else self._at_once
-            _add(total, compute(real, fake, row, batch, layout), batch)
+            _add(total, compute(real, fake, of_real.used_as("real"), of_fake.used_as("fake"), whole, layout), whole)
             if between is not None:
-                _, (weight, slope), measured = self._penalised(between, row, "between", layout)
-                self._backward(weight * slope, batch, self._learning)
-                _add(total, measured, batch)
+                _, (weight, slope), measured = self._penalised(between, of_real.used_as("between"), layout)
+                self._backward(weight * slope, whole, self._learning)
+                _add(total, measured, whole)
         if self.augment:
             total["p"] = self.like.new_full((), self.augment.p)
         return total
 
-    def generator_phase(self, images: Images, first: int, layout: Layout) -> Terms:
+    def generator_phase(self, batch: Batch, first: int, layout: Layout) -> Terms:
         """Adds G's gradients for one batch, with D frozen; arguments as in `discriminator_phase`.
 
         Returns:
             Means over the batch: ``Loss_G`` and ``D(G(z))``, of D as it is now.
         """
         total: Terms = {}
-        batch = sum(layout.sizes)
+        whole = sum(layout.sizes)
         self._set_learning(False)
         recompute = layout.uses("recompute_generator")
         for begin, count in slices(layout.sizes):
-            row = first + begin
-            fake = self._generate("latent/g", row, count, learns=not recompute, layout=layout)
+            rows = self._of_fake("latent/g", first + begin, count, batch.labels)
+            fake = self._generate(rows, learns=not recompute, layout=layout)
             if recompute:
                 fake.requires_grad_(True)
             with self._saving(self.discriminator, layout):
-                fake_logits = self._discriminate(self._shown(fake, row, "g/fake"), row, "g/fake")
+                fake_logits = self._discriminate(self._shown(fake, rows.used_as("g/fake")), rows.used_as("g/fake"))
             real_logits = None
             if self.loss.paired:
                 with torch.no_grad():
-                    real_logits = self._discriminate(self._real(images, row, count, "g/real"), row, "g/real")
+                    of_real = self._of_real(rows.first, count, batch.labels).used_as("g/real")
+                    real_logits = self._discriminate(self._real(batch, of_real), of_real)
             terms = self.loss.generator(self.objective, fake_logits, real_logits)
-            _add(total, {"Loss_G": terms, "D(G(z))": self._score(fake_logits)}, batch)
-            self._backward(terms, batch, [fake] if recompute else self._generating)
+            _add(total, {"Loss_G": terms, "D(G(z))": self._score(fake_logits)}, whole)
+            self._backward(terms, whole, [fake] if recompute else self._generating)
             if recompute:
                 gradient = fake.grad
                 del fake, fake_logits, terms
                 with levers.still_statistics(self.generator):
-                    fake = self._generate("latent/g", row, count, learns=True, layout=layout)
+                    fake = self._generate(rows, learns=True, layout=layout)
                 levers.backward_from(fake, gradient, self._generating)
         return total
 
     @torch.no_grad()
-    def score_generated(self, first: int, sizes: Sequence[int]) -> Tensor:
-        """Mean D(G(z)) of both networks as they are now, on the noise of `generator_phase`; changes neither."""
+    def score_generated(self, first: int, sizes: Sequence[int], labels: Labels = unlabelled) -> Tensor:
+        """Mean D(G(z)) of both networks as they are now, on the noise and ``labels`` of `generator_phase`; changes neither."""
         total: Terms = {}
         with levers.still_statistics(self.generator), levers.still_statistics(self.discriminator):
             for begin, count in slices(sizes):
-                row = first + begin
-                logits = self._discriminate(self._shown(self._generate("latent/g", row, count), row, "g/fake"), row, "g/fake")
+                rows = self._of_fake("latent/g", first + begin, count, labels)
+                logits = self._discriminate(self._shown(self._generate(rows), rows.used_as("g/fake")), rows.used_as("g/fake"))
                 _add(total, {"D(G(z))": self._score(logits)}, sum(sizes))
         return total["D(G(z))"]
 
@@ -152,16 +159,16 @@ class Step:
         """Rows of noise ``[count, latent_dim]`` on the device."""
         return self.draws.normal(purpose, first, count, self.latent_dim).to(self.like)
 
-    def _at_once(self, real: Tensor, fake: Tensor, row: int, batch: int, layout: Layout) -> Terms:
+    def _at_once(self, real: Tensor, fake: Tensor, of_real: Rows, of_fake: Rows, batch: int, layout: Layout) -> Terms:
         """One backward for everything that concerns real and generated images."""
-        real_logits, real_penalty, measured = self._with_penalties(real, row, "real", layout)
-        fake_logits, fake_penalty, more = self._with_penalties(fake, row, "fake", layout)
+        real_logits, real_penalty, measured = self._with_penalties(real, of_real, layout)
+        fake_logits, fake_penalty, more = self._with_penalties(fake, of_fake, layout)
         terms = self.loss.discriminator(self.objective, real_logits, fake_logits)
         loss = self._measured(terms, real_logits, fake_logits)
         self._backward(_plus(_plus(terms, real_penalty), fake_penalty), batch, self._learning)
         return loss | measured | more
 
-    def _one_by_one(self, real: Tensor, fake: Tensor, row: int, batch: int, layout: Layout) -> Terms:
+    def _one_by_one(self, real: Tensor, fake: Tensor, of_real: Rows, of_fake: Rows, batch: int, layout: Layout) -> Terms:
         """One backward for real images, then one for generated ones, so that never both graphs are held.
 
         A loss that compares both needs the other's logits first, which cost a pass without graph.
@@ -169,42 +176,42 @@ class Step:
         other = real.new_zeros(len(fake))
         if self.loss.paired:
             with torch.no_grad(), levers.still_statistics(self.discriminator):
-                other = self._discriminate(fake, row, "fake")
-        logits, penalty, measured = self._with_penalties(real, row, "real", layout)
+                other = self._discriminate(fake, of_fake)
+        logits, penalty, measured = self._with_penalties(real, of_real, layout)
         terms = self.loss.discriminator(self.objective, logits, other)
         self._backward(_plus(terms, penalty), batch, self._learning)
         real_logits = logits.detach()
         del logits, penalty, terms
-        logits, penalty, more = self._with_penalties(fake, row, "fake", layout)
+        logits, penalty, more = self._with_penalties(fake, of_fake, layout)
         terms = self.loss.discriminator(self.objective, real_logits, logits)
         loss = self._measured(terms, real_logits, logits)
         self._backward(_plus(terms, penalty), batch, self._learning)
         return loss | measured | more
 
-    def _with_penalties(self, images: Tensor, row: int, where: str, layout: Layout) -> tuple[Tensor, Weighted | None, Terms]:
+    def _with_penalties(self, images: Tensor, rows: Rows, layout: Layout) -> tuple[Tensor, Weighted | None, Terms]:
         """Logits, what penalties there are add to D's loss, and their values by name."""
-        if self.penalties[where]:
-            return self._penalised(images, row, where, layout)
+        if self.penalties[rows.scope]:
+            return self._penalised(images, rows, layout)
         with self._saving(self.discriminator, layout):
-            return self._discriminate(images, row, where), None, {}
+            return self._discriminate(images, rows), None, {}
 
-    def _penalised(self, images: Tensor, row: int, where: str, layout: Layout) -> tuple[Tensor, Weighted, Terms]:
+    def _penalised(self, images: Tensor, rows: Rows, layout: Layout) -> tuple[Tensor, Weighted, Terms]:
         """Logits, a weight with terms ``[n]`` whose gradient in D's weights is the penalties', and their values ``[n]``."""
+        penalties = self.penalties[rows.scope]
         images.requires_grad_(True)
         if not layout.uses("penalty"):
             with self._offloading(self.discriminator, layout):
-                logits = self._discriminate(images, row, where)
-                weight, terms, measured = weighted(self.penalties[where], _input_gradient(logits, images, create_graph=True))
+                logits = self._discriminate(images, rows)
+                weight, terms, measured = weighted(penalties, _input_gradient(logits, images, create_graph=True))
             return logits, (weight, terms), measured
         private.load_forward_mode()
         self._set_learning(False)
         with self._saving(self.discriminator, layout):
-            gradient = _input_gradient(self._discriminate(images, row, where), images)
+            gradient = _input_gradient(self._discriminate(images, rows), images)
         self._set_learning(True)
         gradient.requires_grad_(True)
-        weight, terms, measured = weighted(self.penalties[where], gradient)
+        weight, terms, measured = weighted(penalties, gradient)
         (direction,) = torch.autograd.grad(terms.sum(), gradient)
-        rows = Rows(self.draws, where, row, len(images))
         blocks = list(self.discriminator.blocks)
         recompute = layout.uses("checkpoint_blocks")
         with (
@@ -219,20 +226,37 @@ class Step:
         for parameter in self._learning:
             parameter.requires_grad_(learns)
 
-    def _generate(self, purpose: str, row: int, count: int, *, learns: bool = False, layout: Layout | None = None) -> Tensor:
+    def _of_real(self, first: int, count: int, labels: Labels) -> Rows:
+        """The real images ``first`` to ``first + count``."""
+        classes = labels(first, count) if self.conditional else None
+        return Rows(self.draws, "real", first, count, None if classes is None else classes.to(self.like.device))
+
+    def _of_fake(self, scope: str, first: int, count: int, labels: Labels) -> Rows:
+        """As many generated ones, whose noise is drawn for ``scope``.
+
+        A loss that compares each with a real image must not compare classes: both have the same, unless balanced ones are asked
+        for.
+        """
+        if not self.balanced:
+            return self._of_real(first, count, labels).used_as(scope)
+        place = self.draws.uniform(f"class/{scope}", first, count).mul(len(self.balanced)).long().clamp_(max=len(self.balanced) - 1)
+        classes = torch.tensor(self.balanced)[place]
+        return Rows(self.draws, scope, first, count, classes.to(self.like.device))
+
+    def _generate(self, rows: Rows, *, learns: bool = False, layout: Layout | None = None) -> Tensor:
         """Generated images in the networks' dtype, with a graph to G if it ``learns``."""
         with torch.set_grad_enabled(learns), self.autocast(), self._saving(self.generator, layout if learns else None):
-            images: Tensor = self.generator(self.latents(purpose, row, count))
+            images: Tensor = self.generator(self.latents(rows.scope, rows.first, rows.count), rows)
             return images.to(self.like.dtype)
 
-    def _real(self, images: Images, row: int, count: int, scope: str) -> Tensor:
-        mirrored = self.draws.uniform("flip", row, count) < 0.5 if self.flip else None
-        return self._shown(normalise(images(row, count), mirrored, self.like), row, scope)
+    def _real(self, batch: Batch, rows: Rows) -> Tensor:
+        mirrored = self.draws.uniform("flip", rows.first, rows.count) < 0.5 if self.flip else None
+        return self._shown(normalise(batch.images(rows.first, rows.count), mirrored, self.like), rows)
 
-    def _shown(self, images: Tensor, row: int, scope: str) -> Tensor:
-        """Images as D sees them: the only place where they are augmented and laid out."""
+    def _shown(self, images: Tensor, rows: Rows) -> Tensor:
+        """Images as D sees them: the only place where they are augmented, for the use that ``rows`` name, and laid out."""
         if self.augment:
-            images = self.augment(images, self.draws, scope, row)
+            images = self.augment(images, rows)
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -251,10 +275,10 @@ class Step:
     def _offloading(self, network: Network, layout: Layout | None) -> AbstractContextManager[object]:
         return levers.offloading(self.like.device, bool(layout and layout.uses("offload_activations")), network.parameters())
 
-    def _discriminate(self, images: Tensor, row: int, scope: str) -> Tensor:
+    def _discriminate(self, images: Tensor, rows: Rows) -> Tensor:
         """Logits ``[n]`` in at least single precision."""
         with self.autocast():
-            logits: Tensor = self.discriminator(images, Rows(self.draws, scope, row, len(images)))
+            logits: Tensor = self.discriminator(images, rows)
         return logits.to(self.like.dtype)
 
     def _measured(self, terms: Tensor, real: Tensor, fake: Tensor) -> Terms:

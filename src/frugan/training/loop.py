@@ -14,7 +14,7 @@ from frugan.training.checkpoints import save, save_generator
 from frugan.training.messages import diverged
 from frugan.training.observer import Observer
 from frugan.training.session import Session
-from frugan.training.state import Mean, State, Terms
+from frugan.training.state import Labels, Mean, State, Terms
 from frugan.utils.errors import UserError
 from frugan.utils.signals import Signals, Stopped
 
@@ -61,12 +61,12 @@ class Loop:
         session.console.start(state.images, session.total)
         while state.images < session.total:
             drawn = state.images
-            terms = self.advance()
+            terms, labels = self.advance()
             ended = state.images // len(loader) > drawn // len(loader)
             within = state.images % len(loader) // session.batch  # updates of this epoch, so that a resumed log is the same
             last = state.images >= session.total
             if ended or last or (within and within % session.run.report_every == 0):
-                self._report(self._scores(terms, drawn))
+                self._report(self._scores(terms, drawn, labels))
             session.console.progress(self._line(self.measured), session.recipe.training.epochs, self.budget)
             if ended:
                 self._end_epoch(state.images // len(loader))
@@ -76,8 +76,8 @@ class Loop:
                 save(session, state)
                 raise Stopped(self.signals.received, state.images)
 
-    def advance(self) -> Terms:
-        """One update: every phase whose turn it is, then the average; what was measured.
+    def advance(self) -> tuple[Terms, Labels]:
+        """One update: every phase whose turn it is, then the average; what was measured, and the labels of the batch.
 
         Raises:
             UserError: images cannot be reached any more; everything until now is saved.
@@ -86,19 +86,19 @@ class Loop:
         first = state.images
         state.set_rates(first / len(session.loader))
         try:
-            images = self.recovery.again(partial(session.loader.images, first, session.batch))
+            batch = self.recovery.again(partial(session.loader.pieces, first, session.batch))
         except UserError:  # nothing of this update has happened yet
             save(session, state)
             raise
         terms: Terms = {}
         for phase in state.phases.values():
             if (state.updates + 1) % phase.every == 0:
-                terms |= self.recovery.run(phase.name, partial(phase.compute, images, first))
+                terms |= self.recovery.run(phase.name, partial(phase.compute, batch, first))
                 state.update(phase.optimizer)
         self.recovery.again(partial(self._take_in, terms))
         state.images += session.batch
         state.updates += 1
-        return terms
+        return terms, batch.labels
 
     def _take_in(self, terms: Terms) -> None:
         """Means, the average if G has moved, and how often D's images are augmented: what allocates comes before what changes."""
@@ -112,12 +112,12 @@ class Loop:
         if state.adaptation and signs is not None:
             state.adaptation.take_in(signs)
 
-    def _scores(self, terms: Terms, first: int) -> dict[str, float]:
+    def _scores(self, terms: Terms, first: int, labels: Labels) -> dict[str, float]:
         """D's scores of generated images before and after the update of both, if both were updated."""
         if "Loss_G" not in terms:
             return {}
         sizes = self.recovery.layouts["G"].sizes
-        after = self.recovery.again(lambda: self.state.step.score_generated(first, sizes))
+        after = self.recovery.again(lambda: self.state.step.score_generated(first, sizes, labels))
         return {"D(G(z)) before": float(terms["D(G(z))"]), "D(G(z)) after": float(after)}
 
     def _report(self, scores: dict[str, float]) -> None:

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from frugan.config.recipe import Recipe
 from frugan.gan import networks, sampling
-from frugan.gan.build import average, freeze, lay_out, make_step, optimizers, phases
+from frugan.gan.build import Batch, average, freeze, lay_out, make_step, optimizers, phases
 from frugan.gan.optim import Ema, FrugalAdam
 from frugan.memory import limit
 from frugan.memory.growth import SMALL, Growth, traced
@@ -89,7 +89,7 @@ class Model:
         """Computes ``phase`` once, with an update by ``optimizer`` if one is given; gradients are gone afterwards."""
         self._first += 1 << 20  # rows that were not drawn before
         try:
-            self.phases[phase].compute(self._images, self._first, layout)
+            self.phases[phase].compute(self._batch(), self._first, layout)
             if optimizer:
                 optimizer.step()
         finally:
@@ -131,8 +131,8 @@ class Model:
             took = time.perf_counter() - begin
         return took * sum(layout.sizes) / sum(short.sizes)
 
-    def _images(self, first: int, count: int) -> Tensor:
-        return torch.empty(count, *self.recipe.data.shape, dtype=torch.uint8)
+    def _batch(self) -> Batch:
+        return Batch(lambda first, count: torch.empty(count, *self.recipe.data.shape, dtype=torch.uint8))
 
 
 def warm_up_update(device: torch.device) -> None:

@@ -14,6 +14,7 @@ from frugan.gan import sampling
 from frugan.gan.build import adaptation, average, freeze, lay_out, make_step, optimizers, phases
 from frugan.gan.networks import build
 from frugan.gan.optim import rate_factor
+from frugan.gan.step import Labels as Labels
 from frugan.gan.step import Terms as Terms
 from frugan.gan.transfer import said, take_weights
 from frugan.utils.checkpoint import Tensors

@@ -8,7 +8,8 @@ the number of images seen says which rows come next.
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -139,12 +140,25 @@ class Draws:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows that belong to the samples of one micro-batch, for one use of them (``scope``)."""
+    """What belongs to the samples of one micro-batch, for one use of them.
+
+    Args:
+        draws: the endless arrays of which each sample has its rows.
+        scope: the use: another one draws other numbers.
+        first: the number of the first sample.
+        count: how many there are.
+        classes: theirs, int64 ``[count]`` on the device, or None where classes are not learnt.
+    """
 
     draws: Draws
     scope: str
     first: int
     count: int
+    classes: Tensor | None = None
+
+    def used_as(self, scope: str) -> Self:
+        """The same samples for another use."""
+        return replace(self, scope=scope)
 
     def keep(self, layer: str, shape: tuple[int, ...], p: float) -> Tensor:
         """The dropout mask of ``layer``: bool ``[count, *shape]``."""

@@ -1,5 +1,7 @@
 """What the networks are made of."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -8,7 +10,11 @@ from frugan.memory.private import batch_norm
 from frugan.utils.draws import Rows
 
 
-class Dropout(nn.Module):
+class OfSamples(nn.Module):
+    """Base of the layers that are called with ``(x, rows)``: they need to know which samples ``x``, ``[n, ...]``, is of."""
+
+
+class Dropout(OfSamples):
     """Dropout whose mask belongs to the samples, so that cutting a batch into micro-batches changes nothing."""
 
     def __init__(self, p: float, name: str) -> None:
@@ -29,25 +35,88 @@ class Block(nn.Sequential):
     """Layers that belong together: the unit of activation checkpointing and of freezing."""
 
     def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
-        """Applies the layers in turn; those that draw are told for which samples."""
-        for layer in self:
-            x = layer(x, rows) if isinstance(layer, Dropout) else layer(x)
-        return x
+        """Applies the layers in turn; those that need to know for which samples are told."""
+        return _through(self, x, rows)
+
+
+def _through(layers: Iterable[nn.Module], x: Tensor, rows: Rows | None) -> Tensor:
+    for layer in layers:
+        x = layer(x, rows) if isinstance(layer, OfSamples) else layer(x)
+    return x
+
+
+class Head(Block):
+    """The last block of a discriminator: layers that give features ``[n, f]`` or ``[n, f, h, w]``, one that makes logits of them,
+    and one that makes these ``[n]``.
+
+    Once it is told how many classes there are, the product of the features, averaged over places, with an embedding of the
+    sample's class is added to the logit (Miyato and Koyama 2018, arXiv 1802.05637, figure 1d). It begins at zero.
+    """
+
+    classes: nn.Parameter | None
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.register_parameter("classes", None)
+
+    def condition(self, classes: int) -> None:
+        """Makes the embedding: ``[classes, f]``."""
+        weight = list(self)[-2].get_parameter("weight")
+        self.classes = nn.Parameter(weight.new_zeros(classes, weight.shape[1]))
+
+    def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
+        """Logits ``[n]``; ``rows`` must have classes if they are learnt."""
+        *before, last, flat = self
+        x = _through(before, x, rows)
+        logits: Tensor = flat(last(x))
+        if self.classes is None:
+            return logits
+        assert rows is not None and rows.classes is not None, "a conditional discriminator needs the classes of its samples"
+        features = x.flatten(2).mean(2) if x.dim() > 2 else x
+        return logits + (features * nn.functional.embedding(rows.classes, self.classes)).sum(1)
+
+
+class ClassNoise(OfSamples):
+    """Noise that says the class too: that of each class begins as a region of its own of all noise, and so as images that an
+    unconditional generator would make as well.
+
+    Args:
+        classes: how many there are.
+        latent_dim: of the noise.
+    """
+
+    def __init__(self, classes: int, latent_dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(classes, latent_dim)  # begins as N(0, 1), as the noise
+
+    def forward(self, x: Tensor, rows: Rows | None) -> Tensor:
+        """Noise ``[n, latent_dim]`` to the same; ``rows`` must have classes."""
+        assert rows is not None and rows.classes is not None, "a conditional generator needs the classes of its samples"
+        noise: Tensor = (x + self.embedding(rows.classes)) * 0.5**0.5
+        return noise
 
 
 class Network(nn.Module):
     """A chain of blocks: base of both networks.
 
-    A generator maps noise ``[n, latent_dim]`` to images ``[n, channels, size, size]`` in [-1, 1]; a discriminator maps images
-    to one logit each, ``[n]``.
+    A generator maps noise ``[n, latent_dim]`` to images ``[n, channels, size, size]`` in [-1, 1]; a discriminator, whose last
+    block is a `Head`, maps images to one logit each, ``[n]``.
+
+    Attributes:
+        entry: what noise goes through first, if there are classes.
     """
+
+    entry: ClassNoise | None
 
     def __init__(self, *blocks: Block) -> None:
         super().__init__()
+        self.register_module("entry", None)
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
         """Applies the blocks in turn."""
+        if self.entry is not None:
+            x = self.entry(x, rows)
         for block in self.blocks:
             x = block(x, rows)
         return x

@@ -3,7 +3,7 @@
 from torch import nn
 
 from frugan.config.architectures import Dcgan, Norm
-from frugan.gan.networks.blocks import Average, Block, Network, norm, radford_init, seed_block, widths
+from frugan.gan.networks.blocks import Average, Block, Head, Network, norm, radford_init, seed_block, widths
 
 
 def transposed_generator(latent_dim: int, sizes: list[int], width: int, channels: int, kind: Norm, slope: float) -> Network:
@@ -38,7 +38,7 @@ def build(options: Dcgan, image_size: int, channels: int) -> tuple[Network, Netw
         blocks.append(Block(down, *norm(kind, out), nn.LeakyReLU(0.2, inplace=True)))
         before, size = out, size // 2
     grid = min(4, size)
-    blocks.append(Block(Average(grid), nn.Conv2d(before, 1, grid), nn.Flatten(0)))
+    blocks.append(Head(Average(grid), nn.Conv2d(before, 1, grid), nn.Flatten(0)))
     discriminator = Network(*blocks)
 
     radford_init(generator)

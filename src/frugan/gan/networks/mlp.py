@@ -7,7 +7,7 @@ that takes away what a dense D tells them apart by, and the generator does not l
 from torch import nn
 
 from frugan.config.architectures import Mlp
-from frugan.gan.networks.blocks import Block, Dropout, Network, norm, radford_init
+from frugan.gan.networks.blocks import Block, Dropout, Head, Network, norm, radford_init
 from frugan.gan.networks.dcgan import transposed_generator
 
 
@@ -26,7 +26,7 @@ def build(options: Mlp, image_size: int, channels: int) -> tuple[Network, Networ
         drop = Dropout(options.dropout, f"dense{i}")
         blocks.append(Block(*flatten, dense, *norm(options.norm_d, out, flat=True), activation, drop))
         before = out
-    blocks.append(Block(nn.Linear(before, 1), nn.Flatten(0)))
+    blocks.append(Head(nn.Linear(before, 1), nn.Flatten(0)))
     discriminator = Network(*blocks)
 
     radford_init(generator)  # the dense layers keep torch's own, which is made for them

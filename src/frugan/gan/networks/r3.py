@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from frugan.config.architectures import R3
-from frugan.gan.networks.blocks import Average, Block, Network
+from frugan.gan.networks.blocks import Average, Block, Head, Network
 from frugan.utils.errors import UserError
 
 SLOPE = 0.2
@@ -100,5 +100,5 @@ def build(options: R3, image_size: int, channels: int) -> tuple[Network, Network
     nn.init.kaiming_normal_(basis.weight, nonlinearity="linear")
     head = nn.Linear(wide_d[0], 1, bias=False)
     nn.init.kaiming_normal_(head.weight, nonlinearity="linear")
-    down.append(Block(basis, nn.Flatten(), head, nn.Flatten(0)))
+    down.append(Head(basis, nn.Flatten(), head, nn.Flatten(0)))
     return Network(*up), Network(*down)

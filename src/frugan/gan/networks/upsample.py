@@ -6,7 +6,7 @@ Upsampling before an ordinary convolution avoids the checkerboard of transposed 
 from torch import nn
 
 from frugan.config.architectures import Upsample
-from frugan.gan.networks.blocks import Block, Dropout, Network, Resize, norm, radford_init, seed_block, widths
+from frugan.gan.networks.blocks import Block, Dropout, Head, Network, Resize, norm, radford_init, seed_block, widths
 
 
 def build(options: Upsample, image_size: int, channels: int) -> tuple[Network, Network]:
@@ -29,7 +29,7 @@ def build(options: Upsample, image_size: int, channels: int) -> tuple[Network, N
         drop = Dropout(options.dropout, f"down{i}")
         blocks.append(Block(down, *norm(kind, out), nn.LeakyReLU(0.2, inplace=True), drop))
         in_channels, size = out, size // 2
-    blocks.append(Block(nn.Flatten(), nn.Linear(in_channels * size**2, 1), nn.Flatten(0)))
+    blocks.append(Head(nn.Flatten(), nn.Linear(in_channels * size**2, 1), nn.Flatten(0)))
     discriminator = Network(*blocks)
 
     radford_init(generator)
