@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from frugan.config.recipe import Recipe
-from frugan.data.loader import Batch as Batch
 from frugan.gan.augment import Adaptive, adaptive, augment
 from frugan.gan.levers import of_phase
 from frugan.gan.networks import Network
 from frugan.gan.optim import Ema, FrugalAdam, LowBitAdam
+from frugan.gan.step import Batch as Batch
 from frugan.gan.step import Step, Terms
 from frugan.memory.layout import Layout
 from frugan.memory.search import Levers

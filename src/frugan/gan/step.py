@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from frugan.config.objectives import Objective
-from frugan.data.loader import Batch, unlabelled
+from frugan.data.loader import Batch as Batch
 from frugan.data.loader import Labels as Labels
+from frugan.data.loader import unlabelled
 from frugan.gan.augment import Augment
 from frugan.gan.losses import LOSSES
 from frugan.gan.networks import Network
