@@ -18,7 +18,8 @@ from frugan.gan.networks import build
 from frugan.gan.transfer import matched, said, take_weights
 from frugan.reporting.records import Metrics
 from frugan.reporting.run_folder import RunFolder
-from frugan.training.mirroring import FEWEST, TOLD_APART, told_apart
+from frugan.training.mirroring import FEWEST, TOLD_APART, small, told_apart
+from frugan.utils.errors import UserError
 
 from .conftest import final_state
 
@@ -37,9 +38,9 @@ def test_digits_are_told_from_their_mirror_images_and_symmetric_images_are_not()
     from frugan.data.sources.standard import as_published
 
     digits = torch.from_numpy(np.rint(as_published()[0][:400] * 15.9375).astype(np.uint8))[:, None]
-    assert told_apart(digits) > TOLD_APART + 0.15
-    assert told_apart(torch.from_numpy(blobs(400))[:, None]) < TOLD_APART
-    assert told_apart(torch.full((80, 3, 20, 20), 7, dtype=torch.uint8)) == 0.5  # nothing to tell
+    assert told_apart(small(digits)) > TOLD_APART + 0.15
+    assert told_apart(small(torch.from_numpy(blobs(400))[:, None])) < TOLD_APART
+    assert told_apart(small(torch.full((80, 3, 20, 20), 7, dtype=torch.uint8))) == 0.5  # nothing to tell
 
 
 def test_flip_auto_asks_once_and_is_written_down(
@@ -152,3 +153,6 @@ def test_a_run_starts_from_one_of_another_size(
     assert f"From {first} (8x8): " in capsys.readouterr().out
     assert final_state(second)[1]["updates"] == 4
     assert frugan.load(second).generate(2).shape == (2, 1, 16, 16)
+    with pytest.raises(UserError, match=r"--freeze-d 2 would keep what is new in D: .* has nothing for blocks\.0\.0\.weight"):
+        train(tmp_path / "frozen", epochs=1, image_size=16, init_from=first, freeze_d=2, channels=3)
+    assert not (tmp_path / "frozen").exists()

@@ -168,7 +168,7 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
                 argument = words.get(argument.lower(), argument.lower())
             else:
                 said.append("yes")
-        said += ["--flip", "no"] if argument == "--no-flip" else [argument]
+        said += ["--flip", "no"] if argument in ("--no-flip", "--no_flip") else [argument]
     return [*said, "yes"] if said[-1:] == ["--flip"] else said
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from frugan.config.recipe import Recipe
 from frugan.gan.networks import Network
 from frugan.gan.summary import Row, summarise
+from frugan.utils.errors import UserError
 
 Key = tuple[int, int]  # the octaves of the maps that come into a block and that come out of it
 NETWORKS = ("generator", "discriminator")
@@ -65,6 +66,20 @@ def take_weights(
         networks[name].load_state_dict(fits, strict=False)
         report[name] = Taken(len(fits), len(own), [f"{k} {list(v.shape)}" for k, v in own.items() if k not in fits])
     return report
+
+
+def check_frozen(taken: Mapping[str, Taken], recipe: Recipe) -> None:
+    """Checks that blocks which stay as they are have been taken over.
+
+    Raises:
+        UserError: there is something new in them.
+    """
+    names = [name for name in taken["discriminator"].new if name.split(".")[0] == "blocks"]
+    if fresh := [name for name in names if int(name.split(".")[1]) < recipe.training.freeze_d]:
+        raise UserError(
+            f"--freeze-d {recipe.training.freeze_d} would keep what is new in D: {recipe.training.init_from} has nothing for "
+            f"{fresh[0]}. Use a smaller --freeze-d."
+        )
 
 
 def said(taken: Mapping[str, Taken], recipe: Recipe, other: Recipe | None) -> list[str]:

@@ -42,20 +42,20 @@ def told_apart(images: Tensor) -> float:
     """The share of images that a probe which has not seen them tells from their mirror images; a half is chance.
 
     Args:
-        images: uint8 ``[n, c, h, w]``, at least two; each half is looked at by a probe that the other half taught.
+        images: `small` ones, at least two; each half is looked at by a probe that the other half taught.
     """
-    x = torch.cat([_small(piece) for piece in torch.split(images, BATCH)])
-    order = Order(derive(0, "mirroring"), len(x)).read(0, len(x))
-    halves = x[order[: len(x) // 2]], x[order[len(x) // 2 :]]
+    order = Order(derive(0, "mirroring"), len(images)).read(0, len(images))
+    halves = images[order[: len(images) // 2]], images[order[len(images) // 2 :]]
     right = 0.0
     for learnt, unseen in (halves, halves[::-1]):
         scores = _taught(learnt)(unseen)
         right += float((scores > 0).sum() + (scores == 0).sum() / 2)  # an image that is its own mirror image shows nothing
-    return right / len(x)
+    return right / len(images)
 
 
 @torch.no_grad()
-def _small(images: Tensor) -> Tensor:
+def small(images: Tensor) -> Tensor:
+    """uint8 ``[n, c, h, w]`` to float32 ``[n, c, SIDE, SIDE]`` in [-1, 1]."""
     x = images.cpu().float().div_(127.5).sub_(1)
     return nn.functional.interpolate(x, size=(SIDE, SIDE), mode="bilinear", antialias=True)
 
@@ -95,6 +95,8 @@ def _asked(loader: Loader) -> tuple[str, str]:
         return "no", "a stream cannot be asked whether it looks the same mirrored"
     if len(loader) < FEWEST:
         return "no", f"{len(loader)} images are too few to ask whether they look the same mirrored"
-    share = told_apart(loader.batch(0, min(len(loader), IMAGES)))
+    count = min(len(loader), IMAGES)
+    pieces = (loader.batch(first, min(BATCH, count - first)) for first in range(0, count, BATCH))
+    share = told_apart(torch.cat([small(piece) for piece in pieces]))
     told = f"a probe tells {share:.0%} of images from their mirror images (chance is 50%, safe is below {TOLD_APART:.0%})"
     return "yes" if share < TOLD_APART else "no", told

@@ -16,7 +16,7 @@ from frugan.gan.networks import build
 from frugan.gan.optim import rate_factor
 from frugan.gan.step import Labels as Labels
 from frugan.gan.step import Terms as Terms
-from frugan.gan.transfer import said, take_weights
+from frugan.gan.transfer import check_frozen, said, take_weights
 from frugan.utils.checkpoint import Tensors
 from frugan.utils.draws import Draws
 
@@ -66,7 +66,9 @@ class State:
         channels, size, _ = recipe.data.shape
         self.generator, self.discriminator = build(recipe.network, size, channels, recipe.training.seed)
         if weights is not None:
-            for sentence in said(take_weights(weights, self.generator, self.discriminator, recipe, origin), recipe, origin):
+            taken = take_weights(weights, self.generator, self.discriminator, recipe, origin)
+            check_frozen(taken, recipe)
+            for sentence in said(taken, recipe, origin):
                 tell(sentence)
         lay_out(recipe, self.generator, self.discriminator)
         self.generator.to(device)
