@@ -43,6 +43,7 @@ CELLS = [
     ("r3", 16, {}, []), ("r3", 28, {}, ["penalty"]), ("r3", 16, {"lean_adam": False}, ["separate_terms"]),
     ("r3", 28, {"precision": "bf16"}, ["penalty", "checkpoint_blocks", "separate_terms"]),
     ("r3", 28, {}, ["recompute_generator", "checkpoint_blocks"]),
+    ("projected", 28, {"precision": "bf16"}, []), ("projected", 28, {"r1": 1.0}, ["penalty", "separate_terms"]),
 ]  # fmt: skip
 
 
@@ -96,6 +97,20 @@ def test_a_refused_budget_names_the_smallest_which_holds_while_less_is_refused(f
     assert event["measured"] <= event["budget"] == smallest << 20
     assert abs(event["predicted"] / event["measured"] - 1) < 0.08
     assert all("event" not in line.as_dict() for line in RunFolder(tmp_path / "c").read_log())
+
+
+def test_features_are_learnt_within_the_smallest_budget(few: Path, tmp_path: Path) -> None:
+    common = (
+        f"train {few} --recipe projected --norm-g none --image-size 40 --batch-size 32 --feature-updates 4 --device cpu".split()
+    )
+    common += ["--epochs", "1", "--out"]
+    smallest = re.search(r"--memory (\d+)MiB", frugan(*common, tmp_path / "a", "--memory", "100MiB").stderr)
+    assert smallest
+    held = frugan(*common, tmp_path / "b", "--memory", f"{smallest[1]}MiB")
+    assert held.returncode == 0, held.stderr
+    events = [json.loads(line) for line in (tmp_path / "b" / "log.jsonl").read_text().splitlines()]
+    assert [e["event"] for e in events if "event" in e] == ["features", "memory"]  # and memory did not run out
+    assert events[-1]["measured"] <= int(smallest[1]) << 20
 
 
 def test_a_training_within_a_budget_is_the_training_without(few: Path, tmp_path: Path) -> None:

@@ -16,12 +16,13 @@ from frugan.config import recipes
 from frugan.reporting.run_folder import RunFolder
 
 GOLDEN = Path(__file__).with_name("golden.json")
+OWN = {"projected": {"feature_updates": 20, "feature_width": 8}}  # what a recipe would take long with
 
 
 def first_losses(recipe: str, out: Path) -> list[list[float]]:
     frugan.train(
         "digits", out=out, recipe=recipe, batch_size=32, epochs=1, width_g=8, width_d=8, latent_dim=8, report_every=8,
-        accumulation_steps=2, quiet=True, device="cpu", threads=1,
+        accumulation_steps=2, quiet=True, device="cpu", threads=1, **OWN.get(recipe, {}),
     )  # fmt: skip
     return [[line.measured[k] for k in ("Loss_D", "Loss_G", "D(x)", "D(G(z))")] for line in RunFolder(out).read_log()][:5]
 

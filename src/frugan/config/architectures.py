@@ -1,12 +1,14 @@
 """The kinds of networks and their options. Add a network by adding its dataclass here and its builder to `frugan.gan.networks`."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from frugan.config.section import Kinded, option
 from frugan.utils.errors import UserError
 
 Norm = Literal["batch", "group", "none"]
+DEEPEST = 5  # levels of features that a discriminator is built on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,10 +17,15 @@ class Architecture(Kinded):
 
     role: ClassVar[str] = "network"
     kinds: ClassVar[dict[str, type[Any]]] = {}
+    learns_features: ClassVar[bool] = False  # before the first update
     latent_dim: int = option(100, "numbers of noise that one image is made from", least=1)
     depth: int | None = option(
         None, "how often the image size is halved on the way down; unset: until 4 to 7 pixels are left", least=1
     )
+
+    def resolved(self, classes: int) -> Self:
+        """The same with nothing left open, for images of so many classes (0: there are no labels)."""
+        return self
 
     def sizes(self, image_size: int) -> list[int]:
         """Sides of the feature maps from the smallest to ``image_size``, each about half of the next (odd ones rounded up)."""
@@ -78,3 +85,44 @@ class R3(Architecture):
     blocks: int = option(1, "residual blocks at each image size (the paper has 2)", least=1)
     expansion: int = option(1, "how much wider the inside of a residual block is (the paper has 2)", least=1)
     groups: int = option(1, "groups of each 3x3 convolution (the paper has channels / 16)", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projected(Architecture):
+    """Heads on frozen features of a network that learns the same images first (Sauer et al. 2021, arXiv 2111.01007)."""
+
+    kind: ClassVar[str] = "projected"
+    learns_features: ClassVar[bool] = True
+    width_g: int = option(64, "channels of the generator's largest maps; doubled with every halving, up to 8 times", least=1)
+    width_d: int = option(64, "channels of the discriminator's heads", least=2)
+    norm_g: Norm = option("batch", "normalisation in the generator")
+    norm_d: Norm = option("none", "normalisation in the discriminator's heads")
+    upsampling: Literal["transposed", "nearest"] = option(
+        "transposed", "how the generator enlarges maps: transposed convolutions, or nearest upsampling and 3x3 convolutions"
+    )
+    features: Literal["auto", "labels", "rotations", "both", "random"] = option(
+        "auto", "what the frozen features are learnt from; auto: labels if there are any, else rotations; random: never trained"
+    )
+    feature_width: int = option(32, "channels of the features' largest maps; deeper ones have 1.5, 3 and 4 times as many", least=2)
+    feature_levels: int = option(3, "levels of the features that have a head, counted from the deepest", least=1)
+    feature_updates: int = option(400, "updates in which the features are learnt, at most; fewer where images are few", least=1)
+    feature_rate: float = option(2e-3, "learning rate of the features, which falls evenly to 0", above=0)
+
+    def resolved(self, classes: int) -> Self:
+        """The same, for images of so many classes (0: there are no labels).
+
+        Raises:
+            UserError: features are to be learnt from labels, and there are none, or one class only.
+        """
+        if self.features in ("labels", "both") and classes < 2:
+            there = "there is one class only" if classes else "there are none"
+            raise UserError(f"--features {self.features} needs labels, and {there}: use --features rotations, or auto.")
+        auto: Literal["labels", "rotations"] = "labels" if classes > 1 else "rotations"
+        return dataclasses.replace(self, features=auto) if self.features == "auto" else self
+
+    def feature_sizes(self, image_size: int) -> list[int]:
+        """Sides of the feature maps from ``image_size`` down, each half of the one before (odd ones rounded up)."""
+        sizes = [image_size]
+        while sizes[-1] > 4 and len(sizes) < DEEPEST:
+            sizes.append(-(-sizes[-1] // 2))
+        return sizes

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from frugan.config.architectures import R3, Dcgan, Mlp, Upsample
+from frugan.config.architectures import R3, Dcgan, Mlp, Projected, Upsample
 from frugan.config.objectives import Bce, RpGan
 from frugan.config.recipe import Optimizer, Recipe, read
 from frugan.utils.errors import UserError, nearest
@@ -48,7 +48,17 @@ def r3() -> Recipe:
     )
 
 
-RECIPES = {f.__name__: f for f in (mlp, upsample, dcgan, r3)}
+def projected() -> Recipe:
+    """Heads on frozen features that are learnt from the same images in seconds (Sauer et al. 2021, arXiv 2111.01007)."""
+    return Recipe(
+        recipe="projected",
+        network=Projected(),
+        objective=Bce(),
+        optimizer=Optimizer(lr_g=1e-3, lr_d=1e-3, beta1=0.5, beta2=0.999, schedule="cosine"),
+    )
+
+
+RECIPES = {f.__name__: f for f in (mlp, upsample, dcgan, r3, projected)}
 DEFAULT = "dcgan"
 
 

@@ -29,11 +29,16 @@ class Loader(Protocol):
         shape: channels, height and width of an image.
         fingerprint: of all images, as they are.
         random_access: whether images can be asked for in any order, again and again.
+        at_hand: the first so many images can be asked for again and again, at little cost: all, if there is random access.
     """
 
     shape: tuple[int, int, int]
     fingerprint: str
     random_access: bool
+
+    @property
+    def at_hand(self) -> int:
+        """As the class says."""
 
     def __len__(self) -> int:
         """Images in an epoch."""

@@ -82,6 +82,11 @@ class PackLoader:
         """Images in an epoch."""
         return self.length
 
+    @property
+    def at_hand(self) -> int:
+        """All images of an epoch."""
+        return self.length
+
     def let_go(self) -> bool:
         """Reads images from their pack from now on; whether they were kept in memory until now."""
         if self._kept is None:

@@ -81,6 +81,11 @@ class StreamLoader:
         """Images in an epoch."""
         return self.length
 
+    @property
+    def at_hand(self) -> int:
+        """The images of the first block, which is held while they are asked for."""
+        return self.block
+
     def batch(self, first: int, count: int) -> Tensor:
         """Those of images ``first`` to ``first + count`` of the endless order that are this process's: uint8 ``[n, c, h, w]``."""
         return self.pieces(first, count).images(first, count)

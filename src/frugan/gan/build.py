@@ -37,11 +37,12 @@ def freeze(recipe: Recipe, discriminator: Network) -> None:
         UserError: there is nothing to start from, or nothing would be left to train.
     """
     training = recipe.training
-    if training.freeze_d >= len(discriminator.blocks):
-        raise UserError(f"--freeze-d {training.freeze_d} leaves nothing to train: D has {len(discriminator.blocks)} blocks.")
+    blocks = [block for block in discriminator.blocks if any(p.requires_grad for p in block.parameters())]
+    if training.freeze_d >= len(blocks):
+        raise UserError(f"--freeze-d {training.freeze_d} leaves nothing to train: D has {len(blocks)} blocks that learn.")
     if training.freeze_d and not training.init_from:
         raise UserError("--freeze-d is for fine-tuning: name the run to start from with --init-from.")
-    for block in discriminator.blocks[: training.freeze_d]:
+    for block in blocks[: training.freeze_d]:
         block.requires_grad_(False).eval()
 
 

@@ -213,14 +213,13 @@ class Step:
         gradient.requires_grad_(True)
         weight, terms, measured = weighted(penalties, gradient)
         (direction,) = torch.autograd.grad(terms.sum(), gradient)
-        blocks = list(self.discriminator.blocks)
         recompute = layout.uses("checkpoint_blocks")
         with (
             self.autocast(),
             self._offloading(self.discriminator, layout),
             levers.still_statistics(self.discriminator),
         ):  # they have moved in the pass before
-            logits, slope = levers.directional(blocks, images.detach(), direction, rows, recompute=recompute)
+            logits, slope = levers.directional(self.discriminator.chain, images.detach(), direction, rows, recompute=recompute)
         return logits.to(self.like.dtype), (weight, slope.to(self.like.dtype)), measured
 
     def _set_learning(self, learns: bool) -> None:

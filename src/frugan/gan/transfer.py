@@ -1,7 +1,8 @@
 """Starting from the weights of another training: what fits is taken, also where images have another size.
 
 Blocks are matched by the size of the maps that they work on, in octaves: what makes a map of 8 from one of 4 does the same in a
-network for 32 pixels as in one for 64, wherever it stands. With the same sizes that is block by block.
+network for 32 pixels as in one for 64, wherever it stands. With the same sizes, and in networks that are no chain of blocks, names
+decide.
 """
 
 from collections import defaultdict
@@ -12,6 +13,7 @@ from math import log2
 from torch import Tensor
 
 from frugan.config.recipe import Recipe
+from frugan.config.section import flag
 from frugan.gan.networks import Network
 from frugan.gan.summary import Row, summarise
 from frugan.utils.errors import UserError
@@ -28,11 +30,13 @@ class Taken:
         fitted: tensors that fitted.
         of: how many it has.
         new: names and shapes of those that did not.
+        matched: whether blocks were matched by their maps.
     """
 
     fitted: int
     of: int
     new: list[str]
+    matched: bool
 
 
 def take_weights(
@@ -56,6 +60,8 @@ def take_weights(
     if other and differs(recipe, other):
         here, there = summarise(recipe, (generator, discriminator)), summarise(other)
         for name in NETWORKS:
+            if len(networks[name].chain) != len(networks[name].blocks):
+                continue  # no chain of blocks: its names say what belongs together
             moved[name] = matched(_keys(here[name], recipe, name), _keys(there[name], other, name), name)
     report = {}
     for name, prefix in zip(NETWORKS, ("ema/module." if averaged else "generator/", "discriminator/"), strict=True):
@@ -64,37 +70,39 @@ def take_weights(
         found = {k: there_by_name.get(_renamed(k, moved[name]) if name in moved else k) for k in own}
         fits = {k: v for k, v in found.items() if v is not None and v.shape == own[k].shape}
         networks[name].load_state_dict(fits, strict=False)
-        report[name] = Taken(len(fits), len(own), [f"{k} {list(v.shape)}" for k, v in own.items() if k not in fits])
+        report[name] = Taken(len(fits), len(own), [f"{k} {list(v.shape)}" for k, v in own.items() if k not in fits], name in moved)
     return report
 
 
-def check_frozen(taken: Mapping[str, Taken], recipe: Recipe) -> None:
-    """Checks that blocks which stay as they are have been taken over.
+def check_frozen(taken: Mapping[str, Taken], discriminator: Network, recipe: Recipe) -> None:
+    """Checks that the blocks of D which would stay as they are have been taken over.
 
     Raises:
         UserError: there is something new in them.
     """
-    names = [name for name in taken["discriminator"].new if name.split(".")[0] == "blocks"]
-    if fresh := [name for name in names if int(name.split(".")[1]) < recipe.training.freeze_d]:
+    learning = [i for i, block in enumerate(discriminator.blocks) if any(p.requires_grad for p in block.parameters())]
+    kept = tuple(f"blocks.{i}." for i in learning[: recipe.training.freeze_d])
+    if fresh := [name for name in taken["discriminator"].new if name.startswith(kept)]:
         raise UserError(
             f"--freeze-d {recipe.training.freeze_d} would keep what is new in D: {recipe.training.init_from} has nothing for "
-            f"{fresh[0]}. Use a smaller --freeze-d."
+            f"{fresh[0].split(' ')[0]}. Use a smaller --freeze-d."
         )
 
 
 def said(taken: Mapping[str, Taken], recipe: Recipe, other: Recipe | None) -> list[str]:
     """What was taken, a sentence a network; and with which widths more would fit, if that is so."""
-    another = other is not None and differs(recipe, other)
-    how = f" ({other.data.image_size}x{other.data.image_size})" if another and other else ""
-    matching = ", matched by the size of their maps" if another else ""
-    sentences = []
+    sentences, better = [], []
     for name, found in taken.items():
         new = f"; new are {', '.join(found.new[:3])}{' ...' if len(found.new) > 3 else ''}" if found.new else ""
+        size = f" ({other.data.image_size}x{other.data.image_size})" if found.matched and other else ""
+        how = ", matched by the size of their maps" if found.matched else ""
         sentences.append(
-            f"From {recipe.training.init_from}{how}: {found.fitted} of {found.of} tensors of the {name} fit{matching}{new}."
+            f"From {recipe.training.init_from}{size}: {found.fitted} of {found.of} tensors of the {name} fit{how}{new}."
         )
-    if another and other and (better := _widths(recipe, other)):
-        sentences.append(f"More would fit with the same channels in maps of the same size: {better}.")
+        if found.matched and other and (width := _width(f"width_{name[0]}", recipe, other)):
+            better.append(width)
+    if better:
+        sentences.append(f"More would fit with the same channels in maps of the same size: {' '.join(better)}.")
     return sentences
 
 
@@ -156,15 +164,10 @@ def _renamed(name: str, moved: Mapping[int, int]) -> str:
     return f"blocks.{moved[int(number)]}.{inside}" if int(number) in moved else ""
 
 
-def _widths(recipe: Recipe, other: Recipe) -> str:
-    """Flags for widths that give maps of the same size the same channels, where they are not what was asked for."""
-    shift = octave(recipe.data.image_size or 1) - octave(other.data.image_size or 1)
-    flags = []
-    for name in ("width_g", "width_d"):
-        here, there = getattr(recipe.network, name, None), getattr(other.network, name, None)
-        if here is None or there is None or recipe.network.kind != other.network.kind or recipe.network.kind == "mlp":
-            continue
-        wanted = there / 2**shift
-        if wanted != here and wanted >= 1 and wanted == int(wanted):
-            flags.append(f"--{name.replace('_', '-')} {int(wanted)}")
-    return " ".join(flags)
+def _width(name: str, recipe: Recipe, other: Recipe) -> str:
+    """The flag for the width that gives maps of the same size the same channels, if it is not what was asked for."""
+    here, there = getattr(recipe.network, name, None), getattr(other.network, name, None)
+    if here is None or there is None or recipe.network.kind != other.network.kind or recipe.network.kind == "mlp":
+        return ""
+    wanted = there / 2 ** (octave(recipe.data.image_size or 1) - octave(other.data.image_size or 1))
+    return f"{flag(name)} {int(wanted)}" if wanted != here and wanted >= 1 and wanted == int(wanted) else ""

@@ -126,13 +126,21 @@ class Growth:
         return [int(np.ceil((rows[:, 0] + rows[:, 1] * count).max())) for count in counts]
 
     def least(self, count: int) -> int:
-        """Bytes without which no lever computes ``count`` samples at once: what is always there, and the two largest storages.
+        """Bytes without which no lever computes ``count`` samples at once: what is always there, and the two largest storages that
+        are there together.
 
         Those are what an operator takes and gives, or a feature map and its gradient.
         """
         held = set(self.held)
-        made = sorted(at(line, count) for s, line in self.sizes.items() if s not in held)
-        return int(sum(at(self.sizes[s], count) for s in held if self.labels.get(s) != GRADIENTS) + sum(made[-2:]))
+        live: set[int] = set()
+        most = 0.0
+        for step in self.steps:
+            if step.inside is None:
+                live.difference_update(step.storages)
+                continue
+            live.update(s for s in step.storages if s not in held)
+            most = max(most, sum(sorted(at(self.sizes[s], count) for s in live)[-2:]))
+        return int(sum(at(self.sizes[s], count) for s in held if self.labels.get(s) != GRADIENTS) + most)
 
     def _rows(self, several: bool) -> np.ndarray[Any, Any]:
         key = "_several" if several else "_alone"

@@ -179,6 +179,14 @@ class Console:
         """Shows how far the classifier is that samples are evaluated by."""
         self._count("Updates of the classifier", done, total)
 
+    def features(self, done: int, total: int, seconds: float) -> None:
+        """Shows how far the features are that D is built on: ``seconds`` have passed."""
+        if self.rich.is_terminal or done == total:
+            self._count("Updates of the features", done, total)
+        elif time.monotonic() - self._last_plain >= PLAIN_EVERY:
+            self._last_plain = time.monotonic()
+            self.tell(f"Features: {seconds:.0f} of {seconds / done * total:.0f} s.")
+
     def evaluating(self, done: int, total: int) -> None:
         """Shows how many images are evaluated."""
         self._count("Evaluated", done, total)

@@ -175,6 +175,38 @@ class MemoryMeasured(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeaturesLearnt(Event):
+    """Before the first update, the features that D is built on were learnt.
+
+    Attributes:
+        task: what from.
+        updates: of them; 0 if they stay random.
+        loss: mean of the last updates; NaN if there were none.
+        accuracy: shares of images that were not learnt from about which they are right, by task.
+        seconds: that it took.
+        found: whether they were learnt before, and taken from the cache.
+    """
+
+    event: str = "features"
+    task: str
+    updates: int
+    loss: float
+    accuracy: Mapping[str, float]
+    seconds: float
+    found: bool
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Self:
+        """What ``found`` in ``log.jsonl`` says."""
+        accuracy = found.get("accuracy")
+        return cls(
+            images=_whole(found, "images"), task=str(found.get("task", "?")), updates=_whole(found, "updates"),
+            loss=_real(found, "loss"), accuracy=_numbers(accuracy) if isinstance(accuracy, Mapping) else {},
+            seconds=_real(found, "seconds"), found=bool(found.get("found")),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
 class Unknown(Event):
     """An event that this version does not know.
 
@@ -202,6 +234,7 @@ EVENTS: dict[str, type[Event]] = {
     "the budget was exceeded": LayoutChanged,
     "memory suffices again": LayoutChanged,
     "memory": MemoryMeasured,
+    "features": FeaturesLearnt,
 }
 Record = Line | Event
 

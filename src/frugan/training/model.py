@@ -11,11 +11,11 @@ from torch.overrides import TorchFunctionMode
 from frugan.config.recipe import Recipe
 from frugan.gan import networks, sampling
 from frugan.gan.build import Batch, average, freeze, lay_out, make_step, optimizers, phases
+from frugan.gan.features import feature_step
 from frugan.gan.optim import Ema, FrugalAdam
 from frugan.memory import limit
 from frugan.memory.growth import SMALL, Growth, traced
-from frugan.memory.layout import Layout
-from frugan.memory.search import Levers
+from frugan.memory.layout import Layout, Lever
 from frugan.memory.trace import GRADIENTS, GRANULE, Timeline, trace
 
 
@@ -52,7 +52,7 @@ class Model:
             "average": [t for t in averaged if t.device.type == self.device.type],
         }
 
-    def growth(self, phase: str, levers: Levers) -> Growth:
+    def growth(self, phase: str, levers: tuple[Lever, ...]) -> Growth:
         """What a micro-batch of ``phase`` allocates with ``levers``; it finds gradients of an earlier one."""
         if not self._met:
             self.warm()
@@ -66,6 +66,10 @@ class Model:
         if self.average:
             self.average.update(self.generator, count, count)
         self.step.score_generated(self._first, (count,))
+        if learner := feature_step(self.recipe, self.discriminator, self.step):
+            with learner.learning():
+                learner.rehearse(self._batch(), count)
+                learner.update(0.0)
         sampling.to_images(self.average.module if self.average else self.generator, self.step.latents("latent/g", 0, count), count)
 
     def multiply(self, rows: int = 16) -> None:
@@ -103,6 +107,24 @@ class Model:
         return traced(
             lambda n: trace(lambda: sampling.to_images(network, noise[:n], n), self.held(), device=self.device), self._granule
         )
+
+    def features(self) -> Growth:
+        """What a micro-batch allocates from which features are learnt that D is built on; it finds gradients of an earlier one."""
+        learner = feature_step(self.recipe, self.discriminator, self.step)
+        assert learner
+
+        def learn(count: int) -> Timeline:
+            with learner.learning():
+                for parameter in learner.parameters:
+                    parameter.grad = torch.zeros_like(parameter)
+                held: dict[str, list[Tensor | None]] = {
+                    GRADIENTS: [p.grad for p in learner.parameters],
+                    "features": [*learner.held()],
+                }
+                made = {GRADIENTS: lambda: [p.grad for p in learner.parameters]}
+                return trace(lambda: learner.rehearse(self._batch(), count), held | self.held(), made, device=self.device)
+
+        return traced(learn, self._granule)
 
     def updating(self, phase: str) -> Growth:
         """What Adam allocates in its update of the network that ``phase`` trains."""

@@ -103,6 +103,8 @@ class Planner:
         if self.recipe.memory.moments != "fp32":  # else Adam allocates nothing, offloaded moments have memory of their own
             updates = [self.traces.updating(phase).timeline((1,)) for phase in PHASES]
             found["update"] = Beside(max(updates, key=lambda t: t.peak().bytes), {})
+        if self.recipe.network.learns_features:  # in micro-batches as large as what is planned for the rest allows
+            found["features"] = Beside(self.traces.features().timeline((1,)), {})
         return found
 
     def _let_go(self) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,9 @@ def resolved(recipe: Recipe, where: torch.device, tell: Tell) -> tuple[Recipe, S
     memory = recipe.memory
     if memory.precision == "auto":
         memory = replace(memory, precision=device.fast_precision(where))  # type: ignore[arg-type]
-    return replace(recipe, data=data, memory=memory, augmentation=recipe.augmentation.settled(len(source))), source
+    network = recipe.network.resolved(len(source.classes) if source.random_access else 0)  # streams have no labels
+    augmentation = recipe.augmentation.settled(len(source))
+    return replace(recipe, data=data, memory=memory, network=network, augmentation=augmentation), source
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,10 @@ class Session:
     def total(self) -> int:
         """Images that are seen until the end: whole batches."""
         return math.ceil(self.recipe.training.epochs * len(self.loader) / self.batch) * self.batch
+
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """While open, products in single precision are as the recipe says, see `frugan.utils.device.arithmetic`."""
+        return device.arithmetic(self.recipe.memory.precision, self.device)
 
     def machine(self) -> dict[str, Any]:
         """What results depend on up to rounding: torch's version, the kind of device, the number of threads."""

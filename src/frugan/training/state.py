@@ -65,9 +65,11 @@ class State:
         options = recipe.optimizer
         channels, size, _ = recipe.data.shape
         self.generator, self.discriminator = build(recipe.network, size, channels, recipe.training.seed)
+        self.has_features = False  # whether frozen features of D, if it is built on any, are another run's
         if weights is not None:
             taken = take_weights(weights, self.generator, self.discriminator, recipe, origin)
-            check_frozen(taken, recipe)
+            check_frozen(taken, self.discriminator, recipe)
+            self.has_features = not self.discriminator.frozen() & {name.split(" ")[0] for name in taken["discriminator"].new}
             for sentence in said(taken, recipe, origin):
                 tell(sentence)
         lay_out(recipe, self.generator, self.discriminator)

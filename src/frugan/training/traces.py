@@ -69,6 +69,14 @@ class Traces:
         """What an update of the network that ``phase`` trains allocates."""
         return self._read("updating", [phase], Growth.from_dict)
 
+    def features(self) -> Growth:
+        """What a micro-batch allocates from which features are learnt."""
+        return self._read("features", [], Growth.from_dict)
+
+    def knows_features(self) -> bool:
+        """Whether `features` need not be made."""
+        return self._key("features", []) in self._known
+
     def knows(self, phase: str, levers: Levers) -> bool:
         """Whether `growth` need not be made."""
         return self._key("growth", [phase, [lever.name for lever in levers]]) in self._known

@@ -58,7 +58,7 @@ class Maker(Protocol):
     """Makes what `Traces` does not know yet."""
 
     def ask(self, what: str, arguments: list[Any]) -> Any:
-        """The answer, as JSON has it: ``facts``; ``growth`` of a phase with levers; ``sampling``; ``updating`` a phase."""
+        """The answer, as JSON has it: ``facts``; ``growth`` of a phase with levers; ``sampling``; ``updating``; ``features``."""
 
     def close(self) -> None:
         """Lets go of everything."""

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from frugan.memory import limit
 from frugan.training.checkpoints import begin
+from frugan.training.features import learn_features
 from frugan.training.holding import peak, recovery
 from frugan.training.loop import Loop, OnUpdate
 from frugan.training.messages import introduce, out_of_memory
 from frugan.training.observer import Observer
 from frugan.training.planning import plan_of
 from frugan.training.session import Session
-from frugan.utils.device import arithmetic
 from frugan.utils.signals import Signals
 
 
@@ -44,7 +44,7 @@ class Trainer:
         session = self.session
         signals = Signals()
         try:
-            with _frozen() as freeze, session.folder, signals, arithmetic(session.recipe.memory.precision, session.device):
+            with _frozen() as freeze, session.folder, signals, session.arithmetic():
                 self._train(signals, freeze)
         except Exception as error:
             if (short := out_of_memory(session, error)) is None:
@@ -81,6 +81,7 @@ class Trainer:
                 if resumed:
                     session.console.tell(f"Going on from {state.images:,} images.")
                 if state.images < session.total:
+                    learn_features(session, state, plan.layouts["G"].micro_batch, plan.held, signals, observer.event)
                     loop.run()
                     loop.finish()
                     if found := peak(session, plan, state.images):

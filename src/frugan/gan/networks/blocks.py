@@ -97,7 +97,7 @@ class ClassNoise(OfSamples):
 
 
 class Network(nn.Module):
-    """A chain of blocks: base of both networks.
+    """A chain of blocks, if a subclass does not make more of them: base of both networks.
 
     A generator maps noise ``[n, latent_dim]`` to images ``[n, channels, size, size]`` in [-1, 1]; a discriminator, whose last
     block is a `Head`, maps images to one logit each, ``[n]``.
@@ -120,6 +120,15 @@ class Network(nn.Module):
         for block in self.blocks:
             x = block(x, rows)
         return x
+
+    @property
+    def chain(self) -> list[nn.Module]:
+        """Modules that make the network, one after the other, each called with samples and the rows that belong to them."""
+        return [*self.blocks]
+
+    def frozen(self) -> set[str]:
+        """The names of parameters that do not learn."""
+        return {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
 
     @property
     def couples_samples(self) -> bool:
