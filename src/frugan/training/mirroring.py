@@ -16,6 +16,7 @@ FEWEST = 64  # of which something can be learnt
 BATCH = 64
 UPDATES = 120
 RATE = 6e-3
+ROUNDING = 1e-4  # a score below it is none
 TOLD_APART = 0.6  # share of unseen images told from their mirror images: from there on mirroring is not safe
 # Of images that look the same mirrored it tells half, by chance. Of others at least 2 * share - 1 show which way round they are:
 # from 0.6 on a fifth of the images, which mirrored would be a tenth of what D takes for real, and real is none of it.
@@ -49,7 +50,8 @@ def told_apart(images: Tensor) -> float:
     right = 0.0
     for learnt, unseen in (halves, halves[::-1]):
         scores = _taught(learnt)(unseen)
-        right += float((scores > 0).sum() + (scores == 0).sum() / 2)  # an image that is its own mirror image shows nothing
+        shown = scores.abs() > ROUNDING  # an image that is its own mirror image shows nothing
+        right += float((shown & (scores > 0)).sum() + (~shown).sum() / 2)
     return right / len(images)
 
 
