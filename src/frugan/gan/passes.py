@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from frugan.data.loader import Batch, Labels
-from frugan.gan.augment import Augment
+from frugan.gan.augment import Augment as Augment
 from frugan.gan.networks import Network
 from frugan.memory import levers
 from frugan.memory.batchnorm import WholeBatches

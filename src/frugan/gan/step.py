@@ -18,10 +18,9 @@ from frugan.config.objectives import Objective
 from frugan.data.loader import Batch as Batch
 from frugan.data.loader import Labels as Labels
 from frugan.data.loader import unlabelled
-from frugan.gan.augment import Augment
 from frugan.gan.losses import LOSSES
 from frugan.gan.networks import Network
-from frugan.gan.passes import Part, Passes
+from frugan.gan.passes import Augment, Part, Passes
 from frugan.gan.penalties import Penalty, penalties, weighted
 from frugan.memory import levers, private
 from frugan.memory.layout import Layout, slices
