@@ -45,7 +45,7 @@ def test_no_lever_does_with_less_than_the_least(name: str, phase: str) -> None:
     recipe = recipes.get(name).replace(image_size=32, channels=3)
     model = Model(recipe, CPU)
     least = model.growth(phase, ()).least(32)
-    for levers in variants(recipe, phase, CPU, model.discriminator.couples_samples):
+    for levers in variants(recipe, phase, CPU, (model.generator.couples_samples, model.discriminator.couples_samples)):
         assert least <= model._trace(phase, Layout((32,), levers)).peak().bytes, levers
 
 
