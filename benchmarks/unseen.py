@@ -46,7 +46,7 @@ from frugan.utils.files import cache_folder, write_text
 VERSION = 1  # of the network and of its training
 WIDTHS = (24, 48, 96)  # of its stages; the last is that of the features
 BATCH = 64
-EPOCHS, UPDATES = 10, 1200  # at most
+EPOCHS, UPDATES = 30, 1200  # at most
 RATE = 2e-3
 SHIFT = 2  # pixels by which batches are moved, at most
 PIECE = 250  # images looked at at once
@@ -105,14 +105,14 @@ def learnt(name: str, batch: Labelled, images: int, classes: int) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(APART, "unseen"))
         network = Network(example.shape[1], example.shape[2], classes)
-    about = "/".join(map(str, (VERSION, name, images, classes, *example.shape)))
+    updates = min(UPDATES, EPOCHS * images // BATCH)
+    about = "/".join(map(str, (VERSION, name, images, classes, *example.shape, *[updates] * (updates < UPDATES))))
     file = cache_folder() / "unseen" / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.safetensors"
     try:
         network.load_state_dict(checkpoint.load(file)[0])
         return network.eval()
     except (UserError, RuntimeError):  # not there yet, or damaged
         pass
-    updates = min(UPDATES, EPOCHS * images // BATCH)
     optimizer = torch.optim.AdamW(network.parameters(), RATE, weight_decay=0.05)
     where = torch.Generator().manual_seed(APART)
     for update in range(updates):
@@ -189,7 +189,7 @@ class Judge:
         self.told = float((self.network.look(images)[1] == labels).double().mean())
         self.real = self.network.look(shared.batch(first, some))[0]
         self.others = shared.batch(first + some, some)
-        about = f"{VERSION}/{kind}/{learning.fingerprint}/{whole.fingerprint}/{some}/{self.samples}"
+        about = f"{VERSION}/{kind}/{learning.fingerprint}/{whole.fingerprint}/{some}/{self.samples}/{self.told}"
         self.file = cache_folder() / "unseen" / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.json"
         self.words = f"{some:,} samples against {some:,} real images, by a network told {kind}, {self.told:.1%} right; the others: "
         self.words += self.evaluator.protocol(self.samples, "samples")
