@@ -37,6 +37,7 @@ from frugan.evaluation.distances import Moments, frechet, precision_recall
 from frugan.evaluation.evaluator import SEED, Evaluator
 from frugan.evaluation.families import METRICS, shown
 from frugan.evaluation.families.base import Options
+from frugan.gan import sampling
 from frugan.reporting.run_folder import load_generator
 from frugan.utils import checkpoint
 from frugan.utils.draws import derive
@@ -267,7 +268,12 @@ def samples_of(run: str, data: str | None) -> Samples:
         generator = load_generator(path)
         own = replace(generator.recipe.data, stream=False)
         own = replace(own, data=data) if data else own
-        return Samples(lambda n: (generator.generate(n, seed=SEED), None), generator.images_seen, own)
+
+        def made_and_asked(n: int) -> tuple[Tensor, Tensor | None]:
+            asked = sampling.natural(generator.recipe, SEED, 0, n) if generator.recipe.classes else None
+            return generator.generate(n, seed=SEED), asked
+
+        return Samples(made_and_asked, generator.images_seen, own)
     _, like = opened(Data(data=data or run), _tell)
     made = _loader(replace(like, data=run))
     return Samples(lambda n: (made.batch(0, min(n, len(made))), None), 0, like)
