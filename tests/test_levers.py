@@ -10,6 +10,7 @@ from frugan.config import recipes
 from frugan.config.architectures import R3, Architecture, Dcgan, Mlp, Upsample
 from frugan.config.objectives import Objective, RpGan
 from frugan.data.loader import Batch
+from frugan.gan.augment import OPERATIONS, Augment
 from frugan.gan.levers import LEVERS, jobs, named
 from frugan.gan.networks import build
 from frugan.gan.networks.blocks import Block
@@ -32,7 +33,9 @@ COUPLED = {
 }
 
 
-def outcome(network: Architecture, objective: Objective, layout: Layout, classes: int = 0) -> dict[str, Tensor]:
+def outcome(
+    network: Architecture, objective: Objective, layout: Layout, augment: bool = False, classes: int = 0
+) -> dict[str, Tensor]:
     """Gradients, running statistics and measurements of both phases."""
     generator, discriminator = (n.double() for n in build(network, 12, 2, classes=classes))
     torch.manual_seed(1)
@@ -43,6 +46,7 @@ def outcome(network: Architecture, objective: Objective, layout: Layout, classes
     labels = torch.arange(sum(layout.sizes)) % max(1, classes)
     batch = Batch(lambda row, n: images[row : row + n], lambda row, n: labels[row : row + n])
     step = Step(generator, discriminator, objective, network.latent_dim, Draws(3), conditional=bool(classes))
+    step.augment = Augment(",".join(OPERATIONS), 0.7) if augment else None
     found = {}
     for name, phase in (("d", step.discriminator_phase), ("g", step.generator_phase)):
         found |= {f"{name}/{k}": v for k, v in phase(batch, 0, layout).items()}
@@ -59,18 +63,19 @@ def outcome(network: Architecture, objective: Objective, layout: Layout, classes
     penalties=st.sampled_from([(0.0, 0.0), (0.7, 0.0), (0.0, 0.4), (0.7, 0.4)]),
     used=st.sets(st.sampled_from(sorted(LEVERS)), min_size=1),
     parts=st.sampled_from([1, 2]),
+    augment=st.booleans(),
     classes=st.sampled_from([0, 3]),
 )
 def test_any_levers_give_what_they_promise(
-    network: Architecture, kind: str, penalties: tuple[float, float], used: set[str], parts: int, classes: int
+    network: Architecture, kind: str, penalties: tuple[float, float], used: set[str], parts: int, augment: bool, classes: int
 ) -> None:
     if network in COUPLED.values():
         used = used - {"penalty", "whole_batch_norm"}  # refused: see the next test; not for one micro-batch: test_batchnorm.py
     options = vars(OBJECTIVES[kind]) | {"r1": penalties[0], "r2": penalties[1]}
     objective = type(OBJECTIVES[kind])(**options)
-    plain = outcome(network, objective, Layout.of(6, parts), classes)
+    plain = outcome(network, objective, Layout.of(6, parts), augment, classes)
     layout = Layout.of(6, parts, named(used))
-    other = outcome(network, objective, layout, classes)
+    other = outcome(network, objective, layout, augment, classes)
     assert plain.keys() == other.keys()
     bitwise = all(g == Guarantee.BITWISE for n, g in layout.named().items() if not n.startswith("micro"))
     scale = max(v.double().norm() for k, v in plain.items() if k[1] == ".")

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from frugan.config.recipe import Recipe
-from frugan.data.loader import Batch as Batch
+from frugan.gan.augment import Adaptive, adaptive, augment
 from frugan.gan.levers import of_phase
 from frugan.gan.networks import Network
 from frugan.gan.optim import Ema, FrugalAdam, LowBitAdam
+from frugan.gan.step import Batch as Batch
 from frugan.gan.step import Step, Terms
 from frugan.memory.layout import Layout
 from frugan.memory.search import Levers
@@ -74,8 +75,8 @@ def make_step(recipe: Recipe, generator: Network, discriminator: Network) -> Ste
     device = next(generator.parameters()).device
     step = Step(
         generator, discriminator, recipe.objective, recipe.network.latent_dim, Draws(recipe.training.seed, device),
-        flip=recipe.data.flip, precision=memory.precision, channels_last=memory.channels_last,
-        conditional=bool(recipe.classes), balanced=recipe.classes.present if balanced else (),
+        flip=recipe.data.flip != "no", augment=augment(recipe.augmentation), precision=memory.precision,
+        channels_last=memory.channels_last, conditional=bool(recipe.classes), balanced=recipe.classes.present if balanced else (),
     )  # fmt: skip
     if balanced and not recipe.classes:
         raise UserError("--class-sampling balanced is for classes: --conditional learns them.")
@@ -85,6 +86,11 @@ def make_step(recipe: Recipe, generator: Network, discriminator: Network) -> Ste
             "real one, which must be of the same class: use natural, or another --objective."
         )
     return step
+
+
+def adaptation(recipe: Recipe, step: Step) -> Adaptive | None:
+    """What finds how often ``step`` augments, if that is not the same all the time."""
+    return adaptive(recipe.augmentation, step.augment, recipe.training.batch_size, step.loss.centred)
 
 
 @dataclass(frozen=True)
