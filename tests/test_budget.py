@@ -100,7 +100,9 @@ def test_a_refused_budget_names_the_smallest_which_holds_while_less_is_refused(f
 
 
 def test_features_are_learnt_within_the_smallest_budget(few: Path, tmp_path: Path) -> None:
-    common = f"train {few} --recipe projected --norm-g none --image-size 40 --batch-size 32 --feature-updates 4 --device cpu".split()
+    common = (
+        f"train {few} --recipe projected --norm-g none --image-size 40 --batch-size 32 --feature-updates 4 --device cpu".split()
+    )
     common += ["--epochs", "1", "--out"]
     smallest = re.search(r"--memory (\d+)MiB", frugan(*common, tmp_path / "a", "--memory", "100MiB").stderr)
     assert smallest
