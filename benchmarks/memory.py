@@ -1,6 +1,7 @@
 """What is left of frugan's advantage: one loop from the tutorials' to frugan, a step at a time.
 
     python benchmarks/memory.py [--image-size 64] [--rounds 5] [--recipes dcgan r3] [--batches 64 512 4096]
+    python benchmarks/memory.py --batch-norm [--image-size 64] [--rounds 5] [--recipes dcgan upsample mlp] [--batches 64]
 
 Each row adds one thing that a careful engineer would do to the row above; the last is ``frugan train`` as a user gets it, planner,
 trainer, console and files included, within the memory that the row above held (or the smallest that frugan names). Each
@@ -8,6 +9,10 @@ measurement is a process of its own; the rows take turns, and the table has medi
 were alive at once in an update, as the CPU allocator reports. *Process*: the most that the process held, as the system counts it.
 Rows with a star train otherwise: batch norm sees micro-batches. Parity is checked first: in double precision both must train to
 the same weights.
+
+``--batch-norm`` is a table of its own: what it costs that micro-batches are exact under batch norm. Both phases and the updates of
+frugan's own step, in the whole batch, with blocks recomputed, and in micro-batches, whose statistics are their own or the whole
+batch's.
 """
 
 import json
@@ -41,6 +46,12 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "+ MALLOC_ settings": ({"micro_batch": MICRO, "frozen": True, "channels_last": True, "fused": True}, KEEPING),
 }
 FRUGAN = "frugan train"
+LAYOUTS: dict[str, tuple[bool, list[str]]] = {  # whether the batch is cut, and levers
+    "whole batch": (False, []),
+    "whole batch, blocks recomputed, separate terms": (False, ["checkpoint_blocks", "separate_terms"]),
+    f"micro-batches of {MICRO}, statistics of each*": (True, []),
+    f"micro-batches of {MICRO}, statistics of the whole batch": (True, ["whole_batch_norm"]),
+}
 
 
 @dataclass
@@ -51,6 +62,7 @@ class Options:
     plain_most: int = 512  # batches above this are not tried as a whole, which would need too much
     rounds: int = 5
     updates: int = 2  # that are timed in each process, after one that is not
+    batch_norm: bool = False  # the table of that alone
     cell: str | None = None  # used by the script itself: measures one
 
 
@@ -150,6 +162,63 @@ def through_frugan(cell: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def laid_out(cell: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of CPU and bytes of an update by frugan's step, in one layout."""
+    import torch
+
+    from frugan.config import recipes
+    from frugan.data.loader import Batch
+    from frugan.gan.levers import named, of_phase
+    from frugan.memory import limit, private
+    from frugan.memory.layout import Layout
+    from frugan.training.state import State
+
+    side, batch = cell["side"], cell["batch"]
+    recipe = recipes.get(cell["recipe"]).replace(image_size=side, channels=3, batch_size=batch)
+    device = torch.device("cpu")
+    limit.set_freed("reuse", device)
+    moves: list[int] = []
+    seconds = []
+    with private.recording(moves) if cell["what"] == "bytes" else ExitStack():
+        state = State(recipe, device)
+        for i in range(1 if cell["what"] == "bytes" else 1 + cell["updates"]):
+            begin = time.process_time()  # of all threads, so that what else runs matters less
+            for phase in state.phases.values():
+                levers = {*named(cell["levers"])} & {*of_phase(phase.name)}
+                layout = Layout.of(batch, -(-batch // MICRO) if cell["cut"] else 1, levers)
+                phase.compute(Batch(lambda row, n: pictures(row, n, side)), i * batch, layout)
+                state.update(phase.optimizer)
+            seconds.append(time.process_time() - begin)
+    live = most = 0
+    for move in moves:
+        live += move
+        most = max(most, live)
+    return {"bytes": most, "seconds": statistics.median(seconds[1:] or seconds)}
+
+
+def batch_norm_table(options: Options) -> Table:
+    """What exact micro-batches cost under batch norm."""
+    table = Table(title=f"Batch norm over the whole batch, {options.image_size}x{options.image_size} colour, fp32")
+    for heading in ("recipe", "batch", "layout", "allocates", "CPU s an update", "of the whole batch", "of micro-batches*"):
+        table.add_column(heading, justify="left" if heading in ("recipe", "layout") else "right")
+    for recipe in options.recipes:
+        for batch in options.batches:
+            common = {"recipe": recipe, "side": options.image_size, "batch": batch, "updates": options.updates}
+            cells = {name: common | {"name": name, "cut": cut, "levers": levers} for name, (cut, levers) in LAYOUTS.items()}
+            bytes_ = {name: measured({}, what="bytes", **cell)["bytes"] for name, cell in cells.items()}
+            rounds = [
+                {n: measured({}, what="seconds", **cell)["seconds"] for n, cell in cells.items()} for _ in range(options.rounds)
+            ]
+            took = {name: statistics.median(found[name] for found in rounds) for name in cells}
+            whole, each = (took[name] for name in list(cells)[0:3:2])
+            for name in cells:
+                table.add_row(
+                    recipe, str(batch), name, f"{bytes_[name] / 2**20:,.0f} MiB", f"{took[name]:.2f}",
+                    f"{took[name] / whole:.2f}", f"{took[name] / each:.2f}",
+                )  # fmt: skip
+    return table
+
+
 def parity(recipe_name: str) -> float:
     """The largest relative difference of a weight tensor after two updates in double precision, tuned loop against frugan."""
     import torch
@@ -204,7 +273,12 @@ def folder_of(images: int, side: int, where: Path) -> None:
 def main(options: Options) -> None:
     if options.cell:
         cell = json.loads(options.cell)
-        print(json.dumps(through_frugan(cell) if cell["name"] == FRUGAN else looped(cell)))
+        run = laid_out if cell["name"] in LAYOUTS else through_frugan if cell["name"] == FRUGAN else looped
+        print(json.dumps(run(cell)))
+        return
+    if options.batch_norm:
+        Console(width=170).print(batch_norm_table(options))
+        print("*: trains otherwise, as batch norm sees micro-batches.")
         return
     for recipe in options.recipes:
         error = parity(recipe)

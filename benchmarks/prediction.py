@@ -107,7 +107,7 @@ def measure(cell: dict[str, Any]) -> dict[str, int]:
                 optimizer.zero_grad(set_to_none=True)
             if ema:
                 ema.update(generator, batch, seen + batch)
-            step.score_generated(seen, layout.sizes)  # as a report does, and then samples are made
+            step.score_generated(seen, layout)  # as a report does, and then samples are made
             sampling.to_images(ema.module if ema else generator, step.latents("sample", 0, layout.micro_batch), layout.micro_batch)
 
     limit.baseline(device)

@@ -1,5 +1,6 @@
 """A budget is predicted, held and reported; what cannot be held is refused with what could."""
 
+import gc
 import json
 import os
 import re
@@ -39,7 +40,7 @@ CELLS = [
     ("mlp", 28, {"precision": "bf16"}, []), ("mlp", 28, {}, ["separate_terms"]),
     ("upsample", 16, {}, ["checkpoint_blocks"]), ("upsample", 28, {}, ["recompute_generator"]),
     ("dcgan", 28, {}, []), ("dcgan", 32, {"precision": "bf16"}, ["checkpoint_blocks"]),
-    ("dcgan", 32, {"in_place": False}, []),
+    ("dcgan", 32, {"in_place": False}, []), ("dcgan", 28, {}, ["whole_batch_norm"]),
     ("r3", 16, {}, []), ("r3", 28, {}, ["penalty"]), ("r3", 16, {"lean_adam": False}, ["separate_terms"]),
     ("r3", 28, {"precision": "bf16"}, ["penalty", "checkpoint_blocks", "separate_terms"]),
     ("r3", 28, {}, ["recompute_generator", "checkpoint_blocks"]),
@@ -71,7 +72,11 @@ def test_what_is_predicted_is_what_the_allocator_gives_out(
                     optimizer.zero_grad(set_to_none=True)
         del ema
 
-    measured = highest(allocations(training))
+    gc.disable()  # what earlier tests left behind would be taken for memory that this one gives back
+    try:
+        measured = highest(allocations(training))
+    finally:
+        gc.enable()
     # Small convolutions take other kernels for other sizes, which need up to a MiB more or less.
     assert abs(predicted - measured) < max(0.01 * measured, 1 << 20), (predicted, measured)
 

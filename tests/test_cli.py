@@ -158,13 +158,19 @@ def test_fine_tuning_takes_what_fits_and_freezes(
 def test_auto_precision_is_named_and_said_to_be_approximate(
     train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(tmp_path / "a", precision="bf16", epochs=1, quiet=False, accumulation_steps=2, image_size=16)
+    cut = {"epochs": 1, "quiet": False, "accumulation_steps": 2, "image_size": 16}
+    train(tmp_path / "a", precision="bf16", whole_batch_norm="no", **cut)
     said = capsys.readouterr().out
     assert "Approximate: bf16 rounds inside the networks" in said
     assert (
         "Approximate: batch norm in the discriminator takes its statistics from micro-batches of 8 in D's phase and 8 in G's phase."
         in said
     )
+    exact = train(tmp_path / "exact", **cut)
+    said = capsys.readouterr().out
+    assert "Approximate" not in said and "Batch norm takes its statistics from the whole batch, in several passes" in said
+    plan = json.loads((exact / "plan.json").read_text())
+    assert plan["guarantee"] == "reassociation" and all(layout["whole_batch_norm"] for layout in plan["layouts"].values())
     out = train(tmp_path / "b", precision="auto", epochs=1)
     assert 'precision = "auto"' not in (out / "recipe.toml").read_text()
 

@@ -32,7 +32,7 @@ from frugan.data.pack_loader import SMALL, PackLoader
 from frugan.data.sources import open_source, standard
 from frugan.data.sources.base import ArraySource
 from frugan.data.sources.standard import as_published
-from frugan.gan.step import normalise
+from frugan.gan.passes import normalise
 from frugan.utils.errors import UserError
 
 from .conftest import write_idx

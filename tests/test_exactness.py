@@ -114,6 +114,6 @@ def test_judging_for_the_report_changes_neither_network() -> None:
     generator, discriminator = build(options, 16, 1)
     step = Step(generator, discriminator, Bce(), options.latent_dim, Draws(0))
     before = {k: v.clone() for n in (generator, discriminator) for k, v in n.state_dict().items()}
-    step.score_generated(0, [3, 3])
+    step.score_generated(0, Layout((3, 3)))
     after = {k: v for n in (generator, discriminator) for k, v in n.state_dict().items()}
     assert all(torch.equal(before[k], after[k]) for k in before)

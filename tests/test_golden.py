@@ -22,7 +22,7 @@ OWN = {"projected": {"feature_updates": 20, "feature_width": 8}}  # what a recip
 def first_losses(recipe: str, out: Path) -> list[list[float]]:
     frugan.train(
         "digits", out=out, recipe=recipe, batch_size=32, epochs=1, width_g=8, width_d=8, latent_dim=8, report_every=8,
-        accumulation_steps=2, quiet=True, device="cpu", threads=1, **OWN.get(recipe, {}),
+        accumulation_steps=2, whole_batch_norm="no", quiet=True, device="cpu", threads=1, **OWN.get(recipe, {}),
     )  # fmt: skip
     return [[line.measured[k] for k in ("Loss_D", "Loss_G", "D(x)", "D(G(z))")] for line in RunFolder(out).read_log()][:5]
 

@@ -88,7 +88,7 @@ class Training(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Memory(Section):
-    """How the arithmetic is laid out: only ``precision`` changes more than rounding, unless a network couples samples."""
+    """How the arithmetic is laid out: what changes more than rounding says approximate."""
 
     accumulation_steps: int | None = option(
         None, "micro-batches that the discriminator's batch is cut into; unset: as few as fit", least=1
@@ -113,6 +113,11 @@ class Memory(Section):
     offload_activations: Choice = lever(
         "activations on the host", "bitwise", "DG", 3, "what backward needs waits on the host, on accelerators"
     )
+    whole_batch_norm: Choice = lever(
+        "batch norm over the whole batch", "reassociation", "DG", 4,
+        "in micro-batches, batch norm takes its statistics from the whole batch, in passes of their own; no: from each alone",
+        uncouples=True,
+    )  # fmt: skip
     offload_state: Choice = option(
         "auto", "moments and the averaged generator wait on the host (bitwise; accelerators); auto: where nothing fits otherwise"
     )

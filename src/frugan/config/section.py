@@ -16,7 +16,9 @@ def option(default: Any, help: str, *, above: float | None = None, least: float 
     return field(default=default, metadata={"help": help, "above": above, "least": least, "most": most})
 
 
-def lever(words: str, guarantee: str, phases: str, rung: int, help: str, used: str = "yes", plain: str = "no") -> Any:
+def lever(
+    words: str, guarantee: str, phases: str, rung: int, help: str, used: str = "yes", plain: str = "no", *, uncouples: bool = False
+) -> Any:  # fmt: skip
     """A field for a way of saving memory, with the values ``auto``, ``used`` and ``plain``; `frugan.gan.levers` makes it a lever.
 
     Args:
@@ -27,8 +29,10 @@ def lever(words: str, guarantee: str, phases: str, rung: int, help: str, used: s
         help: its line of help.
         used: its value where it is in use.
         plain: its value where it is not.
+        uncouples: whether micro-batches are exact with it although a sample's output depends on the others.
     """
     about = {"words": words, "guarantee": guarantee, "phases": phases, "rung": rung, "used": used, "plain": plain}
+    about["uncouples"] = uncouples
     return field(default="auto", metadata={"help": f"{help} ({guarantee})", "lever": about})
 
 

@@ -19,7 +19,8 @@ from frugan.data.loader import Batch
 from frugan.gan.networks.blocks import Average
 from frugan.gan.networks.projected import ProjectedDiscriminator
 from frugan.gan.optim import FrugalAdam
-from frugan.gan.step import DTYPES, Step, normalise
+from frugan.gan.passes import DTYPES, normalise
+from frugan.gan.step import Step
 from frugan.memory.layout import slices, split
 from frugan.utils.draws import Draws, derive
 

@@ -14,7 +14,7 @@ import torch
 from frugan.config.recipe import Memory, Recipe
 from frugan.gan.penalties import penalties
 from frugan.memory.growth import Growth
-from frugan.memory.layout import Guarantee, Layout, Lever, split
+from frugan.memory.layout import Guarantee, Layout, Lever, split, uncoupling
 from frugan.memory.search import Job, Levers
 from frugan.utils.errors import UserError
 
@@ -29,6 +29,7 @@ def _declared() -> dict[str, tuple[Lever, str]]:
             lever = Lever(
                 rung=about["rung"], name=f.name, words=about["words"], guarantee=Guarantee[about["guarantee"].upper()],
                 plain=values.get(about["plain"], about["plain"]), used=values.get(about["used"], about["used"]),
+                uncouples=about["uncouples"],
             )  # fmt: skip
             found[f.name] = lever, about["phases"]
     return found
@@ -53,14 +54,24 @@ def read_layout(values: Mapping[str, Any]) -> Layout:
     return Layout.from_dict(values, LEVERS.values())
 
 
-def allowed(recipe: Recipe, phase: str, device: torch.device, coupled_d: bool) -> dict[Lever, tuple[bool, ...]]:
+def parts_of(recipe: Recipe, phase: str) -> int | None:
+    """How many micro-batches were asked for in ``phase``."""
+    memory = recipe.memory
+    return memory.generator_accumulation_steps or memory.accumulation_steps if phase == "G" else memory.accumulation_steps
+
+
+def allowed(
+    recipe: Recipe, phase: str, device: torch.device, coupled: tuple[bool, bool]
+) -> dict[Lever, tuple[bool, ...]]:  # fmt: skip
     """For each lever of ``phase`` whether it may be left alone and whether it may be used, the plainest first.
 
     Raises:
-        UserError: penalties by jvp were asked for with batch norm in D, whose forward derivative torch differentiates as if the
-            batch's statistics were constants; with group norm it is right.
+        UserError: a lever was asked for that does not go with gradient penalties and batch norm in D. By jvp they would be wrong,
+            as torch differentiates the forward derivative of batch norm as if the batch's statistics were constants; under
+            statistics of the whole batch, what these carry would have to be differentiated twice. With group norm all is right.
     """
     found: dict[Lever, tuple[bool, ...]] = {}
+    penalised = phase == "D" and coupled[1] and bool(penalties(recipe.objective))
     for lever in of_phase(phase):
         asked = getattr(recipe.memory, lever.name)
         found[lever] = (False, True) if asked == "auto" else (asked in (lever.used, "yes"),)
@@ -69,21 +80,36 @@ def allowed(recipe: Recipe, phase: str, device: torch.device, coupled_d: bool) -
         if lever.name == "penalty":
             if not penalties(recipe.objective):
                 del found[lever]
-            elif coupled_d and True in found[lever]:
+            elif penalised and True in found[lever]:
                 if asked != "auto":
                     way = "use --norm-d group, or none"
                     raise UserError(f"--penalty jvp would be wrong with batch norm in the discriminator: {way}.")
                 found[lever] = (False,)
+        if lever.uncouples:
+            if penalised and asked == "yes":
+                raise UserError(
+                    "--whole-batch-norm yes cannot be had together with gradient penalties and batch norm in the discriminator: "
+                    "use --norm-d group, or none."
+                )
+            found[lever] = _uncoupling(recipe, phase) if any(coupled) and not penalised and asked != "no" else (False,)
     return found
 
 
-def variants(recipe: Recipe, phase: str, device: torch.device, coupled_d: bool) -> list[Levers]:
+def _uncoupling(recipe: Recipe, phase: str) -> tuple[bool, ...]:
+    """Whether micro-batches may be computed without, and with, what uncouples them: wherever a batch is cut, with it."""
+    parts = parts_of(recipe, phase)
+    return (False, True) if parts is None else (parts > 1,)
+
+
+def variants(recipe: Recipe, phase: str, device: torch.device, coupled: tuple[bool, bool]) -> list[Levers]:
     """The combinations of levers worth a look, the plainest first.
 
-    Penalties by jvp need as much as by double backward until blocks are recomputed, and blocks under a double backward are all
-    needed at once: the two are used together or not at all, unless one was asked for.
+    What uncouples samples takes several times as long and makes micro-batches of any size possible, so that other levers hardly
+    help: it is used alone, or with all of them where memory is least. Penalties by jvp need as much as by double backward until
+    blocks are recomputed, and blocks under a double backward are all needed at once: the two are used together or not at all,
+    unless one was asked for.
     """
-    may = allowed(recipe, phase, device, coupled_d)
+    may = allowed(recipe, phase, device, coupled)
     made = [tuple(sorted(x for x, used in zip(may, values, strict=True) if used)) for values in product(*may.values())]
     if recipe.memory.checkpoint_blocks == "auto" and len(may.get(LEVERS["penalty"], ())) > 1:
         together = [{lever.name for lever in variant} for variant in made]
@@ -92,12 +118,16 @@ def variants(recipe: Recipe, phase: str, device: torch.device, coupled_d: bool) 
             if ("penalty" in names) == ("checkpoint_blocks" in names)
             and ("separate_terms" in names or "checkpoint_blocks" not in names)
         ]  # fmt: skip
-    return sorted(made, key=len)
+    made.sort(key=len)
+    if parts_of(recipe, phase) is None:
+        uncoupled = [v for v in made if uncoupling(v)]
+        made = [v for v in made if not uncoupling(v) or v in (uncoupled[0], uncoupled[-1])]
+    return made
 
 
-def usable(recipe: Recipe, phase: str, device: torch.device, coupled_d: bool) -> Levers:
+def usable(recipe: Recipe, phase: str, device: torch.device, coupled: tuple[bool, bool]) -> Levers:
     """The levers of ``phase`` that may be used or not, as memory asks for it."""
-    return tuple(lever for lever, values in allowed(recipe, phase, device, coupled_d).items() if len(values) > 1)
+    return tuple(lever for lever, values in allowed(recipe, phase, device, coupled).items() if len(values) > 1)
 
 
 def jobs(
@@ -116,18 +146,18 @@ def jobs(
     Raises:
         UserError: batch norm was asked to work on single samples.
     """
-    memory, batch = recipe.memory, recipe.training.batch_size
-    either, coupled_d = any(coupled), coupled[1]
-    parts = {"D": memory.accumulation_steps, "G": memory.generator_accumulation_steps or memory.accumulation_steps}
-    if either and min(min(split(batch, count or 1)) for count in parts.values()) < 2:
-        raise UserError(
-            "batch norm cannot train on micro-batches of 1: use a larger --batch-size or fewer --accumulation-steps, "
-            "or --norm-g group --norm-d group."
-        )
-    return [
-        Job(
-            phase, batch, variants(recipe, phase, device, coupled_d), partial(trace, phase), coupled=either,
-            smallest=2 if either else 1, parts=parts[phase], loads=loads or {},
-        )
-        for phase in PHASES
-    ]  # fmt: skip
+    batch, smallest = recipe.training.batch_size, 2 if any(coupled) else 1
+    if recipe.memory.whole_batch_norm == "yes":
+        smallest = batch  # what is cut is uncoupled
+    found = []
+    for phase in PHASES:
+        parts, ways = parts_of(recipe, phase), variants(recipe, phase, device, coupled)
+        if any(coupled) and (batch < 2 or (not uncoupling(ways[0]) and min(split(batch, parts or 1)) < 2)):
+            raise UserError(
+                "batch norm cannot train on micro-batches of 1: use a larger --batch-size or fewer --accumulation-steps, "
+                "or --norm-g group --norm-d group."
+            )
+        found.append(Job(
+            phase, batch, ways, partial(trace, phase), coupled=any(coupled), smallest=smallest, parts=parts, loads=loads or {}
+        ))  # fmt: skip
+    return found

@@ -1,13 +1,15 @@
-"""One phase of training, in micro-batches: the only place that calls networks and ``backward``.
+"""One phase of training, in micro-batches: with its base, `frugan.gan.passes`, the only place that calls networks and ``backward``.
 
 A phase adds the gradients of its network to ``.grad`` and returns what it measured; it neither loads, logs nor updates. Each
 micro-batch's terms are summed and divided by the size of the whole batch, so that micro-batches of any sizes add up to the
-gradient of the whole batch's mean (up to rounding, on networks that do not couple samples).
+gradient of the whole batch's mean: up to rounding, on networks that do not couple samples, or where batch norm takes its statistics
+from the whole batch (`frugan.memory.batchnorm`).
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,26 +19,18 @@ from frugan.data.loader import Batch, unlabelled
 from frugan.data.loader import Labels as Labels
 from frugan.gan.losses import LOSSES
 from frugan.gan.networks import Network
+from frugan.gan.passes import Part, Passes
 from frugan.gan.penalties import Penalty, penalties, weighted
 from frugan.memory import levers, private
 from frugan.memory.layout import Layout, slices
 from frugan.utils.draws import Draws, Rows
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Terms = dict[str, Tensor]
 Weighted = tuple[float, Tensor]  # a weight, and terms [n]
 
 
-def normalise(images: Tensor, mirrored: Tensor | None, like: Tensor) -> Tensor:
-    """uint8 images ``[n, c, h, w]`` to [-1, 1], on the device and in the dtype of ``like``, those in ``mirrored`` flipped."""
-    images = images.to(like.device, non_blocking=True)
-    if mirrored is not None:
-        images = torch.where(mirrored.to(like.device)[:, None, None, None], images.flip(3), images)
-    return images.to(like.dtype).div_(127.5).sub_(1)
-
-
 @dataclass
-class Step:
+class Step(Passes):
     """Both phases of one objective on one pair of networks.
 
     Args:
@@ -64,8 +58,8 @@ class Step:
     balanced: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.loss = LOSSES[type(self.objective)]
-        self.like = next(self.generator.parameters())  # its device and dtype are the networks'
         self._learning = [p for p in self.discriminator.parameters() if p.requires_grad]  # the others are frozen for good
         self._generating = [*self.generator.parameters()]
         # Gradients of fp16 arithmetic underflow without a scale; with the other precisions the scaler does nothing.
@@ -86,23 +80,38 @@ class Step:
             Means over the batch, as tensors without graph: ``Loss_D``, ``D(x)`` and each penalty.
         """
         total: Terms = {}
-        whole = sum(layout.sizes)
+        whole, parts = sum(layout.sizes), _parts(first, layout)
         self._set_learning(True)
         compute = self._one_by_one if layout.uses("separate_terms") else self._at_once
-        for begin, count in slices(layout.sizes):
-            of_real = self._of_real(first + begin, count, batch.labels)
-            of_fake = self._of_fake("latent/d", first + begin, count, batch.labels)
-            real = self._real(batch, of_real)
-            fake = self._layout(self._generate(of_fake))
-            between = None
-            if self.penalties["between"]:
-                share = self.draws.uniform("between", of_real.first, count, 1, 1, 1).to(real)
-                between = torch.lerp(fake, real, share)
-            _add(total, compute(real, fake, of_real.used_as("real"), of_fake.used_as("fake"), whole, layout), whole)
-            if between is not None:
-                _, (weight, slope), measured = self._penalised(between, of_real.used_as("between"), layout)
-                self._backward(weight * slope, whole, self._learning)
-                _add(total, measured, whole)
+
+        def generate(first: int, count: int) -> Tensor:
+            return self._layout(self._generate(self._of_fake("latent/d", first, count, batch.labels)))
+
+        def judge_real(first: int, count: int) -> Tensor:
+            rows = self._of_real(first, count, batch.labels)
+            return self._judge(self._real(batch, rows), rows.used_as("real"), layout)
+
+        def judge_fake(first: int, count: int) -> Tensor:
+            rows = self._of_fake("latent/d", first, count, batch.labels)
+            return self._judge(generate(first, count), rows.used_as("fake"), layout)
+
+        with self._measured(layout, parts, {"latent/d": generate, "real": judge_real, "fake": judge_fake}):
+            for begin, count in parts:
+                of_real = self._of_real(begin, count, batch.labels)
+                of_fake = self._of_fake("latent/d", begin, count, batch.labels)
+                real = self._real(batch, of_real)
+                fake = self._layout(self._generate(of_fake))
+                between = None
+                if self.penalties["between"]:
+                    share = self.draws.uniform("between", begin, count, 1, 1, 1).to(real)
+                    between = torch.lerp(fake, real, share)
+                _add(total, compute(real, fake, of_real.used_as("real"), of_fake.used_as("fake"), whole, layout), whole)
+                if between is not None:
+                    _, (weight, slope), measured = self._penalised(between, of_real.used_as("between"), layout)
+                    self._backward(weight * slope, whole, self._learning)
+                    _add(total, measured, whole)
+            self._whole.bring_back("real", partial(self._carry, "real", judge_real, self._learning))
+            self._whole.bring_back("fake", partial(self._carry, "fake", judge_fake, self._learning))
         return total
 
     def generator_phase(self, batch: Batch, first: int, layout: Layout) -> Terms:
@@ -112,46 +121,58 @@ class Step:
             Means over the batch: ``Loss_G`` and ``D(G(z))``, of D as it is now.
         """
         total: Terms = {}
-        whole = sum(layout.sizes)
+        whole, parts = sum(layout.sizes), _parts(first, layout)
         self._set_learning(False)
-        recompute = layout.uses("recompute_generator")
-        for begin, count in slices(layout.sizes):
-            rows = self._of_fake("latent/g", first + begin, count, batch.labels)
-            fake = self._generate(rows, learns=not recompute, layout=layout)
-            if recompute:
-                fake.requires_grad_(True)
-            with self._saving(self.discriminator, layout):
-                fake_logits = self._discriminate(self._layout(fake), rows.used_as("g/fake"))
-            real_logits = None
-            if self.loss.paired:
-                with torch.no_grad():
-                    of_real = self._of_real(rows.first, count, batch.labels)
-                    real_logits = self._discriminate(self._real(batch, of_real), of_real.used_as("g/real"))
+
+        def generate(first: int, count: int) -> Tensor:
+            return self._generate(self._of_fake("latent/g", first, count, batch.labels), learns=True, layout=layout)
+
+        def judge(first: int, count: int, fake: Tensor) -> Tensor:
+            return self._judge(fake, self._of_fake("latent/g", first, count, batch.labels).used_as("g/fake"), layout)
+
+        def judge_real(first: int, count: int) -> Tensor:
+            rows = self._of_real(first, count, batch.labels)
+            with torch.no_grad():
+                return self._discriminate(self._real(batch, rows), rows.used_as("g/real"))
+
+        def lose(first: int, count: int, fake: Tensor) -> Tensor:
+            fake_logits = judge(first, count, fake)
+            real_logits = judge_real(first, count) if self.loss.paired else None
             terms = self.loss.generator(self.objective, fake_logits, real_logits)
             _add(total, {"Loss_G": terms, "D(G(z))": self._score(fake_logits)}, whole)
-            self._backward(terms, whole, [fake] if recompute else self._generating)
-            if recompute:
-                gradient = fake.grad
-                del fake, fake_logits, terms
-                with levers.still_statistics(self.generator):
-                    fake = self._generate(rows, learns=True, layout=layout)
-                levers.backward_from(fake, gradient, self._generating)
+            return self.scaler.scale(terms.sum() / whole)
+
+        def add(score: Callable[..., Tensor], *part: int) -> None:
+            self._through_generator(partial(generate, *part), partial(score, *part), layout)
+
+        passes = {"latent/g": generate, "g/fake": lambda first, count: judge(first, count, generate(first, count))}
+        with self._measured(layout, parts, passes | ({"g/real": judge_real} if self.loss.paired else {})):
+            for part in parts:
+                add(lose, *part)
+            self._whole.bring_back("g/fake", partial(add, partial(self._whole.carried, "g/fake", judge)))
+            self._whole.bring_back("latent/g", partial(self._carry, "latent/g", generate, self._generating))
         return total
 
     @torch.no_grad()
-    def score_generated(self, first: int, sizes: Sequence[int], labels: Labels = unlabelled) -> Tensor:
+    def score_generated(self, first: int, layout: Layout, labels: Labels = unlabelled) -> Tensor:
         """Mean D(G(z)) of both networks as they are now, on the noise and ``labels`` of `generator_phase`; changes neither."""
         total: Terms = {}
-        with levers.still_statistics(self.generator), levers.still_statistics(self.discriminator):
-            for begin, count in slices(sizes):
-                rows = self._of_fake("latent/g", first + begin, count, labels)
-                logits = self._discriminate(self._layout(self._generate(rows)), rows.used_as("g/fake"))
-                _add(total, {"D(G(z))": self._score(logits)}, sum(sizes))
-        return total["D(G(z))"]
+        parts = _parts(first, layout)
 
-    def latents(self, purpose: str, first: int, count: int) -> Tensor:
-        """Rows of noise ``[count, latent_dim]`` on the device."""
-        return self.draws.normal(purpose, first, count, self.latent_dim).to(self.like)
+        def generate(first: int, count: int) -> Tensor:
+            return self._layout(self._generate(self._of_fake("latent/g", first, count, labels)))
+
+        def judge(first: int, count: int) -> Tensor:
+            rows = self._of_fake("latent/g", first, count, labels)
+            return self._discriminate(generate(first, count), rows.used_as("g/fake"))
+
+        with (
+            levers.still_statistics(self.generator), levers.still_statistics(self.discriminator),
+            self._measured(layout, parts, {"latent/g": generate, "g/fake": judge}),
+        ):  # fmt: skip
+            for part in parts:
+                _add(total, {"D(G(z))": self._score(judge(*part))}, sum(layout.sizes))
+        return total["D(G(z))"]
 
     def _at_once(self, real: Tensor, fake: Tensor, of_real: Rows, of_fake: Rows, batch: int, layout: Layout) -> Terms:
         """One backward for everything that concerns real and generated images."""
@@ -186,8 +207,7 @@ class Step:
         """Logits, what penalties there are add to D's loss, and their values by name."""
         if self.penalties[rows.scope]:
             return self._penalised(images, rows, layout)
-        with self._saving(self.discriminator, layout):
-            return self._discriminate(images, rows), None, {}
+        return self._judge(images, rows, layout), None, {}
 
     def _penalised(self, images: Tensor, rows: Rows, layout: Layout) -> tuple[Tensor, Weighted, Terms]:
         """Logits, a weight with terms ``[n]`` whose gradient in D's weights is the penalties', and their values ``[n]``."""
@@ -219,65 +239,39 @@ class Step:
         for parameter in self._learning:
             parameter.requires_grad_(learns)
 
-    def _of_real(self, first: int, count: int, labels: Labels) -> Rows:
-        """The real images ``first`` to ``first + count``."""
-        classes = labels(first, count) if self.conditional else None
-        return Rows(self.draws, "real", first, count, None if classes is None else classes.to(self.like.device))
-
-    def _of_fake(self, scope: str, first: int, count: int, labels: Labels) -> Rows:
-        """As many generated ones, whose noise is drawn for ``scope``.
-
-        A loss that compares each with a real image must not compare classes: both have the same, unless balanced ones are asked
-        for.
-        """
-        if not self.balanced:
-            return self._of_real(first, count, labels).used_as(scope)
-        place = self.draws.uniform(f"class/{scope}", first, count).mul(len(self.balanced)).long().clamp_(max=len(self.balanced) - 1)
-        classes = torch.tensor(self.balanced)[place]
-        return Rows(self.draws, scope, first, count, classes.to(self.like.device))
-
-    def _generate(self, rows: Rows, *, learns: bool = False, layout: Layout | None = None) -> Tensor:
-        """Generated images in the networks' dtype, with a graph to G if it ``learns``."""
-        with torch.set_grad_enabled(learns), self.autocast(), self._saving(self.generator, layout if learns else None):
-            images: Tensor = self.generator(self.latents(rows.scope, rows.first, rows.count), rows)
-            return images.to(self.like.dtype)
-
-    def _real(self, batch: Batch, rows: Rows) -> Tensor:
-        mirrored = self.draws.uniform("flip", rows.first, rows.count) < 0.5 if self.flip else None
-        return self._layout(normalise(batch.images(rows.first, rows.count), mirrored, self.like))
-
-    def _layout(self, images: Tensor) -> Tensor:
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """While open, networks compute in the precision that was asked for."""
-        if self.precision not in DTYPES:
-            return nullcontext()
-        return torch.autocast(self.like.device.type, DTYPES[self.precision])
-
-    @contextmanager
-    def _saving(self, network: Network, layout: Layout | None) -> Iterator[None]:
-        """While open, what ``network`` keeps for backward is kept as ``layout`` says."""
-        blocks = network.blocks if layout and layout.uses("checkpoint_blocks") else ()
-        with self._offloading(network, layout), levers.recomputing(blocks):
-            yield
-
-    def _offloading(self, network: Network, layout: Layout | None) -> AbstractContextManager[object]:
-        return levers.offloading(self.like.device, bool(layout and layout.uses("offload_activations")), network.parameters())
-
-    def _discriminate(self, images: Tensor, rows: Rows) -> Tensor:
-        """Logits ``[n]`` in at least single precision."""
-        with self.autocast():
-            logits: Tensor = self.discriminator(images, rows)
-        return logits.to(self.like.dtype)
-
     def _score(self, logits: Tensor) -> Tensor:
         """What is reported as D(.): the probability of being real where the loss defines one, else the logit."""
         return logits.detach().sigmoid() if self.loss.probability else logits.detach()
 
+    def _through_generator(self, generate: Callable[[], Tensor], score: Callable[[Tensor], Tensor], layout: Layout) -> None:
+        """Adds G's gradients of ``score``, a number, of the images that ``generate`` gives."""
+        if not layout.uses("recompute_generator"):
+            self._go_back(score(generate()), self._generating)
+            return
+        with torch.no_grad():
+            fake = generate()
+        self._go_back(score(fake.requires_grad_(True)), [fake])
+        gradient = fake.grad
+        del fake
+        with levers.still_statistics(self.generator):
+            fake = generate()
+        levers.backward_from(fake, gradient, [*self._generating, *self._whole.leaves])
+
+    def _carry(self, scope: str, forward: Callable[..., Tensor], leaves: Sequence[Tensor], *part: int) -> None:
+        self._go_back(self._whole.carried(scope, forward, *part), leaves)
+
     def _backward(self, terms: Tensor, batch: int, leaves: Sequence[Tensor]) -> None:
+        self._go_back(self.scaler.scale(terms.sum() / batch), leaves)
+
+    def _go_back(self, value: Tensor, leaves: Sequence[Tensor]) -> None:
         """Adds gradients to ``leaves`` alone: those of images, which penalties make leaves too, nobody reads."""
-        torch.autograd.backward(self.scaler.scale(terms.sum() / batch), inputs=leaves)
+        if value.requires_grad:  # what statistics carry need not come from anything that learns
+            torch.autograd.backward(value, inputs=[*leaves, *self._whole.leaves])
+
+
+def _parts(first: int, layout: Layout) -> list[Part]:
+    """The micro-batches of a batch that begins at sample ``first``."""
+    return [(first + begin, count) for begin, count in slices(layout.sizes)]
 
 
 def _plus(terms: Tensor, penalty: Weighted | None) -> Tensor:

@@ -5,7 +5,7 @@ bottom:
 
 - `layout`: how a phase computes its batch, by micro-batches and levers, and what each guarantees; `plan`: what was decided.
 - `limit`: the memory of this process: how much it is, was at most, and may be.
-- `levers`: the same gradients in less memory.
+- `levers`: the same gradients in less memory; `batchnorm`: under batch norm too.
 - `trace`: what a computation allocates; `growth`: what it would with any number of samples, from two small traces.
 - `pool`: where tensors of the CPU lie; `segments`: what an accelerator holds for tensors.
 - `search`: the fastest layout that fits; `budget`: the plan of all phases within a budget, or the smallest that would do.
@@ -15,7 +15,8 @@ bottom:
 - `engine`: all of that for one module and one loss.
 """
 
-from frugan.memory.engine import Engine, accumulate
+from frugan.memory.engine import Engine
 from frugan.memory.layout import Guarantee, Layout, split
+from frugan.memory.levers import accumulate
 
 __all__ = ["Engine", "Guarantee", "Layout", "accumulate", "split"]

@@ -19,49 +19,14 @@ from torch import Tensor, nn
 from frugan.memory import levers, limit
 from frugan.memory.budget import Beside, BudgetPlanner, Process
 from frugan.memory.growth import SMALL, Growth, traced
-from frugan.memory.layout import CHECKPOINT_BLOCKS, Layout, slices, split
+from frugan.memory.layout import CHECKPOINT_BLOCKS, WHOLE_BATCH_NORM, Layout, split
 from frugan.memory.optimizer import state_of, tried
 from frugan.memory.recover import Change, Recovery
 from frugan.memory.search import Choice, Job, Levers, Search
 from frugan.memory.trace import GRADIENTS, GRANULE, Timeline, trace
 from frugan.utils.errors import UserError
 
-Loss = Callable[..., Tensor]
 STEP = "the step"
-
-
-def accumulate(loss: Loss, module: nn.Module, tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """Adds the gradients of the mean of ``loss(module, *tensors)`` over all samples, in micro-batches of ``sizes``.
-
-    Args:
-        loss: gives one term a sample, ``[n]``; what it draws at random should come with ``tensors``.
-        module: what is trained.
-        tensors: each ``[n, ...]``; are cut along their first dimension, and moved to the module's device a piece at a time.
-        sizes: sum to n.
-
-    Returns:
-        The mean loss, without graph.
-
-    Raises:
-        UserError: the loss gives something else than one term a sample, or ``sizes`` do not sum to n.
-    """
-    if any(len(t) != sum(sizes) for t in tensors):
-        raise UserError(
-            f"micro-batches of {list(sizes)} are {sum(sizes)} samples, but the tensors have {[len(t) for t in tensors]}."
-        )
-    device = next(module.parameters()).device
-    total = torch.zeros((), device=device)
-    for begin, count in slices(sizes):
-        terms = loss(module, *(t[begin : begin + count].to(device) for t in tensors))
-        if tuple(terms.shape) != (count,):
-            raise UserError(
-                f"the loss gave a tensor of shape {list(terms.shape)} for {count} samples: it must give one term a sample, "
-                f"[{count}] (reduction='none'), of which the engine takes the mean."
-            )
-        mean = terms.sum() / sum(sizes)
-        torch.autograd.backward(mean)
-        total = total + mean.detach()  # a loss in double precision gives a mean in double precision
-    return total
 
 
 class Engine(AbstractContextManager["Engine"]):
@@ -69,13 +34,15 @@ class Engine(AbstractContextManager["Engine"]):
 
     Args:
         module: on its device.
-        loss: see `accumulate`.
+        loss: see `levers.accumulate`.
         optimizer: over the module's parameters. Memory for the state that it has not made yet is kept free for it.
         batch: samples in an update, at most.
         memory: the most that the process (on an accelerator: its part of the device) may hold, as ``2GiB``; None: most of what is
             free.
         blocks: parts of the module, each called with one tensor, that may be recomputed in backward. What they draw from torch's
             global generators (dropout) they draw again.
+        whole_batch_norm: whether micro-batches may be exact under batch norm, by passes that compute the loss again and again; not
+            of a module that draws.
         changed: is told of every change to go on when memory ran out.
 
     Raises:
@@ -83,8 +50,8 @@ class Engine(AbstractContextManager["Engine"]):
     """
 
     def __init__(
-        self, module: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, *, batch: int, memory: str | None = None,
-        blocks: Sequence[nn.Module] = (), changed: Callable[[Change], None] = print,
+        self, module: nn.Module, loss: levers.Loss, optimizer: torch.optim.Optimizer, *, batch: int, memory: str | None = None,
+        blocks: Sequence[nn.Module] = (), whole_batch_norm: bool = True, changed: Callable[[Change], None] = print,
     ) -> None:  # fmt: skip
         if batch < 1:
             raise UserError(f"the engine's batch must be at least one sample, not {batch}.")
@@ -98,6 +65,7 @@ class Engine(AbstractContextManager["Engine"]):
         self.optimizer = optimizer
         self.batch = batch
         self.blocks = blocks
+        self.whole_batch_norm = whole_batch_norm
         self.device = next(module.parameters()).device
         self.budget = limit.budget(memory, self.device)
         self.coupled = levers.couples(module)
@@ -132,8 +100,6 @@ class Engine(AbstractContextManager["Engine"]):
         if not self.optimizer.state:
             self._reserved = [torch.empty(n, dtype=torch.uint8, device=self.device).fill_(0) for n in sizes if n]
         least = min(2, self.batch)
-        usable = (CHECKPOINT_BLOCKS,) if self.blocks else ()
-        variants: list[Levers] = [(), usable] if self.blocks else [()]
         smallest = least if self.coupled else 1
         cpu = self.device.type == "cpu"
         # The first meets what libraries load, and the second what they load for one more size: what the training's own will take.
@@ -143,6 +109,8 @@ class Engine(AbstractContextManager["Engine"]):
         size_loads = max(0, limit.at_rest(self.device) - first) if cpu else 0
         reserved = max(0, limit.addresses() - data - size_loads) if cpu else 0
         self.draws = growths[()].random
+        usable = self._usable()
+        variants: list[Levers] = list(dict.fromkeys([(), *((lever,) for lever in usable), usable]))
 
         def growth(used: Levers) -> Growth:
             if used not in growths:
@@ -216,9 +184,15 @@ class Engine(AbstractContextManager["Engine"]):
         self.optimizer.zero_grad(set_to_none=True)
         return mean
 
+    def _usable(self) -> Levers:
+        """The levers that there are for this module."""
+        uncouples = self.whole_batch_norm and self.coupled and not self.draws and self.batch > 1
+        return (*([CHECKPOINT_BLOCKS] if self.blocks else []), *([WHOLE_BATCH_NORM] if uncouples else []))
+
     def _compute(self, layout: Layout, tensors: Sequence[Tensor], draws: bool = True) -> Tensor:
         with levers.recomputing(self.blocks if layout.uses(CHECKPOINT_BLOCKS.name) else (), draws):
-            return accumulate(self.loss, self.module, tensors, layout.sizes)
+            whole = layout.uses(WHOLE_BATCH_NORM.name)
+            return levers.accumulate(self.loss, self.module, tensors, layout.sizes, whole_batch_norm=whole)
 
     def _held(self) -> list[Tensor]:
         return [*self.module.parameters(), *self.module.buffers(), *state_of(self.optimizer), *self._reserved]
@@ -256,7 +230,10 @@ class Engine(AbstractContextManager["Engine"]):
                 raise
             reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
             shapes = [list(t.shape) for t in inputs]
-            raise UserError(f"the module and its loss cannot be run on {count} samples, of shapes {shapes}: {reason}") from error
+            way = "; whole_batch_norm=False does without passes of their own for batch norm" if WHOLE_BATCH_NORM in used else ""
+            raise UserError(
+                f"the module and its loss cannot be run on {count} samples, of shapes {shapes}: {reason}{way}"
+            ) from error
         finally:
             back()
             with torch.no_grad():
@@ -270,5 +247,7 @@ def fitted(layout: Layout, count: int, smallest: int = 1) -> Layout:
     """``layout`` for a batch of ``count`` samples, in micro-batches that are no larger, unless one had fewer than ``smallest``."""
     if count == sum(layout.sizes):
         return layout
+    smallest = 1 if layout.uncoupled else smallest
     parts = min(-(-count // layout.micro_batch), max(1, count // smallest))
-    return replace(layout, sizes=tuple(split(count, parts)))
+    used = layout.levers if parts > 1 else tuple(lever for lever in layout.levers if not lever.uncouples)
+    return replace(layout, sizes=tuple(split(count, parts)), levers=used)

@@ -32,6 +32,7 @@ class Lever:
         guarantee: what it leaves as it is.
         plain: what plans say where it is not in use.
         used: what they say where it is.
+        uncouples: whether micro-batches are exact with it although a sample's output depends on the others.
     """
 
     rung: int
@@ -40,9 +41,18 @@ class Lever:
     guarantee: Guarantee
     plain: Any = False
     used: Any = True
+    uncouples: bool = False
 
 
 CHECKPOINT_BLOCKS = Lever(rung=2, name="checkpoint_blocks", words="blocks recomputed", guarantee=Guarantee.BITWISE)
+WHOLE_BATCH_NORM = Lever(
+    rung=4, name="whole_batch_norm", words="batch norm over the whole batch", guarantee=Guarantee.REASSOCIATION, uncouples=True
+)
+
+
+def uncoupling(levers: Iterable[Lever]) -> bool:
+    """Whether one of ``levers`` makes micro-batches exact although samples are coupled."""
+    return any(lever.uncouples for lever in levers)
 
 
 def split(batch: int, parts: int) -> list[int]:
@@ -85,6 +95,11 @@ class Layout:
         """Whether the lever called ``name`` is in use."""
         return any(lever.name == name for lever in self.levers)
 
+    @property
+    def uncoupled(self) -> bool:
+        """Whether a sample's output depends on the whole batch alone, however that is cut."""
+        return uncoupling(self.levers)
+
     def using(self, levers: Iterable[Lever]) -> Self:
         """The same with ``levers`` in use besides."""
         return replace(self, levers=tuple(sorted({*self.levers, *levers})))
@@ -96,7 +111,7 @@ class Layout:
 
     def guarantee(self, coupled: bool) -> Guarantee:
         """What holds for the whole; ``coupled``: a sample's output depends on the others of its micro-batch."""
-        if coupled and len(self.sizes) > 1:
+        if coupled and len(self.sizes) > 1 and not self.uncoupled:
             return Guarantee.APPROXIMATE
         return max(self.named().values(), default=Guarantee.BITWISE)
 
@@ -116,7 +131,7 @@ class Layout:
     def cheaper(self, levers: Collection[Lever], smallest: int, coupled: bool = False) -> Iterator[Self]:
         """The layouts that may need less memory, the fastest first: smaller micro-batches while they are large, then the levers one
         rung upon the other, then smaller micro-batches again. Where samples are coupled, smaller micro-batches change the training,
-        and levers go first.
+        or take long where a lever uncouples them: the others go first.
 
         Args:
             levers: those that may be used.
@@ -127,9 +142,12 @@ class Layout:
         least = max(smallest, FEW)
         while not coupled and (halved := layout.halved(least)) is not None:
             yield (layout := halved)
-        for _, rung in groupby(sorted(levers), key=lambda lever: lever.rung):
+        for _, rung in groupby(sorted(lever for lever in levers if not lever.uncouples), key=lambda lever: lever.rung):
             if unused := [lever for lever in rung if lever not in layout.levers]:
                 yield (layout := layout.using(unused))
+        if coupled and len(layout.sizes) == 1:  # of a whole batch, with which there is nothing to uncouple
+            layout = layout.using(lever for lever in levers if lever.uncouples)
+        smallest = 1 if layout.uncoupled else smallest
         while (halved := layout.halved(smallest)) is not None:
             yield (layout := halved)
 

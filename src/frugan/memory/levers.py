@@ -8,8 +8,57 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frugan.memory import private
+from frugan.memory import batchnorm, private
+from frugan.memory.batch_statistics import carrying
+from frugan.memory.layout import slices
 from frugan.utils.accelerator import accelerator
+from frugan.utils.errors import UserError
+
+Loss = Callable[..., Tensor]
+
+
+def accumulate(
+    loss: Loss, module: nn.Module, tensors: Sequence[Tensor], sizes: Sequence[int], *, whole_batch_norm: bool = False
+) -> Tensor:  # fmt: skip
+    """Adds the gradients of the mean of ``loss(module, *tensors)`` over all samples, in micro-batches of ``sizes``.
+
+    Args:
+        loss: gives one term a sample, ``[n]``; what it draws at random should come with ``tensors``.
+        module: what is trained.
+        tensors: each ``[n, ...]``; are cut along their first dimension, and moved to the module's device a piece at a time.
+        sizes: sum to n.
+        whole_batch_norm: whether batch norm takes its statistics over all samples, for which the loss is computed again and again
+            (`frugan.memory.batchnorm`); it must draw nothing, and differentiate nothing itself.
+
+    Returns:
+        The mean loss, without graph.
+
+    Raises:
+        UserError: the loss gives something else than one term a sample, or ``sizes`` do not sum to n.
+    """
+    if any(len(t) != sum(sizes) for t in tensors):
+        raise UserError(
+            f"micro-batches of {list(sizes)} are {sum(sizes)} samples, but the tensors have {[len(t) for t in tensors]}."
+        )
+    device = next(module.parameters()).device
+
+    def share(begin: int, count: int) -> Tensor:
+        terms = loss(module, *(t[begin : begin + count].to(device) for t in tensors))
+        if tuple(terms.shape) != (count,):
+            raise UserError(
+                f"the loss gave a tensor of shape {list(terms.shape)} for {count} samples: it must give one term a sample, "
+                f"[{count}] (reduction='none'), of which the engine takes the mean."
+            )
+        return terms.sum() / sum(sizes)
+
+    if whole_batch_norm:
+        return batchnorm.accumulate(module, share, list(slices(sizes)))
+    total = torch.zeros((), device=device)
+    for part in slices(sizes):
+        mean = share(*part)
+        torch.autograd.backward(mean)
+        total = total + mean.detach()  # a loss in double precision gives a mean in double precision
+    return total
 
 
 def drawn(device: torch.device) -> Callable[[], None]:
@@ -31,8 +80,9 @@ def recomputed(block: nn.Module, function: Callable[..., Any], *inputs: Any, dra
     Bitwise the same: running statistics take part in the first pass only. ``draws``: ``function`` draws from torch's global
     generators, which then draw the same again. (`torch.utils.checkpoint` imports torch's compiler, which holds 150 MiB.)
     """
-    layers = _batch_norms(block)
+    layers = batch_norms(block)
     tracked = [m.track_running_stats for m in layers]
+    whole = next((m.whole_batch.again() for m in layers if "whole_batch" in vars(m)), nullcontext)  # `frugan.memory.batchnorm`
     first = next((t for t in inputs if isinstance(t, Tensor)), None)
     device = first.device if first is not None else torch.device("cpu")
     kind = device.type
@@ -66,7 +116,7 @@ def recomputed(block: nn.Module, function: Callable[..., Any], *inputs: Any, dra
         fresh = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in inputs]
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, _never), torch.enable_grad(), torch.autocast(kind, dtype, enabled),
-            _as_before(layers, tracked),
+            _as_before(layers, tracked), whole(),
         ):  # fmt: skip
             function(*fresh)
         if after:
@@ -85,8 +135,11 @@ def recomputing(blocks: Iterable[nn.Module], draws: bool = False) -> Iterator[No
     """While open, each of ``blocks`` is `recomputed` in backward wherever it is called. Bitwise the same."""
     with ExitStack() as after:
         for block in blocks:
+            if (own := vars(block).get("forward")) is None:
+                after.callback(delattr, block, "forward")  # what the class says shows again
+            else:
+                after.callback(setattr, block, "forward", own)
             block.forward = partial(recomputed, block, block.forward, draws=draws)
-            after.callback(delattr, block, "forward")  # what the class says shows again
         yield
 
 
@@ -116,23 +169,10 @@ def directional(blocks: Sequence[nn.Module], x: Tensor, v: Tensor, *inputs: Any,
     return x, v
 
 
-class _From(torch.autograd.Function):
-    """A number whose gradient with respect to a tensor is given."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return tensor.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        return ctx.saved_tensors[0], None
-
-
 def backward_from(tensor: Tensor, gradient: Tensor | None, leaves: Sequence[Tensor]) -> None:
     """``torch.autograd.backward(tensor, gradient, inputs=leaves)``, for which torch would import SymPy (20 MiB)."""
     assert gradient is not None
-    torch.autograd.backward(_From.apply(tensor, gradient), inputs=leaves)
+    torch.autograd.backward(carrying(tensor, gradient), inputs=leaves)
 
 
 def offloading(device: torch.device, wanted: bool, kept: Iterable[Tensor] = ()) -> AbstractContextManager[object]:
@@ -176,7 +216,7 @@ def _is_dense(tensor: Tensor) -> bool:
 @contextmanager
 def still_statistics(module: nn.Module) -> Iterator[None]:
     """While open, passing samples through ``module`` leaves its running statistics as they are."""
-    layers = [m for m in _batch_norms(module) if m.track_running_stats]
+    layers = [m for m in batch_norms(module) if m.track_running_stats]
     for m in layers:
         m.track_running_stats = False  # in training the batch's own statistics are used all the same
     try:
@@ -204,8 +244,9 @@ def _as_before(layers: Sequence[Any], tracked: Sequence[bool]) -> Iterator[None]
 
 def couples(module: nn.Module) -> bool:
     """Whether ``module`` takes statistics over a batch, so that a sample's output depends on the others."""
-    return bool(_batch_norms(module))
+    return bool(batch_norms(module))
 
 
-def _batch_norms(module: nn.Module) -> list[Any]:
+def batch_norms(module: nn.Module) -> list[Any]:
+    """The batch norm layers of ``module``."""
     return [m for m in module.modules() if isinstance(m, private.batch_norm())]

@@ -148,7 +148,7 @@ class Recovery:
         self._loosen()
         self._trying.add(phase)
         self._cheapest.discard(phase)
-        guarantee = Guarantee.APPROXIMATE if self.coupled and len(layout.sizes) > 1 else Guarantee.REASSOCIATION
+        guarantee = max(layout.guarantee(self.coupled), Guarantee.REASSOCIATION)
         self.changed(Change(phase, str(layout), guarantee, "memory suffices again"))
 
     def _make_cheaper(self, phase: str, cause: Cause) -> bool:
@@ -169,7 +169,7 @@ class Recovery:
         self.layouts[phase] = cheaper
         self._loosen()
         new = {name: guarantee for name, guarantee in cheaper.named().items() if name not in before.named()}
-        cut = self.coupled and cheaper.sizes != before.sizes
+        cut = self.coupled and cheaper.sizes != before.sizes and not cheaper.uncoupled
         guarantee = Guarantee.APPROXIMATE if cut else max(new.values())
         self.changed(Change(phase, ", ".join(new), guarantee, cause))
         return True

@@ -16,7 +16,7 @@ import torch
 from frugan.memory import pool
 from frugan.memory.growth import Growth
 from frugan.memory.host import Freed
-from frugan.memory.layout import SMALLEST_COUPLED, Guarantee, Layout, Lever, split
+from frugan.memory.layout import SMALLEST_COUPLED, Guarantee, Layout, Lever, split, uncoupling
 from frugan.memory.private import UNMEASURED, can_record
 from frugan.memory.segments import LEAST, ROUND, SMALL_SEGMENT, Full, Segments
 from frugan.memory.trace import Timeline
@@ -53,7 +53,7 @@ class Job:
         variants: the combinations of levers there are, the plainest first.
         trace: a combination of levers to what a micro-batch allocates with them.
         coupled: whether a sample's output depends on the others of its micro-batch.
-        smallest: what a micro-batch must not be smaller than.
+        smallest: what a micro-batch must not be smaller than, but with levers that uncouple samples.
         parts: how many micro-batches, if that was asked for.
         draws: whether it draws from torch's global generators, which draw otherwise for micro-batches.
         loads: bytes besides tensors that come with levers, by their names, such as libraries that they load.
@@ -69,14 +69,20 @@ class Job:
     draws: bool = False
     loads: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def counts(self) -> list[int]:
-        """The numbers of micro-batches worth a look: one for each size of the largest, few ones first."""
+    def counts(self, levers: Levers) -> list[int]:
+        """The numbers of micro-batches worth a look with ``levers``: one for each size of the largest, few ones first."""
         if self.parts:
             return [self.parts]
         sizes = sorted({math.ceil(self.batch / k) for k in range(1, self.batch + 1)}, reverse=True)
         counts = [math.ceil(self.batch / size) for size in sizes]
+        if uncoupling(levers):
+            return counts[1:]  # there is nothing to uncouple in a whole batch
         return [k for k in counts if k == 1 or min(split(self.batch, k)) >= self.smallest]
+
+    @property
+    def can_uncouple(self) -> bool:
+        """Whether there are levers with which micro-batches are exact although samples are coupled."""
+        return any(uncoupling(levers) for levers in self.variants)
 
 
 @dataclass(frozen=True)
@@ -241,7 +247,7 @@ class Search:
             growth = self._growth(job, levers)
             apart = 0 if self.device.type == "cpu" else LEAST
             kept = 1.15 * SEGMENTS_MARGIN if apart else 1 if pool.available() else KEPT
-            layouts = [Layout.of(job.batch, parts, levers) for parts in job.counts]
+            layouts = [Layout.of(job.batch, parts, levers) for parts in job.counts(levers)]
             alone = growth.peaks([x.micro_batch for x in layouts], several=False)
             several = growth.peaks([x.micro_batch for x in layouts], several=True)
             few, many = (growth.timeline((n,), accumulated=True) for n in (4, 16))
@@ -312,10 +318,11 @@ class Search:
         if plain and plain.time(freed, self.rates) <= SLOWER * whole.time(freed, self.rates):
             if plain.guarantee != Guarantee.APPROXIMATE:
                 return plain
-            if self._growth(job, job.variants[0]).least(job.batch) > available:
-                return plain  # no lever helps it to be exact
-            if self.candidates(job, job.variants[-1])[0].needs(freed) > available:  # nor do all of them
-                return plain
+            if not job.can_uncouple:
+                if self._growth(job, job.variants[0]).least(job.batch) > available:
+                    return plain  # no lever helps it to be exact
+                if self.candidates(job, job.variants[-1])[0].needs(freed) > available:  # nor do all of them
+                    return plain
         return self._first([c for levers in job.variants for c in self._allowed(job, levers)], available, freed, refused)
 
     def _first(
@@ -333,7 +340,7 @@ class Search:
         return None
 
     def _allowed(self, job: Job, levers: Levers) -> list[Candidate]:
-        """Coupled samples are cut to `SMALLEST_COUPLED` at least, unless it was asked for otherwise."""
-        least = 0 if self.approximate or job.parts or not job.coupled else SMALLEST_COUPLED
+        """Coupled samples are cut to `SMALLEST_COUPLED` at least, unless it was asked for otherwise or a lever uncouples them."""
+        least = 0 if self.approximate or job.parts or not job.coupled or uncoupling(levers) else SMALLEST_COUPLED
         every = self.candidates(job, levers)
         return [c for c in every if len(c.layout.sizes) == 1 or min(c.layout.sizes) >= least]

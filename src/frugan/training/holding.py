@@ -31,12 +31,11 @@ def recovery(session: Session, plan: Plan, state: State, note: Callable[[Event],
         layouts = {name: layout.as_dict() for name, layout in made.layouts.items()}
         folder.rewrite_plan({"layouts": layouts, "freed_memory": made.freed})
 
-    coupled = state.generator.couples_samples or state.discriminator.couples_samples
+    both = state.generator.couples_samples, state.discriminator.couples_samples
+    coupled = any(both)
     least = {p: min(SMALLEST_COUPLED, *layout.sizes) if coupled else 1 for p, layout in plan.layouts.items()}
-    coupled_d = state.discriminator.couples_samples
-
     traces = Traces(recipe, device)
-    known = Search(jobs(recipe, device, (state.generator.couples_samples, coupled_d), traces.growth), device)
+    known = Search(jobs(recipe, device, both, traces.growth), device)
 
     @cache
     def needs(phase: str, layout: Layout) -> int | None:
@@ -48,7 +47,7 @@ def recovery(session: Session, plan: Plan, state: State, note: Callable[[Event],
 
     made = Recovery(
         [state.generator, state.discriminator], device, plan.layouts, plan.freed,
-        levers={p: usable(recipe, p, device, coupled_d) for p in PHASES},
+        levers={p: usable(recipe, p, device, both) for p in PHASES},
         smallest=dict.fromkeys(PHASES, 2) if coupled and approximate else least, coupled=coupled, changed=changed, needs=needs,
         planned=plan.planned,
     )  # fmt: skip

@@ -113,8 +113,8 @@ class Loop:
         """D's scores of generated images before and after the update of both, if both were updated."""
         if "Loss_G" not in terms:
             return {}
-        sizes = self.recovery.layouts["G"].sizes
-        after = self.recovery.again(lambda: self.state.step.score_generated(first, sizes, labels))
+        layout = self.recovery.layouts["G"]
+        after = self.recovery.again(lambda: self.state.step.score_generated(first, layout, labels))
         return {"D(G(z)) before": float(terms["D(G(z))"]), "D(G(z)) after": float(after)}
 
     def _report(self, scores: dict[str, float]) -> None:

@@ -53,10 +53,15 @@ def notices(session: Session, plan: Plan, generator: Network, discriminator: Net
     if precision in ("tf32", "bf16", "fp16"):
         told.append(f"Approximate: {precision} rounds inside the networks; --precision fp32 does not.")
     for name, network in (("discriminator", discriminator), ("generator", generator)):
-        cut = {p: layout.micro_batch for p, layout in plan.layouts.items() if len(layout.sizes) > 1}
+        cut = {p: layout.micro_batch for p, layout in plan.layouts.items() if len(layout.sizes) > 1 and not layout.uncoupled}
         if network.couples_samples and cut:
             sizes = " and ".join(f"{size} in {p}'s phase" for p, size in cut.items())
             told.append(f"Approximate: batch norm in the {name} takes its statistics from micro-batches of {sizes}.")
+    if any(layout.uncoupled for layout in plan.layouts.values()):
+        told.append(
+            "Batch norm takes its statistics from the whole batch, in several passes over its micro-batches; --whole-batch-norm no "
+            "is faster and takes them from each alone (approximate)."
+        )
     if discriminator.couples_samples and penalties(recipe.objective):
         told.append(
             "Gradient penalties are meant for each sample alone, and batch norm in D couples them: consider --norm-d group."

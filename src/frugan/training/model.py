@@ -65,7 +65,7 @@ class Model:
             self.run(phase.name, Layout((count,)), phase.optimizer)
         if self.average:
             self.average.update(self.generator, count, count)
-        self.step.score_generated(self._first, (count,))
+        self.step.score_generated(self._first, Layout((count,)))
         if learner := feature_step(self.recipe, self.discriminator, self.step):
             with learner.learning():
                 learner.rehearse(self._batch(), count)

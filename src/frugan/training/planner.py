@@ -127,7 +127,8 @@ class Planner:
         if not (shortage := error.shortage):
             return error
         said = f"--memory {size(shortage.budget)}" if shortage.named else f"the {size(shortage.budget)} that are free"
-        lifted = [f"micro-batches below {SMALLEST_COUPLED} under batch norm"] if any(self.coupled) else []
+        coupled = any(job.coupled and not job.can_uncouple for job in self.budget.search.jobs)
+        lifted = [f"micro-batches below {SMALLEST_COUPLED} under batch norm"] if coupled else []
         lifted += ["bf16"] if self.recipe.memory.precision == "fp32" else []
         way = f" (--allow-approximate also takes {' and '.join(lifted)})" if lifted and not self.approximate else ""
         return TooLittle(shortage.sentence(said, "--memory ", way), error.smallest)
