@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from frugan.config import recipes
-from frugan.config.architectures import Architecture, Dcgan, Mlp, Upsample
+from frugan.config.architectures import Architecture, Dcgan, Mlp, Projected, Upsample
 from frugan.config.objectives import Bce, Objective, RpGan
 from frugan.config.recipe import Recipe
 from frugan.data.loader import Batch
@@ -35,7 +35,7 @@ NETWORKS: dict[str, Architecture] = {
     f"{kind.kind}, {where}": kind(**SMALL, norm_g="none" if where == "D" else "batch", norm_d="none" if where == "G" else "batch")
     for kind in (Dcgan, Upsample, Mlp)
     for where in ("G", "D", "both")
-}
+} | {"projected, both": Projected(**SMALL, norm_d="batch", feature_width=2)}
 assert all(build(n, 12, 2)["D" in where].couples_samples for where, n in NETWORKS.items())
 EXACT = "whole_batch_norm"
 
