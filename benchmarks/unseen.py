@@ -316,4 +316,7 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    try:
+        main(tyro.cli(Arguments))
+    except UserError as error:
+        sys.exit(f"unseen.py: {error}")

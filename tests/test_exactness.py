@@ -22,7 +22,7 @@ NETWORKS = {
     "dcgan-group": Dcgan(latent_dim=5, width_g=4, width_d=4, norm_g="group", norm_d="group"),
     "upsample": Upsample(latent_dim=5, width_g=4, width_d=4, norm_g="none", norm_d="none"),
     "mlp": Mlp(latent_dim=5, width_g=4, width_d=8, norm_g="none", norm_d="none"),
-    "projected": Projected(latent_dim=5, width_g=4, width_d=4, norm_g="none", feature_width=2),
+    "projected": Projected(latent_dim=5, width_g=4, width_d=4, norm_g="none", norm_d="none", feature_width=2),
 }
 OBJECTIVES = {
     "bce": Bce(label_smoothing=0.1),

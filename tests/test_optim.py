@@ -6,6 +6,7 @@ from torch import nn
 
 from frugan.config.recipe import Optimizer
 from frugan.gan.optim import Ema, FrugalAdam, LowBitAdam, rate_factor
+from frugan.training.duration import Epochs
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,8 @@ from frugan.gan.optim import Ema, FrugalAdam, LowBitAdam, rate_factor
     ],
 )
 def test_schedules(schedule: str, at: float, factor: float) -> None:
-    assert rate_factor(Optimizer(schedule=schedule), at, 40) == pytest.approx(factor, abs=1e-12)
+    share = Epochs(40, 100, 10).share(round(100 * at))
+    assert rate_factor(Optimizer(schedule=schedule), at, share) == pytest.approx(factor, abs=1e-12)
 
 
 @pytest.mark.parametrize("batch", [10, 50])

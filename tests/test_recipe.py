@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from frugan.cli import parse
+from frugan.cli.parsing import recipe_said
 from frugan.config import recipes
 from frugan.config.architectures import Architecture
 from frugan.config.objectives import Objective
@@ -55,6 +57,9 @@ def test_replacing_the_objective_keeps_what_both_have() -> None:
         ({"image_size": 7}, "--image-size must be at least 8, not 7"),
         ({"norm_g": "layer"}, "--norm-g must be one of batch, group, none, not 'layer'"),
         ({"epochs": 1.5}, "--epochs must be a whole number, not 1.5"),
+        ({"minutes": 0}, "--minutes must be above 0, not 0"),
+        ({"minutes": -3.0}, "--minutes must be above 0, not -3"),
+        ({"minutes": 3.0, "epochs": 3}, "--epochs and --minutes both say how long to train: leave one out."),
         ({"flip": 1}, "--flip must be true or false, not 1"),
         ({"batchsize": 8}, "there is no setting 'batchsize' in recipe 'dcgan': did you mean 'batch_size'?"),
         ({"objective": "hings"}, "there is no objective called 'hings': did you mean 'hinge'?"),
@@ -80,3 +85,17 @@ def test_wrong_files_say_what_and_where(text: str, sentence: str) -> None:
     with pytest.raises(UserError) as caught:
         Recipe.from_toml(text, "mine.toml")
     assert sentence in str(caught.value)
+
+
+def test_what_is_said_last_of_epochs_and_minutes_counts(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(recipes.dcgan().replace(minutes=12).to_toml())
+
+    def said(*flags: str) -> tuple[int, float | None]:
+        training = recipe_said(parse(["train", "--recipe", *flags])[1]).training
+        return training.epochs, training.minutes
+
+    mine = str(tmp_path / "mine.toml")
+    assert said(mine) == (20, 12) and said(mine, "--epochs", "3") == (3, None) and said(mine, "--minutes", "0.5") == (20, 0.5)
+    assert said("r3") == (20, None) and said("r3", "--minutes=3") == (20, 3)
+    with pytest.raises(UserError, match="both say how long"):
+        said("r3", "--minutes=3", "--epochs", "20")

@@ -15,7 +15,7 @@ import tyro
 
 from frugan.config import recipes
 from frugan.config.objectives import Objective
-from frugan.config.recipe import Data, Recipe
+from frugan.config.recipe import BOTH, Data, Recipe
 from frugan.config.run import Run
 from frugan.config.section import Section, flag, readable, spoken
 from frugan.utils.errors import UserError, nearest
@@ -88,7 +88,7 @@ def recipe_said(said: Any) -> Recipe:
     recipe = recipes.get(said.recipe).replace(objective=said.objective)
     if said.data is not None and said.data_path is not None:
         raise UserError(f"the data is named twice, {said.data} and --data-path {said.data_path}: leave one out.")
-    names = set(recipe.flat()) - {"data", "network", "objective"}
+    names = set(recipe.flat()) - {"data", "network", "objective", "epochs" if said.minutes is not None else "minutes"}
     named = [d for d in (said.data, said.data_path, recipe.data.data) if d is not None]
     return recipe.replace(**{name: getattr(said, name) for name in names}, data=named[0])
 
@@ -122,12 +122,16 @@ def _made(base: type[Any], options: list[Any]) -> type[Any]:
 
 def _recipe_of(arguments: Sequence[str]) -> Recipe:
     """The recipe that ``--recipe`` and ``--objective`` name, by which the other flags are known."""
-    said = {"--recipe": recipes.DEFAULT, "--objective": ""}
+    said = {"--recipe": recipes.DEFAULT, "--objective": "", "--epochs": "", "--minutes": ""}
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name in said:
             said[name] = value if equals else next(iter(arguments[i + 1 : i + 2]), "")
+    if said["--epochs"] and said["--minutes"]:
+        raise UserError(BOTH)
     recipe = recipes.get(said["--recipe"])
+    if said["--epochs"]:
+        recipe = recipe.replace(minutes=None)
     return recipe.replace(objective=said["--objective"]) if said["--objective"] else recipe
 
 

@@ -93,12 +93,15 @@ class Projected(Architecture):
 
     kind: ClassVar[str] = "projected"
     learns_features: ClassVar[bool] = True
-    width_g: int = option(64, "channels of the generator's largest maps; doubled with every halving, up to 8 times", least=1)
+    width_g: int = option(
+        32, "channels of the generator's largest maps but one; doubled with every halving, up to 8 times", least=2
+    )
     width_d: int = option(64, "channels of the discriminator's heads", least=2)
     norm_g: Norm = option("batch", "normalisation in the generator")
-    norm_d: Norm = option("none", "normalisation in the discriminator's heads")
-    upsampling: Literal["transposed", "nearest"] = option(
-        "transposed", "how the generator enlarges maps: transposed convolutions, or nearest upsampling and 3x3 convolutions"
+    norm_d: Norm = option("batch", "normalisation in the discriminator's heads")
+    upsampling: Literal["residual", "nearest", "transposed"] = option(
+        "residual",
+        "how the generator enlarges maps: nearest upsampling and residual blocks, or one 3x3 convolution; transposed convolutions",
     )
     features: Literal["auto", "labels", "rotations", "both", "random"] = option(
         "auto", "what the frozen features are learnt from; auto: labels if there are any, else rotations; random: never trained"

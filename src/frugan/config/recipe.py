@@ -48,6 +48,7 @@ class Data(Section):
         return self.channels, self.image_size, self.image_size
 
 
+BOTH = "--epochs and --minutes both say how long to train: leave one out."
 Choice = Literal["auto", "yes", "no"]  # auto: if the memory there is asks for it
 
 
@@ -72,6 +73,7 @@ class Training(Section):
     """How long, in what batches, from where."""
 
     epochs: int = option(20, "how often every image is seen", least=1)
+    minutes: float | None = option(None, "how long to train by the clock, instead of --epochs", above=0, most=1e6)
     batch_size: int = option(128, "images in one update, however it is cut into micro-batches", least=1)
     discriminator_steps: int = option(1, "updates of the discriminator for each of the generator", least=1)
     ema_half_life: float = option(
@@ -165,8 +167,10 @@ class Recipe:
         ``network`` or ``objective`` change the kind; settings that both kinds have keep their values.
 
         Raises:
-            UserError: a name that no section has (with the nearest), or a value outside its range.
+            UserError: a name that no section has (with the nearest), a value outside its range, or two that exclude each other.
         """
+        if "epochs" in values and values.setdefault("minutes") is not None:
+            raise UserError(BOTH)
         changed: dict[str, Section] = {}
         for name in ("network", "objective"):
             section = self.sections()[name]

@@ -54,7 +54,7 @@ def projected() -> Recipe:
         recipe="projected",
         network=Projected(),
         objective=Bce(),
-        optimizer=Optimizer(lr_g=1e-3, lr_d=1e-3, beta1=0.5, beta2=0.999, schedule="cosine"),
+        optimizer=Optimizer(lr_g=3e-3, lr_d=3e-3, beta1=0.5, beta2=0.999, schedule="cosine"),
     )
 
 

@@ -11,7 +11,8 @@ from frugan.data.decode import background_colour, flatten, is_grey
 from frugan.data.loader import Loader
 from frugan.data.pack_loader import SMALL, PackLoader
 from frugan.data.sources import open_source
-from frugan.data.sources.base import Source, Tell
+from frugan.data.sources.base import Source as Source
+from frugan.data.sources.base import Tell as Tell
 from frugan.data.sources.streams import ShardSource
 from frugan.data.stream_loader import StreamLoader, block_of
 from frugan.memory import limit

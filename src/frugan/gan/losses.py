@@ -1,4 +1,4 @@
-"""Losses: logits in, one term per sample out. Nothing here sees a module.
+"""Losses: logits in, one term per logit out. Nothing here sees a module.
 
 A term per sample is what makes accumulation exact: micro-batches of any size add up to the mean over the whole batch. Add a
 loss by adding a dataclass to `frugan.config.objectives` and its two functions to `LOSSES`.
@@ -17,7 +17,8 @@ from frugan.config.objectives import Bce, Hinge, Objective, RpGan, WganGp
 
 @dataclass(frozen=True)
 class Loss:
-    """Both players' losses.
+    """Both players' losses. Where it says ``[n]`` there is one logit a sample; of a discriminator with several heads it is
+    ``[n, heads]``, and the terms are alike.
 
     Args:
         discriminator: (options, logits of real images ``[n]``, logits of generated images ``[n]``) to terms ``[n]``.

@@ -210,16 +210,18 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
-def rate_factor(options: Optimizer, epochs_done: float, epochs: int) -> float:
-    """What the learning rates are multiplied by after ``epochs_done`` of ``epochs``. Plateau, which depends on the losses, has
-    its state in torch's `ReduceLROnPlateau` and is 1 here."""
+def rate_factor(options: Optimizer, epochs_done: float, share: float) -> float:
+    """What the learning rates are multiplied by after ``epochs_done`` epochs, when ``share`` of the training is behind.
+
+    Plateau, which depends on the losses, has its state in torch's `ReduceLROnPlateau` and is 1 here.
+    """
     match options.schedule:
         case "step":
             return float(options.schedule_factor ** (int(epochs_done) // options.schedule_epochs))
         case "exponential":
             return float(options.schedule_factor ** (epochs_done / options.schedule_epochs))
         case "cosine":
-            return (1 + math.cos(math.pi * min(1.0, epochs_done / epochs))) / 2
+            return (1 + math.cos(math.pi * share)) / 2
         case _:
             return 1.0
 

@@ -138,7 +138,7 @@ class Step(Passes):
         def lose(first: int, count: int, fake: Tensor) -> Tensor:
             fake_logits = judge(first, count, fake)
             real_logits = judge_real(first, count) if self.loss.paired else None
-            terms = self.loss.generator(self.objective, fake_logits, real_logits)
+            terms = per_sample(self.loss.generator(self.objective, fake_logits, real_logits))
             _add(total, {"Loss_G": terms, "D(G(z))": self._score(fake_logits)}, whole)
             return self.scaler.scale(terms.sum() / whole)
 
@@ -178,7 +178,7 @@ class Step(Passes):
         """One backward for everything that concerns real and generated images."""
         real_logits, real_penalty, measured = self._with_penalties(real, of_real, layout)
         fake_logits, fake_penalty, more = self._with_penalties(fake, of_fake, layout)
-        terms = self.loss.discriminator(self.objective, real_logits, fake_logits)
+        terms = self._lost(real_logits, fake_logits)
         loss = {"Loss_D": terms.detach(), "D(x)": self._score(real_logits)}
         self._backward(_plus(_plus(terms, real_penalty), fake_penalty), batch, self._learning)
         return loss | measured | more
@@ -188,17 +188,17 @@ class Step(Passes):
 
         A loss that compares both needs the other's logits first, which cost a pass without graph.
         """
-        other = real.new_zeros(len(fake))
+        other = None
         if self.loss.paired:
             with torch.no_grad(), levers.still_statistics(self.discriminator):
                 other = self._discriminate(fake, of_fake)
         logits, penalty, measured = self._with_penalties(real, of_real, layout)
-        terms = self.loss.discriminator(self.objective, logits, other)
+        terms = self._lost(logits, torch.zeros_like(logits) if other is None else other)
         self._backward(_plus(terms, penalty), batch, self._learning)
         real_logits = logits.detach()
         del logits, penalty, terms
         logits, penalty, more = self._with_penalties(fake, of_fake, layout)
-        terms = self.loss.discriminator(self.objective, real_logits, logits)
+        terms = self._lost(real_logits, logits)
         loss = {"Loss_D": terms.detach(), "D(x)": self._score(real_logits)}
         self._backward(_plus(terms, penalty), batch, self._learning)
         return loss | measured | more
@@ -233,15 +233,19 @@ class Step(Passes):
             levers.still_statistics(self.discriminator),
         ):  # they have moved in the pass before
             logits, slope = levers.directional(self.discriminator.chain, images.detach(), direction, rows, recompute=recompute)
-        return logits.to(self.like.dtype), (weight, slope.to(self.like.dtype)), measured
+        return logits.to(self.like.dtype), (weight, per_sample(slope).to(self.like.dtype)), measured
 
     def _set_learning(self, learns: bool) -> None:
         for parameter in self._learning:
             parameter.requires_grad_(learns)
 
+    def _lost(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        """D's terms ``[n]``."""
+        return per_sample(self.loss.discriminator(self.objective, real_logits, fake_logits))
+
     def _score(self, logits: Tensor) -> Tensor:
-        """What is reported as D(.): the probability of being real where the loss defines one, else the logit."""
-        return logits.detach().sigmoid() if self.loss.probability else logits.detach()
+        """What is reported as D(.): the probability of being real where the loss defines one, else the logit; ``[n]``."""
+        return per_sample(logits.detach().sigmoid() if self.loss.probability else logits.detach())
 
     def _through_generator(self, generate: Callable[[], Tensor], score: Callable[[Tensor], Tensor], layout: Layout) -> None:
         """Adds G's gradients of ``score``, a number, of the images that ``generate`` gives."""
@@ -274,6 +278,11 @@ def _parts(first: int, layout: Layout) -> list[Part]:
     return [(first + begin, count) for begin, count in slices(layout.sizes)]
 
 
+def per_sample(values: Tensor) -> Tensor:
+    """Means over the heads of a discriminator that has several: ``[n]`` or ``[n, heads]`` to ``[n]``."""
+    return values.flatten(1).mean(1) if values.dim() > 1 else values
+
+
 def _plus(terms: Tensor, penalty: Weighted | None) -> Tensor:
     return terms if penalty is None else terms + penalty[0] * penalty[1]
 
@@ -283,7 +292,7 @@ def _input_gradient(logits: Tensor, images: Tensor, *, create_graph: bool = Fals
 
     It is not divided by the batch and needs no scale in fp16; with the loss's scale it would overflow.
     """
-    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=create_graph)
+    (gradient,) = torch.autograd.grad(per_sample(logits).sum(), images, create_graph=create_graph)
     return gradient
 
 

@@ -34,8 +34,8 @@ class Album:
         """Some of the real images."""
         pictures.save(pictures.grid(self.loader.batch(0, min(GRID, len(self.loader)))), self.folder.real_images)
 
-    def samples(self, images: Tensor, epoch: int) -> Image.Image:
-        """The samples of an epoch."""
+    def samples(self, images: Tensor, epoch: float) -> Image.Image:
+        """The samples after so many epochs."""
         picture = pictures.grid(images)
         pictures.save(picture, self.folder.samples_after(epoch))
         return picture

@@ -42,6 +42,14 @@ def losses(measured: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
+def _of(epochs: float | None) -> str:
+    return "" if epochs is None else f"/{epochs:.10g}" if epochs == int(epochs) else f"/{_places(epochs, epochs)}"
+
+
+def _places(epoch: float, epochs: float | None) -> str:
+    return f"{epoch:.2f}" if epochs is not None and epochs < 1 else f"{epoch:.1f}"
+
+
 class Console:
     """Speaks on standard output unless ``quiet``."""
 
@@ -218,7 +226,7 @@ class Console:
             self._last_plain = time.monotonic()
             self.tell(f"{verb}: {done:,} of {total:,}.")
 
-    def start(self, done: int, total: int) -> None:
+    def start(self, done: int, total: int | None) -> None:
         """Begins showing progress in images."""
         self._last_plain = time.monotonic()
         if self.rich.is_terminal and not self.rich.quiet:
@@ -233,23 +241,24 @@ class Console:
             self._task = self._bar.add_task("", total=total, completed=done, epoch="", rate="", left="", losses="")
             self._bar.start()
 
-    def progress(self, line: Line, epochs: int, budget: int | None = None) -> None:
-        """Shows how far training is, the newest measurements, and what is held of a budget that was named."""
-        where, measured = f"{line.epoch:.1f}/{epochs}", losses(line.measured)
+    def progress(self, line: Line, total: int | None, epochs: float | None, budget: int | None = None) -> None:
+        """Shows how far training is, of how much if that is known, the newest measurements, and what is held of a budget that was
+        named."""
+        where, measured = f"{_places(line.epoch, epochs)}{_of(epochs)}", losses(line.measured)
         rate, left = f"{line.speed:,.0f} images/s", f"{duration(line.seconds_left)} left"
         if budget:
             rate += f"  {size(line.memory)} of {size(budget)}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=line.images, epoch=where, rate=rate, left=left, losses=measured)
+            self._bar.update(self._task, total=total, completed=line.images, epoch=where, rate=rate, left=left, losses=measured)
         elif time.monotonic() - self._last_plain >= PLAIN_EVERY:
             self._last_plain = time.monotonic()
             self.tell(f"epoch {where}  {measured}  {rate}  {left}")
 
-    def epoch(self, line: Line, number: int, epochs: int) -> None:
+    def epoch(self, line: Line, number: int, epochs: float | None) -> None:
         """One line at the end of an epoch."""
         self._last_plain = time.monotonic()
         self.tell(
-            f"epoch {number}/{epochs}  {losses(line.measured)}  {line.speed:,.0f} images/s  {duration(line.seconds_left)} left"
+            f"epoch {number}{_of(epochs)}  {losses(line.measured)}  {line.speed:,.0f} images/s  {duration(line.seconds_left)} left"
         )
 
     def stop(self) -> None:

@@ -175,6 +175,25 @@ class MemoryMeasured(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DurationDecided(Event):
+    """How many images the minutes that were asked for are.
+
+    Attributes:
+        total: images of the whole training.
+        seconds: that had passed.
+    """
+
+    event: str = "duration"
+    total: int
+    seconds: float
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Self:
+        """What ``found`` in ``log.jsonl`` says."""
+        return cls(images=_whole(found, "images"), total=_whole(found, "total"), seconds=_real(found, "seconds"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class FeaturesLearnt(Event):
     """Before the first update, the features that D is built on were learnt.
 
@@ -234,6 +253,7 @@ EVENTS: dict[str, type[Event]] = {
     "the budget was exceeded": LayoutChanged,
     "memory suffices again": LayoutChanged,
     "memory": MemoryMeasured,
+    "duration": DurationDecided,
     "features": FeaturesLearnt,
 }
 Record = Line | Event

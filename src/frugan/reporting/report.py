@@ -88,9 +88,10 @@ def _report(story: Story) -> Iterator[str]:
     about += [f"on {plan['device']}"] if "device" in plan else []
     yield f"<header>\n<h1>{escape(story.name)}</h1>\n<p>{escape(', '.join(filter(None, about)))}</p>\n"
     of = f" of {story.total:,}" if story.total else ""
+    of_epochs = f" of {story.epochs:.10g}" if story.epochs == int(story.epochs) else f" of {story.epochs:.3g}"
     yield (
         f'<p class="state"><strong>{escape(story.state)}</strong> {story.images:,}{of} images, '
-        f'epoch {story.epoch:.3g} of {recipe.training.epochs} <span class="note">as of {page.now()}</span></p>\n'
+        f'epoch {story.epoch:.3g}{of_epochs if story.epochs else ""} <span class="note">as of {page.now()}</span></p>\n'
     )
     if story.total and not story.finished:
         yield f'<progress value="{story.images}" max="{story.total}" aria-label="images seen"></progress>\n'

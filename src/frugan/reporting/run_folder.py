@@ -87,10 +87,15 @@ class RunFolder:
             )
         changes = before.differences(recipe)
         changes.pop("data", None)  # the same images by another path are the same images
-        if recipe.optimizer.schedule != "cosine" and recipe.training.epochs > before.training.epochs:
-            changes.pop("epochs", None)  # training longer changes nothing of what was done
+        new, old = recipe.training, before.training
+        by_clock = new.minutes is not None and old.minutes is not None
+        if by_clock:
+            changes.pop("epochs", None)  # which say nothing then
+        longer = (new.minutes or 0) > (old.minutes or 0) if by_clock else new.minutes == old.minutes and new.epochs > old.epochs
+        if longer and (recipe.optimizer.schedule != "cosine" or not self.newest_checkpoint()):  # it changes nothing that was done
+            changes.pop("minutes" if by_clock else "epochs", None)
         if changes and not accept_changes:
-            listed = ", ".join(f"{flag(k)} was {old} and is now {new}" for k, (old, new) in changes.items())
+            listed = ", ".join(f"{flag(k)} was {was} and is now {now}" for k, (was, now) in changes.items())
             raise UserError(
                 f"{self.path} was started with other settings: {listed}. "
                 "Give another --out to start anew, or --accept-changes to go on with the new ones."
@@ -145,14 +150,14 @@ class RunFolder:
                 way = "Remove it to go on from the one before it, then run the same command again."
             raise UserError(f"{error} {way}") from None
 
-    def samples_after(self, epoch: int) -> Path:
-        """Where the picture of the samples after ``epoch`` lies."""
-        return self.samples / f"epoch_{epoch}.png"
+    def samples_after(self, epoch: float) -> Path:
+        """Where the picture of the samples after ``epoch`` epochs lies."""
+        return self.samples / f"epoch_{epoch:.10g}.png"
 
-    def pictures_of_samples(self) -> list[tuple[int, Path]]:
+    def pictures_of_samples(self) -> list[tuple[float, Path]]:
         """The pictures there are of samples, with their epochs, in order."""
         found = self.samples.glob("epoch_*.png")
-        return sorted((int(path.stem[6:]), path) for path in found if re.fullmatch("[0-9]+", path.stem[6:]))
+        return sorted((float(path.stem[6:]), path) for path in found if re.fullmatch(r"[0-9]+(\.[0-9]+)?", path.stem[6:]))
 
     def log(self, record: Record) -> None:
         """Adds a line to ``log.jsonl``.

@@ -173,7 +173,14 @@ class Story:
     @property
     def epoch(self) -> float:
         """Epochs seen so far; the last batch may reach into one more."""
-        return min(self.last.epoch, self.recipe.training.epochs)
+        return self.last.epoch if self.recipe.training.minutes else min(self.last.epoch, self.recipe.training.epochs)
+
+    @property
+    def epochs(self) -> float:
+        """Epochs after which training ends; 0 if that is not known."""
+        length = number(self.plan.get("images"))
+        by_clock = self.total / length if length else 0.0
+        return by_clock if self.recipe.training.minutes else self.recipe.training.epochs
 
     @property
     def finished(self) -> bool:
@@ -200,7 +207,7 @@ class Story:
     def grids(self, most: int) -> list[tuple[str, Path]]:
         """Pictures of samples with when they were made: ``most`` of them, evenly chosen, the last always."""
         numbered = self.folder.pictures_of_samples()
-        grids = [(f"epoch {count}", path) for count, path in numbered]
+        grids = [(f"epoch {count:.10g}", path) for count, path in numbered]
         final = self.folder.final_samples
         if final.is_file() and (not numbered or (self.finished and numbered[-1][0] < int(self.epoch))):
             grids.append((f"epoch {self.epoch:.3g}", final))

@@ -54,6 +54,9 @@ def train(
 
 def run_training(recipe: Recipe, run: Run, quiet: bool = False, on_update: Callable[[int], None] | None = None) -> Path:
     """What `train` does, once it is clear what is asked for."""
+    from frugan.training.duration import now
+
+    began = now()
     from frugan.memory import limit
     from frugan.reporting.console import Console
     from frugan.training.session import Session
@@ -63,7 +66,7 @@ def run_training(recipe: Recipe, run: Run, quiet: bool = False, on_update: Calla
         gc.collect()  # what an earlier training left, if it was broken off: `Trainer` freezes what is there
     _begun.append(True)
     with limit.as_before():
-        return Trainer(Session.open(recipe, run, Console(quiet)), on_update).train()
+        return Trainer(Session.open(recipe, run, Console(quiet), began), on_update).train()
 
 
 def load(run: str | Path, device: str = "cpu", *, best: bool = False) -> "Generator":

@@ -44,6 +44,7 @@ def _resume(session: Session, state: State) -> None:
         raise UserError(f"the checkpoint in {folder.path} does not fit these networks ({reason}): give another --out.") from None
     if anew:
         tell(f"{anew} parameters' moments were kept in another way (precision or memory format) and begin anew.")
+    session.duration.restore(numbers.get("duration", {}))
     if options.schedule == "plateau":  # the reductions so far, of the learning rates as they are asked for now
         before = Recipe.from_toml(numbers["recipe"], "the checkpoint").optimizer
         rates = zip(numbers["rates"], (before.lr_g, before.lr_d), (options.lr_g, options.lr_d), strict=True)
@@ -68,6 +69,7 @@ def save(session: Session, state: State) -> None:
             raise diverged(session, state.images, name, state.scaler.is_enabled())
     folder = session.folder
     numbers |= {"recipe": session.recipe.to_toml(), "fingerprint": session.loader.fingerprint} | session.machine()
+    numbers["duration"] = session.duration.capture()
     checkpoint.save(checkpoint.path_for(folder.checkpoints, state.images), tensors, numbers)
     save_generator(session, state)
     checkpoint.prune(folder.checkpoints, session.run.keep_checkpoints)

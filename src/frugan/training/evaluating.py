@@ -59,8 +59,8 @@ class Evaluating:
             raise UserError("--metrics and --weights are for evaluating while training: say how often, as --evaluate-every 5.")
         return None
 
-    def due(self, epoch: int) -> bool:
-        """Whether to evaluate after ``epoch``."""
+    def due(self, epoch: float) -> bool:
+        """Whether to evaluate after ``epoch`` epochs."""
         return epoch % self.every == 0
 
     def needs(self) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from frugan.memory import limit
 from frugan.memory.recover import Recovery
-from frugan.reporting.records import Line
+from frugan.reporting.records import DurationDecided, Line
 from frugan.training.checkpoints import save, save_generator
 from frugan.training.messages import diverged
 from frugan.training.observer import Observer
@@ -56,23 +56,26 @@ class Loop:
             UserError: a file cannot be written, images cannot be reached any more, or the training diverged.
             Stopped: a signal came, and the state was saved.
         """
-        session, state, loader = self.session, self.state, self.session.loader
+        session, state, loader, duration = self.session, self.state, self.session.loader, self.session.duration
         self._clock, self._clock_images = time.monotonic(), state.images
-        session.console.start(state.images, session.total)
-        while state.images < session.total:
+        duration.begin(state.images)
+        session.console.start(state.images, duration.total)
+        while not duration.over(state.images):
             drawn = state.images
             terms, labels = self.advance()
+            decided = duration.look(state.images)
             ended = state.images // len(loader) > drawn // len(loader)
             within = state.images % len(loader) // session.batch  # updates of this epoch, so that a resumed log is the same
-            last = state.images >= session.total
+            last = duration.over(state.images)
             if ended or last or (within and within % session.run.report_every == 0):
                 self._report(self._scores(terms, drawn, labels))
-            session.console.progress(self._line(self.measured), session.recipe.training.epochs, self.budget)
+            session.console.progress(self._line(self.measured), duration.total, duration.epochs, self.budget)
             if ended:
                 self._end_epoch(state.images // len(loader))
+            self._pause(ended, last, decided)
             if self.on_update:
                 self.on_update(state.images)
-            if self.signals.received is not None and state.images < session.total:
+            if self.signals.received is not None and not last:
                 save(session, state)
                 raise Stopped(self.signals.received, state.images)
 
@@ -84,7 +87,7 @@ class Loop:
         """
         session, state = self.session, self.state
         first = state.images
-        state.set_rates(first / len(session.loader))
+        state.set_rates(first / len(session.loader), session.duration.share(first))
         try:
             batch = self.recovery.again(partial(session.loader.pieces, first, session.batch))
         except UserError:  # nothing of this update has happened yet
@@ -136,7 +139,7 @@ class Loop:
         speed = (state.images - self._clock_images) / max(time.monotonic() - self._clock, 1e-9)
         return Line(
             images=state.images, epoch=state.images / len(session.loader), updates=state.updates, speed=speed,
-            seconds_left=(session.total - state.images) / speed, memory=limit.held(session.device), measured=measured,
+            seconds_left=session.duration.left(state.images, speed), memory=limit.held(session.device), measured=measured,
             **state.rates(),
         )  # fmt: skip
 
@@ -147,13 +150,29 @@ class Loop:
             state.plateau_d.step(means["Loss_D"])
             if "Loss_G" in means:
                 state.plateau_g.step(means["Loss_G"])
-        session.console.epoch(self._line(self.measured | means), number, session.recipe.training.epochs)
-        is_best = self.observer.epoch(number, state.images, state.updates, self.sample)
-        if is_best or number % session.run.checkpoint_every == 0 or state.images >= session.total:
+        session.console.epoch(self._line(self.measured | means), number, session.duration.epochs)
+
+    def _pause(self, ended: bool, last: bool, decided: DurationDecided | None) -> None:
+        """What is looked at, saved and said between two updates, of which the first may have ``ended`` an epoch, or be the last."""
+        session, state, run, duration = self.session, self.state, self.session.run, self.session.duration
+        pictures, checkpoint = duration.due()
+        if not (ended or last or pictures or checkpoint or decided):
+            return
+        length = len(session.loader)
+        epoch = state.images // length if ended else state.images / length
+        pictures = pictures or epoch % run.sample_every == 0 or (last and duration.timed)
+        is_best = (ended or pictures) and self.observer.look(epoch, state.images, state.updates, self.sample, pictures, last)
+        checkpoint = checkpoint or epoch % run.checkpoint_every == 0 or is_best or last or decided is not None
+        if checkpoint:
             save(session, state)
         if is_best:
             session.folder.keep_best()
+        if decided:  # a checkpoint has it now
+            self.observer.event(decided)
+            session.folder.rewrite_plan({"updates": decided.total // session.batch})
+            session.console.tell(f"{decided.total:,} images, {duration.epochs:.3g} epochs, are {duration.words} at this speed.")
         limit.release(session.device)
+        duration.done(pictures, checkpoint)
 
     def finish(self) -> None:
         """Everything that stands at the end of a run."""

@@ -22,7 +22,7 @@ def introduce(session: Session, plan: Plan, generator: Network, discriminator: N
     tell(f"{len(session.loader):,} images of {session.name}{classes}, {kind}, {data.image_size}x{data.image_size}.")
     session.console.networks(summarise(recipe, (generator, discriminator)))
     tell(
-        f"Recipe {recipe.recipe}, {recipe.training.epochs} epochs, {memory.precision} on {session.device} with "
+        f"Recipe {recipe.recipe}, {session.duration.words}, {memory.precision} on {session.device} with "
         f"{torch.get_num_threads()} threads, into {session.folder.path}."
     )
     session.console.plan(plan, session.batch)

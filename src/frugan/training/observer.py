@@ -72,16 +72,16 @@ class Observer:
         """Takes in what happened between two reports."""
         self.trackers.event(event)
 
-    def epoch(self, number: int, images: int, updates: int, sample: Sample) -> bool:
-        """Looks at what is generated after epoch ``number``; whether it is the best so far."""
+    def look(self, epoch: float, images: int, updates: int, sample: Sample, pictures: bool, last: bool) -> bool:
+        """Looks at what is generated after ``epoch`` epochs, which may be the ``last`` time; whether it is the best so far."""
         self.images = images
         grid = sample(self.recipe.training.seed, 0, GRID)
         self.diagnostics.samples(grid, updates)
         is_best = False
-        if self.evaluating and self.evaluating.due(number):
+        if self.evaluating and (self.evaluating.due(epoch) or (last and self.recipe.training.minutes)):
             is_best = self._evaluate(self.evaluating, updates, sample)
-        if number % self.run.sample_every == 0:
-            picture = self.album.samples(grid, number)
+        if pictures:
+            picture = self.album.samples(grid, epoch if epoch == int(epoch) else float(f"{epoch:.3g}"))
             self.album.neighbours(grid, self.diagnostics.neighbours)
             self.album.losses(self.folder.read_log())
             self.trackers.images("samples", picture, images)

@@ -1,6 +1,5 @@
 """A session: everything that a training is about, found and resolved before anything is planned or written."""
 
-import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -12,11 +11,11 @@ import torch
 from frugan.config.recipe import Recipe
 from frugan.config.run import Run
 from frugan.data.loader import Loader
-from frugan.data.opening import keepable, open_loader, opened
-from frugan.data.sources.base import Source, Tell
+from frugan.data.opening import Source, Tell, keepable, open_loader, opened
 from frugan.memory import limit
 from frugan.reporting.console import Console
 from frugan.reporting.run_folder import RunFolder
+from frugan.training.duration import Epochs, duration_of, now
 from frugan.utils import device
 from frugan.utils.errors import UserError
 
@@ -50,6 +49,7 @@ class Session:
         loader: gives them.
         folder: the run folder.
         console: what speaks to the person.
+        duration: how long training goes on.
     """
 
     recipe: Recipe
@@ -60,14 +60,16 @@ class Session:
     loader: Loader
     folder: RunFolder
     console: Console
+    duration: Epochs
 
     @classmethod
-    def open(cls, recipe: Recipe, run: Run, console: Console) -> "Session":
-        """Finds and resolves everything.
+    def open(cls, recipe: Recipe, run: Run, console: Console, began: float | None = None) -> "Session":
+        """Finds and resolves everything, for a command that began when the clock (`frugan.training.duration`) showed ``began``.
 
         Raises:
             UserError: anything about data, recipe or folder that cannot be trained; nothing was written then.
         """
+        began = now() if began is None else began
         where = device.choose(run.device)
         limit.set_freed("return", where)  # until there is a plan
         recipe, source = resolved(recipe, where, console.tell)
@@ -86,17 +88,13 @@ class Session:
             recipe = recipe.replace(offload_state="yes")
         _set_threads(run, saved.get("threads"), console.tell)
         # Not the source, which may hold a million names.
-        return cls(recipe, run, where, source.name, len(source.classes), loader, folder, console)
+        duration = duration_of(recipe.training, len(loader), began)
+        return cls(recipe, run, where, source.name, len(source.classes), loader, folder, console, duration)
 
     @property
     def batch(self) -> int:
         """Images of an update."""
         return self.recipe.training.batch_size
-
-    @property
-    def total(self) -> int:
-        """Images that are seen until the end: whole batches."""
-        return math.ceil(self.recipe.training.epochs * len(self.loader) / self.batch) * self.batch
 
     def arithmetic(self) -> AbstractContextManager[None]:
         """While open, products in single precision are as the recipe says, see `frugan.utils.device.arithmetic`."""
@@ -110,7 +108,7 @@ class Session:
         """What this run is about, so that it is known again."""
         return {
             "images": len(self.loader), "fingerprint": self.loader.fingerprint, "device": str(self.device),
-            "precision": self.recipe.memory.precision, "updates": self.total // self.batch,
+            "precision": self.recipe.memory.precision, "updates": (self.duration.total or 0) // self.batch,
             "offload_state": self.recipe.memory.offload_state, "threads": torch.get_num_threads(),
         }  # fmt: skip
 

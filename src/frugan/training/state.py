@@ -83,11 +83,12 @@ class State:
         self.images = self.updates = 0
         self.epoch_mean = Mean()
 
-    def set_rates(self, epochs: float) -> None:
-        """Sets both learning rates as the schedule says after ``epochs`` epochs; plateau, which looks at losses, sets its own."""
+    def set_rates(self, epochs: float, share: float) -> None:
+        """Sets both learning rates as the schedule says after ``epochs`` epochs, when ``share`` of the training is behind; plateau,
+        which looks at losses, sets its own."""
         options = self.recipe.optimizer
         if options.schedule != "plateau":
-            factor = rate_factor(options, epochs, self.recipe.training.epochs)
+            factor = rate_factor(options, epochs, share)
             self.optimizer_g.param_groups[0]["lr"] = options.lr_g * factor
             self.optimizer_d.param_groups[0]["lr"] = options.lr_d * factor
 

@@ -69,18 +69,18 @@ class Trainer:
             freeze()  # planning imports much
             budget = plan.budget if plan.named else None
             with limit.held_to(budget, session.device, plan.reserved, plan.held):
-                about = session.about()  # before anything that may fail
                 state = begin(session)
+                session.duration.begin(state.images)
                 loop = Loop(
                     session, budget, state, recovery(session, plan, state, observer.event), observer, signals, self.on_update
                 )
-                resumed = session.folder.claim(session.recipe, about | plan.as_dict(), state.images)
+                resumed = session.folder.claim(session.recipe, session.about() | plan.as_dict(), state.images)
                 observer.begin(state.images)
                 self.loop = loop
                 introduce(session, plan, state.generator, state.discriminator)
                 if resumed:
                     session.console.tell(f"Going on from {state.images:,} images.")
-                if state.images < session.total:
+                if not session.duration.over(state.images):
                     learn_features(session, state, plan.layouts["G"].micro_batch, plan.held, signals, observer.event)
                     loop.run()
                     loop.finish()
@@ -89,7 +89,8 @@ class Trainer:
                         observer.event(found)
                 else:
                     path, seen = session.folder.path, state.images
-                    session.console.tell(f"{path} is already trained for {seen:,} images; more --epochs go on.")
+                    more = "--minutes" if session.duration.timed else "--epochs"
+                    session.console.tell(f"{path} is already trained for {seen:,} images; more {more} go on.")
                     loop.finish()  # the last time could have been killed before it was
 
 

@@ -100,7 +100,7 @@ class Network(nn.Module):
     """A chain of blocks, if a subclass does not make more of them: base of both networks.
 
     A generator maps noise ``[n, latent_dim]`` to images ``[n, channels, size, size]`` in [-1, 1]; a discriminator, whose last
-    block is a `Head`, maps images to one logit each, ``[n]``.
+    block is a `Head`, maps images to one logit each, ``[n]``, or to one of each of several heads, ``[n, heads]``.
 
     Attributes:
         entry: what noise goes through first, if there are classes.

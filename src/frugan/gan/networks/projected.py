@@ -2,7 +2,8 @@
 
 The paper's features are of a network trained on ImageNet; here they are learnt in seconds on the images at hand, before the first
 update (`frugan.gan.features`). The encoder is a part of D whose parameters never learn with it: optimizers leave it out, and
-checkpoints have it. Small heads look at its deepest levels, one more looks at the pixels, and their logits are averaged.
+checkpoints have it. Small heads look at its deepest levels, one more looks at the pixels, and each has a loss of its own (the
+paper's equation 4), of which the mean is taken.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from frugan.config.architectures import Norm, Projected
-from frugan.gan.networks.blocks import Block, Head, Network, norm, radford_init
+from frugan.gan.networks.blocks import Block, Head, Network, Resize, norm, radford_init, seed_block, widths
 from frugan.gan.networks.dcgan import transposed_generator
 from frugan.gan.networks.upsample import nearest_generator
 from frugan.utils.draws import Rows
@@ -70,14 +71,14 @@ class ProjectedDiscriminator(Network):
         return [self]
 
     def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
-        """Images ``[n, c, h, w]`` to the mean of the heads' logits, ``[n]``."""
+        """Images ``[n, c, h, w]`` to a logit of each head, ``[n, heads]``."""
         heads, encoder = [*self.blocks][: self.heads], self.encoder
         logits = [heads[0](x, rows)]
         for deeper, level in zip(range(len(encoder) - 1, -1, -1), encoder, strict=True):
             x = level(x)
             if deeper < len(heads) - 1:
                 logits.append(heads[-1 - deeper](x, rows))
-        return torch.stack(logits).mean(0)
+        return torch.stack(logits, 1)
 
 
 class MeanLogit(nn.Module):
@@ -103,8 +104,9 @@ def head(before: int, side: int, widths: Sequence[int], kind: Norm, block: type[
 
 def build(options: Projected, image_size: int, channels: int) -> tuple[Network, Network]:
     """Both networks; see `frugan.gan.networks.build`."""
-    grow = nearest_generator if options.upsampling == "nearest" else _transposed
-    generator = grow(options.latent_dim, options.sizes(image_size), options.width_g, channels, options.norm_g)
+    generator = GENERATORS[options.upsampling](
+        options.latent_dim, options.sizes(image_size), options.width_g, channels, options.norm_g
+    )
     radford_init(generator)
 
     encoder: list[Level] = []
@@ -128,5 +130,37 @@ def build(options: Projected, image_size: int, channels: int) -> tuple[Network, 
     return generator, discriminator
 
 
+class Residual(nn.Module):
+    """Two 3x3 convolutions beside a 1x1 one: ``[n, before, h, w]`` to ``[n, out, h, w]``."""
+
+    def __init__(self, before: int, out: int, kind: Norm) -> None:
+        super().__init__()
+        bias = kind == "none"
+        self.layers = nn.Sequential(
+            nn.Conv2d(before, out, 3, padding=1, bias=bias), *norm(kind, out), nn.ReLU(inplace=True),
+            nn.Conv2d(out, out, 3, padding=1, bias=bias), *norm(kind, out),
+        )  # fmt: skip
+        self.shortcut = nn.Conv2d(before, out, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the class says."""
+        shortcut: Tensor = self.shortcut(x)
+        residue: Tensor = self.layers(x)
+        return shortcut + residue
+
+
+def residual_generator(latent_dim: int, sizes: list[int], width: int, channels: int, kind: Norm) -> Network:
+    """A dense layer to the smallest of ``sizes``, then nearest upsampling and a residual block at each larger one; ends in tanh."""
+    c = widths(width, sizes)
+    blocks: list[Block] = [seed_block(latent_dim, c[0], sizes[0], kind, nn.ReLU(inplace=True))]
+    outs = [*c[1:], max(1, c[-1] // 2)]
+    for before, out, size in zip(c, outs, sizes[1:], strict=True):
+        blocks.append(Block(Resize(size), Residual(before, out, kind), nn.ReLU(inplace=True)))
+    return Network(*blocks, Block(nn.Conv2d(outs[-1], channels, 3, padding=1), nn.Tanh()))
+
+
 def _transposed(latent_dim: int, sizes: list[int], width: int, channels: int, kind: Norm) -> Network:
     return transposed_generator(latent_dim, sizes, width, channels, kind, slope=0.0)
+
+
+GENERATORS = {"residual": residual_generator, "nearest": nearest_generator, "transposed": _transposed}
