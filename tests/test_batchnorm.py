@@ -35,7 +35,8 @@ NETWORKS: dict[str, Architecture] = {
     f"{kind.kind}, {where}": kind(**SMALL, norm_g="none" if where == "D" else "batch", norm_d="none" if where == "G" else "batch")
     for kind in (Dcgan, Upsample, Mlp)
     for where in ("G", "D", "both")
-} | {"projected, both": Projected(**SMALL, norm_d="batch", feature_width=2)}
+}
+NETWORKS["projected, both"] = Projected(latent_dim=5, width_g=4, width_d=4, feature_width=4, feature_levels=2)
 assert all(build(n, 12, 2)["D" in where].couples_samples for where, n in NETWORKS.items())
 EXACT = "whole_batch_norm"
 

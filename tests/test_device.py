@@ -95,7 +95,10 @@ def test_a_recipe_trains_samples_evaluates_and_generates(recipe: str, few: Path,
 @pytest.mark.parametrize("recipe", ["dcgan", "r3"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_training_ends_with_the_weights_that_the_cpu_gives(recipe: str, precision: str, few: Path, tmp_path: Path) -> None:
-    asked = {"precision": precision, "flip": True, "accumulation_steps": 2, "generator_accumulation_steps": 3, "epochs": 1}
+    asked = {
+        "precision": precision, "flip": True, "augment": "diff", "accumulation_steps": 2, "generator_accumulation_steps": 3,
+        "epochs": 1,
+    }  # fmt: skip
     runs = [frugan.train(few, out=tmp_path / name, **settings_of(recipe, device=name, **asked)) for name in ("sim", "cpu")]
     if recipe == "dcgan":
         assert_same_state(*runs)
@@ -107,7 +110,7 @@ def test_a_training_ends_with_the_weights_that_the_cpu_gives(recipe: str, precis
 @pytest.mark.parametrize("recipe", recipes.RECIPES)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_training_that_is_killed_and_goes_on_was_never_stopped(recipe: str, precision: str, few: Path, tmp_path: Path) -> None:
-    asked = settings_of(recipe, precision=precision, flip=True, accumulation_steps=3)
+    asked = settings_of(recipe, precision=precision, flip=True, augment="ada", ada_images=500, accumulation_steps=3)
     straight = frugan.train(few, out=tmp_path / "straight", **asked)
     with pytest.raises(Killed):
         frugan.train(few, out=tmp_path / "broken", on_update=kill_at(7), **asked)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from frugan.config.architectures import R3, Architecture, Dcgan, Mlp, Projected, Upsample
 from frugan.config.objectives import Bce, Hinge, Objective, RpGan, WganGp
 from frugan.data.loader import Batch
+from frugan.gan.augment import OPERATIONS, Augment
 from frugan.gan.levers import named
 from frugan.gan.networks import build
 from frugan.gan.step import Step
@@ -41,7 +42,7 @@ def micro_batches(total: int) -> st.SearchStrategy[list[int]]:
 
 
 def gradients(
-    network: str, objective: Objective, sizes: list[int], first: int, levers: Iterable[str] = ()
+    network: str, objective: Objective, sizes: list[int], first: int, levers: Iterable[str] = (), augment: float | None = None
 ) -> dict[str, torch.Tensor]:
     options = NETWORKS[network]
     generator, discriminator = (n.double() for n in build(options, 12, 2))
@@ -50,7 +51,8 @@ def gradients(
         for p in [*generator.parameters(), *discriminator.parameters()]:
             p.add_(torch.randn_like(p), alpha=0.1)
     images = torch.randint(0, 256, (sum(sizes), 2, 12, 12), dtype=torch.uint8)
-    step = Step(generator, discriminator, objective, options.latent_dim, Draws(3), flip=True)
+    seen = None if augment is None else Augment(",".join(OPERATIONS), augment)
+    step = Step(generator, discriminator, objective, options.latent_dim, Draws(3), flip=True, augment=seen)
     layout = Layout(tuple(sizes), named(levers))
     for phase in (step.discriminator_phase, step.generator_phase):
         phase(Batch(lambda row, n: images[row - first : row - first + n]), first, layout)
@@ -69,14 +71,15 @@ def gradients(
     sizes=micro_batches(9),
     penalties=st.sampled_from([(0.0, 0.0), (0.7, 0.0), (0.0, 0.4), (0.7, 0.4)]),
     first=st.integers(0, 10_000),
+    augment=st.sampled_from([None, 0.7]),
 )
 def test_any_split_gives_the_gradients_of_the_whole_batch(
-    network: str, kind: str, sizes: list[int], penalties: tuple[float, float], first: int
+    network: str, kind: str, sizes: list[int], penalties: tuple[float, float], first: int, augment: float | None
 ) -> None:
     options = {f: getattr(OBJECTIVES[kind], f) for f in vars(OBJECTIVES[kind])} | {"r1": penalties[0], "r2": penalties[1]}
     objective = type(OBJECTIVES[kind])(**options)
-    whole = gradients(network, objective, [9], first)
-    parts = gradients(network, objective, sizes, first)
+    whole = gradients(network, objective, [9], first, augment=augment)
+    parts = gradients(network, objective, sizes, first, augment=augment)
     assert whole.keys() == parts.keys()
     scale = max(g.norm() for g in whole.values())
     assert scale > 0

@@ -4,6 +4,7 @@ Images are made, looked at and let go of in pieces, so that memory does not grow
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ class Evaluator:
     ) -> None:  # fmt: skip
         self.data = data.reordered(SEED)
         self.name = name
+        options = replace(options, among=len(data))
         self.metrics = chosen(options, classes > 1 and data.labels(0, 1) is not None)
         self.reals = min(options.reals, len(data))
         if self.reals < FEWEST:

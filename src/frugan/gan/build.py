@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from frugan.config.recipe import Recipe
-from frugan.data.loader import Batch as Batch
+from frugan.gan.augment import Adaptive, adaptive, augment
 from frugan.gan.levers import of_phase
 from frugan.gan.networks import Map, Network
 from frugan.gan.optim import Ema, FrugalAdam, LowBitAdam
+from frugan.gan.step import Batch as Batch
 from frugan.gan.step import Step, Terms
 from frugan.memory.layout import Layout
 from frugan.memory.search import Levers
@@ -71,8 +72,14 @@ def make_step(recipe: Recipe, generator: Network, discriminator: Network) -> Ste
     device = next(generator.parameters()).device
     return Step(
         generator, discriminator, recipe.objective, recipe.network.latent_dim, Draws(recipe.training.seed, device),
-        flip=recipe.data.flip, precision=memory.precision, channels_last=memory.channels_last,
+        flip=recipe.data.flip != "no", augment=augment(recipe.augmentation), precision=memory.precision,
+        channels_last=memory.channels_last,
     )  # fmt: skip
+
+
+def adaptation(recipe: Recipe, step: Step) -> Adaptive | None:
+    """What finds how often ``step`` augments, if that is not the same all the time."""
+    return adaptive(recipe.augmentation, step.augment, recipe.training.batch_size, step.loss.centred)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The pictures of a run, each in its file of the run folder."""
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -12,6 +13,7 @@ from frugan.reporting import pictures
 from frugan.reporting.records import Line
 from frugan.reporting.run_folder import RunFolder
 
+T = TypeVar("T")
 GRID = 64  # images in the pictures of real images and of samples during training
 FINAL = 16  # images in the last picture
 SHOWN = 16  # samples beside their nearest real images
@@ -43,7 +45,11 @@ class Album:
     def neighbours(self, images: Tensor, nearest: Callable[[Tensor], Tensor]) -> None:
         """Some samples above the real images that ``nearest`` finds for them; left out where memory does not suffice for that."""
         if self.loader.random_access:
-            spare(lambda: self._neighbours(images[:SHOWN], nearest), "looking for the nearest real images", self.device, self.tell)
+            self.spared(lambda: self._neighbours(images[:SHOWN], nearest), "looking for the nearest real images")
+
+    def spared(self, look: Callable[[], T], doing: str) -> T | None:
+        """What ``look`` gives, or None where memory or disk do not suffice for ``doing`` that."""
+        return spare(look, doing, self.device, self.tell)
 
     def _neighbours(self, images: Tensor, nearest: Callable[[Tensor], Tensor]) -> None:
         beside = torch.cat([images, nearest(images)])

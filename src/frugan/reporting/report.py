@@ -39,6 +39,12 @@ PANELS: tuple[tuple[str, str, Mapping[str, str], int | None], ...] = (
     ("Memory", "What the process holds.", {"memory": "held"}, None),
     ("Speed", "On average since training began or went on.", {"images/s": "images/s"}, 0),
     ("Penalties", "Before their weights.", {name: name for name in PENALTY_NAMES}, None),
+    (
+        "Augmentation",
+        "p is the chance of each operation; ada raises it while r_t, how surely D knows real images, is above its target.",
+        {"p": "p", "r_t": "r_t"},
+        3,
+    ),
     ("Learning rates", "", {"lr_g": "G", "lr_d": "D"}, None),
 )
 COMPARED = {"Loss_D": "Loss of D", "Loss_G": "Loss of G", "D(x)": "D(x)", "D(G(z))": "D(G(z))"}

@@ -42,7 +42,7 @@ def lowest(points: Sequence[Point]) -> Point:
 
 
 # The keys of reports that become curves, and what neighbouring points are joined by.
-MEANS = ("Loss_D", "Loss_G", "D(x)", "D(G(z))", *PENALTY_NAMES, "lr_g", "lr_d", "images/s")
+MEANS = ("Loss_D", "Loss_G", "D(x)", "D(G(z))", *PENALTY_NAMES, "p", "r_t", "lr_g", "lr_d", "images/s")
 KEYS: Mapping[str, Join] = dict.fromkeys(MEANS, mean) | {"memory": highest}
 
 

@@ -83,6 +83,11 @@ class Observer:
         if pictures:
             picture = self.album.samples(grid, epoch if epoch == int(epoch) else float(f"{epoch:.3g}"))
             self.album.neighbours(grid, self.diagnostics.neighbours)
+            found = self.album.spared(
+                lambda: self.diagnostics.nearness(grid, images), "measuring how near samples are to real images"
+            )
+            if found:
+                self.event(found)
             self.album.losses(self.folder.read_log())
             self.trackers.images("samples", picture, images)
         return is_best

@@ -10,12 +10,12 @@ import torch
 
 from frugan.config.recipe import Recipe
 from frugan.config.run import Run
-from frugan.data.loader import Loader
-from frugan.data.opening import Source, Tell, keepable, open_loader, opened
+from frugan.data.opening import Loader, Source, Tell, keepable, open_loader, opened
 from frugan.memory import limit
 from frugan.reporting.console import Console
 from frugan.reporting.run_folder import RunFolder
 from frugan.training.duration import Epochs, duration_of, now
+from frugan.training.mirroring import decided
 from frugan.utils import device
 from frugan.utils.errors import UserError
 
@@ -33,7 +33,8 @@ def resolved(recipe: Recipe, where: torch.device, tell: Tell) -> tuple[Recipe, S
     if memory.precision == "auto":
         memory = replace(memory, precision=device.fast_precision(where))  # type: ignore[arg-type]
     network = recipe.network.resolved(len(source.classes) if source.random_access else 0)  # streams have no labels
-    return replace(recipe, data=data, memory=memory, network=network), source
+    augmentation = recipe.augmentation.settled(len(source))
+    return replace(recipe, data=data, memory=memory, network=network, augmentation=augmentation), source
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Session:
                 f"use --batch-size {min(64, len(loader))} or fewer."
             )
         folder = RunFolder(Path(run.out) if run.out else Path("runs") / f"{source.name}-{recipe.recipe}")
+        recipe = decided(recipe, loader, folder, console.tell)
         saved = folder.saved_plan()
         if run.allow_approximate and saved.get("precision") == "bf16":
             recipe = recipe.replace(precision="bf16")  # as it was planned

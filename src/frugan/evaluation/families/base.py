@@ -47,12 +47,14 @@ class Options:
         weights: a file of Inception's weights.
         any_weights: whether others than the published ones will do; then nothing is called FID.
         reals: how many real images at most.
+        among: of how many real images; 0: not known yet.
     """
 
     metrics: str = AUTO
     weights: str | None = None
     any_weights: bool = False
     reals: int = MOST
+    among: int = 0
 
 
 @dataclass(frozen=True)
