@@ -10,7 +10,7 @@ from torch import nn
 from frugan.config.recipe import Recipe
 from frugan.gan.augment import Adaptive, adaptive, augment
 from frugan.gan.levers import of_phase
-from frugan.gan.networks import Network
+from frugan.gan.networks import Map, Network
 from frugan.gan.optim import Ema, FrugalAdam, LowBitAdam
 from frugan.gan.step import Batch as Batch
 from frugan.gan.step import Step, Terms
@@ -28,6 +28,8 @@ def lay_out(recipe: Recipe, generator: Network, discriminator: Network) -> None:
         for module in network.modules():
             if isinstance(module, (nn.LeakyReLU, nn.ReLU)):
                 module.inplace = recipe.memory.in_place
+            elif isinstance(module, Map):
+                module.memory_format = layout
 
 
 def freeze(recipe: Recipe, discriminator: Network) -> None:

@@ -201,8 +201,10 @@ class Console:
 
     def features(self, done: int, total: int, seconds: float) -> None:
         """Shows how far the features are that D is built on: ``seconds`` have passed."""
-        if self.rich.is_terminal or done == total:
+        if self.rich.is_terminal:
             self._count("Updates of the features", done, total)
+        elif done == 1:
+            self._last_plain = time.monotonic()
         elif time.monotonic() - self._last_plain >= PLAIN_EVERY:
             self._last_plain = time.monotonic()
             self.tell(f"Features: {seconds:.0f} of {seconds / done * total:.0f} s.")

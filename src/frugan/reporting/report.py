@@ -132,6 +132,9 @@ def _glance(story: Story) -> Iterator[str]:
             tiles.append((f"Best {_label(measure)}", _value(measure, best[1]), f"after {best[0]:,.0f} images"))
     if (speed := number(story.last.speed)) is not None:
         tiles.append(("Speed", f"{speed:,.0f}", "images/s"))
+    if learnt := story.features:
+        right = ", ".join(f"{share:.1%} of {task}" for task, share in learnt.accuracy.items()) or learnt.task
+        tiles.append(("Features of D", right, f"right after {learnt.updates:,} updates" if learnt.accuracy else ""))
     predicted, budget = number(story.plan.get("predicted")), number(story.plan.get("budget"))
     if story.peak or predicted:
         beside = f"of {size(budget)} budget" if budget and story.plan.get("budget_named") else ""
