@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.optim import SGD, Adam
 
 from frugan.cli import main
 from frugan.config import recipes
+from frugan.config.classes import Classes
 from frugan.data.loader import Batch
 from frugan.gan.build import average, lay_out, make_step, optimizers
 from frugan.gan.levers import jobs, named
@@ -54,19 +56,24 @@ def test_what_is_predicted_is_what_the_allocator_gives_out(
     name: str, side: int, memory: dict[str, object], used: list[str], parts: int
 ) -> None:
     recipe = recipes.get(name).replace(image_size=side, channels=1, batch_size=24, flip=True, **memory)
+    recipe = replace(recipe, classes=Classes(("a", "b"), (12, 12)) if side == 16 else Classes())
     layout = Layout.of(24, parts, named(used))
     model = Model(recipe, CPU)
     search = Search(jobs(recipe, CPU, (False, False), model.growth), CPU)
     predicted = max(search.exact(job, layout).moment.bytes for job in search.jobs)
 
     def training() -> None:
-        generator, discriminator = build(recipe.network, side, 1)
+        generator, discriminator = build(recipe.network, side, 1, classes=len(recipe.classes))
         lay_out(recipe, generator, discriminator)
         both, step = optimizers(recipe, generator, discriminator, CPU), make_step(recipe, generator, discriminator)
         ema = average(recipe, generator, CPU)
         for first in (0, 24):  # the second has what the first leaves behind
             for phase in (step.discriminator_phase, step.generator_phase):
-                phase(Batch(lambda row, n: torch.zeros(n, 1, side, side, dtype=torch.uint8)), first, layout)
+                batch = Batch(
+                    lambda row, n: torch.zeros(n, 1, side, side, dtype=torch.uint8),
+                    lambda row, n: torch.zeros(n, dtype=torch.int64),
+                )
+                phase(batch, first, layout)
                 for optimizer in both:
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)

@@ -64,7 +64,7 @@ def test_every_metric_is_in_the_docs_that_the_help_names() -> None:
 def test_every_offline_metric_puts_real_images_first_and_noise_last(evaluator: Evaluator) -> None:
     images = evaluator.data
     ranked = [evaluator(p, 512) for p in (lambda i, n: images.batch(600 + i, n), faint(images), noise)]
-    assert set(ranked[0]) == {*FAMILIES["classifier"].metrics, *FAMILIES["patches"].metrics}
+    assert set(ranked[0]) == {*FAMILIES["classifier"].metrics, *FAMILIES["patches"].metrics} - {"class_accuracy"}  # of a class
     for name in ranked[0]:
         best, middle, worst = (values[name] for values in ranked)
         if name == "classes":

@@ -67,14 +67,27 @@ def average(recipe: Recipe, generator: Network, device: torch.device) -> Ema | N
 
 
 def make_step(recipe: Recipe, generator: Network, discriminator: Network) -> Step:
-    """The step of ``recipe`` on these networks."""
+    """The step of ``recipe`` on these networks.
+
+    Raises:
+        UserError: generated images shall have classes of their own, and the loss compares them with real ones.
+    """
+    balanced = recipe.training.class_sampling == "balanced"
     memory = recipe.memory
     device = next(generator.parameters()).device
-    return Step(
+    step = Step(
         generator, discriminator, recipe.objective, recipe.network.latent_dim, Draws(recipe.training.seed, device),
         flip=recipe.data.flip != "no", augment=augment(recipe.augmentation), precision=memory.precision,
-        channels_last=memory.channels_last,
+        channels_last=memory.channels_last, conditional=bool(recipe.classes), balanced=recipe.classes.present if balanced else (),
     )  # fmt: skip
+    if balanced and not recipe.classes:
+        raise UserError("--class-sampling balanced is for classes: --conditional learns them.")
+    if balanced and step.loss.paired:
+        raise UserError(
+            f"--class-sampling balanced draws classes anew for generated images, and {recipe.objective.kind} compares each with a "
+            "real one, which must be of the same class: use natural, or another --objective."
+        )
+    return step
 
 
 def adaptation(recipe: Recipe, step: Step) -> Adaptive | None:

@@ -68,10 +68,22 @@ def take_weights(
         own = networks[name].state_dict()
         there_by_name = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         found = {k: there_by_name.get(_renamed(k, moved[name]) if name in moved else k) for k in own}
+        for k, value in found.items():
+            if value is not None and k.endswith("classes") and value.shape[1:] == own[k].shape[1:]:
+                found[k] = _by_class(own[k], value, other.classes.names if other else (), recipe.classes.names)
         fits = {k: v for k, v in found.items() if v is not None and v.shape == own[k].shape}
         networks[name].load_state_dict(fits, strict=False)
         report[name] = Taken(len(fits), len(own), [f"{k} {list(v.shape)}" for k, v in own.items() if k not in fits], name in moved)
     return report
+
+
+def _by_class(own: Tensor, there: Tensor, before: Sequence[str], now: Sequence[str]) -> Tensor:
+    """``own``, one row a class of those ``now``, with the rows that ``there`` has of those of ``before``."""
+    rows = own.clone()
+    for number, name in enumerate(now):
+        if name in before:
+            rows[number] = there[before.index(name)]
+    return rows
 
 
 def check_frozen(taken: Mapping[str, Taken], discriminator: Network, recipe: Recipe) -> None:
@@ -101,6 +113,10 @@ def said(taken: Mapping[str, Taken], recipe: Recipe, other: Recipe | None) -> li
         )
         if found.matched and other and (width := _width(f"width_{name[0]}", recipe, other)):
             better.append(width)
+    known = other.classes.names if other else ()
+    if new_classes := [name for name in recipe.classes.names if name not in known]:
+        shown = f"{', '.join(new_classes[:5])}{' ...' if len(new_classes) > 5 else ''}"
+        sentences.append(f"Of {len(recipe.classes)} classes {len(new_classes)} are not known there: {shown}.")
     if better:
         sentences.append(f"More would fit with the same channels in maps of the same size: {' '.join(better)}.")
     return sentences

@@ -27,10 +27,13 @@ class Album:
         loader: the real images.
         device: where training runs.
         tell: what tells a notice to the person.
+        classes: how many classes samples have in turn; 0: they have none.
     """
 
-    def __init__(self, folder: RunFolder, loader: Loader, device: torch.device, tell: Callable[[str], None]) -> None:
-        self.folder, self.loader, self.device, self.tell = folder, loader, device, tell
+    def __init__(
+        self, folder: RunFolder, loader: Loader, device: torch.device, tell: Callable[[str], None], classes: int = 0
+    ) -> None:
+        self.folder, self.loader, self.device, self.tell, self.classes = folder, loader, device, tell, classes
 
     def real(self) -> None:
         """Some of the real images."""
@@ -38,7 +41,7 @@ class Album:
 
     def samples(self, images: Tensor, epoch: float) -> Image.Image:
         """The samples after so many epochs."""
-        picture = pictures.grid(images)
+        picture = pictures.grid(images, classes=self.classes)
         pictures.save(picture, self.folder.samples_after(epoch))
         return picture
 
@@ -61,4 +64,4 @@ class Album:
 
     def final(self, images: Tensor) -> None:
         """The samples at the end."""
-        pictures.save(pictures.grid(images), self.folder.final_samples)
+        pictures.save(pictures.grid(images, classes=self.classes), self.folder.final_samples)

@@ -3,7 +3,8 @@
 import atexit
 import time
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
+from math import isnan
 from typing import Any
 
 from rich.console import Console as Rich
@@ -180,6 +181,17 @@ class Console:
             metric = METRICS[name]
             label = f"{name}, other weights" if name in unofficial else metric.label
             table.add_row(label, shown(name, value), "higher" if metric.higher else "lower", metric.means)
+        self.rich.print(table, soft_wrap=False)
+        self.rich.print()
+
+    def by_class(self, names: Sequence[str], found: Mapping[str, Sequence[float]]) -> None:
+        """What `frugan evaluate` measured of each class."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("class")
+        for name in found:
+            table.add_column(METRICS[name].label, justify="right")
+        for number, name in enumerate(names):
+            table.add_row(name, *("-" if isnan(v[number]) else shown(key, v[number]) for key, v in found.items()))
         self.rich.print(table, soft_wrap=False)
         self.rich.print()
 

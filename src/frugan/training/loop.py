@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -182,7 +182,7 @@ class Loop:
         save_generator(self.session, self.state)
         self.observer.finish(self.sample)
 
-    def sample(self, seed: int, first: int, count: int) -> Tensor:
-        """Images of the averaged generator: uint8 ``[count, c, h, w]``."""
+    def sample(self, seed: int, first: int, count: int, classes: Sequence[int] = ()) -> Tensor:
+        """Images of the averaged generator, of ``classes`` in turn if any: uint8 ``[count, c, h, w]``."""
         limit.release(self.session.device)
-        return self.state.sample(seed, first, count, self.recovery.layouts["G"].micro_batch)
+        return self.state.sample(seed, first, count, self.recovery.layouts["G"].micro_batch, classes)

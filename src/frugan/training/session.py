@@ -10,7 +10,7 @@ import torch
 
 from frugan.config.recipe import Recipe
 from frugan.config.run import Run
-from frugan.data.opening import Loader, Source, Tell, keepable, open_loader, opened
+from frugan.data.opening import Loader, Source, Tell, classes_of, keepable, open_loader, opened
 from frugan.memory import limit
 from frugan.reporting.console import Console
 from frugan.reporting.run_folder import RunFolder
@@ -26,15 +26,16 @@ def resolved(recipe: Recipe, where: torch.device, tell: Tell) -> tuple[Recipe, S
     """``recipe`` with nothing left open, for the images that it names and for the device ``where``; and those images.
 
     Raises:
-        UserError: they are not there, or cannot be read.
+        UserError: they are not there, or cannot be read; or classes are to be learnt, and there are none.
     """
     source, data = opened(recipe.data, tell)
     memory = recipe.memory
     if memory.precision == "auto":
         memory = replace(memory, precision=device.fast_precision(where))  # type: ignore[arg-type]
-    network = recipe.network.resolved(len(source.classes) if source.random_access else 0)  # streams have no labels
+    network = recipe.network.resolved(len(source.classes) if source.labels is not None else 0)
     augmentation = recipe.augmentation.settled(len(source))
-    return replace(recipe, data=data, memory=memory, network=network, augmentation=augmentation), source
+    classes = classes_of(source, recipe.training.conditional, tell)
+    return replace(recipe, data=data, memory=memory, network=network, augmentation=augmentation, classes=classes), source
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The state of a training: everything that it changes, and how that is written down and read back."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class State:
         self.recipe = recipe
         options = recipe.optimizer
         channels, size, _ = recipe.data.shape
-        self.generator, self.discriminator = build(recipe.network, size, channels, recipe.training.seed)
+        self.generator, self.discriminator = build(recipe.network, size, channels, recipe.training.seed, len(recipe.classes))
         self.has_features = False  # whether frozen features of D, if it is built on any, are another run's
         if weights is not None:
             taken = take_weights(weights, self.generator, self.discriminator, recipe, origin)
@@ -108,10 +108,11 @@ class State:
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-    def sample(self, seed: int, first: int, count: int, chunk: int) -> Tensor:
-        """Images of the generator to use, ``chunk`` at a time: uint8 ``[count, c, h, w]``."""
+    def sample(self, seed: int, first: int, count: int, chunk: int, classes: Sequence[int] = ()) -> Tensor:
+        """Images of the generator to use, ``chunk`` at a time: uint8 ``[count, c, h, w]``; of ``classes`` in turn, if any."""
         noise = Draws(seed).normal("sample", first, count, self.recipe.network.latent_dim)
-        return sampling.to_images(self.averaged, noise, chunk)
+        of = sampling.in_turn(classes, first, count) if classes else sampling.natural(self.recipe, seed, first, count)
+        return sampling.to_images(self.averaged, noise, chunk, of)
 
     @property
     def averaged(self) -> nn.Module:

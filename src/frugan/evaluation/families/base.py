@@ -29,12 +29,14 @@ class Metric:
         higher: whether more is better.
         digits: behind the point, for people.
         means: in a few words, what it says.
+        conditional: whether it is of samples whose classes were asked for, and of no others.
     """
 
     label: str
     higher: bool
     digits: int
     means: str
+    conditional: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,16 @@ class Family(ABC, Generic[S]):
     @abstractmethod
     def compared(self, real: S, fake: S) -> dict[str, float]:
         """At least those of its metrics that are wanted, of two sets that are complete."""
+
+    def by_class(self, real: S, fake: S, asked: Tensor) -> dict[str, Tensor]:
+        """Metrics of each class of samples that were asked for by class: float64 ``[classes]``, NaN where there are too few.
+
+        Args:
+            real: what was seen in the real images.
+            fake: what was seen in the samples.
+            asked: the class that each sample was to have, int64 ``[n]``.
+        """
+        return {}
 
     @abstractmethod
     def needs(self) -> int:
