@@ -196,10 +196,9 @@ def test_a_lever(source: Copy, tmp_path: Path, few: Path) -> None:
     )
     source.insert(
         "gan/step.py",
-        "fake = self._layout(self._generate(of_fake))",
+        "fake = generate(begin, count)",
         """                if layout.uses("half_fakes"):
-                    numbers = range(of_fake.first, of_fake.first + count)
-                    fake = torch.cat([self._generate(self._of_fake("latent/d", i, 1, batch.labels)) for i in numbers])
+                    fake = torch.cat([generate(i, 1) for i in range(begin, begin + count)])
 """,
     )
     script = 'frugan.train(few, out=out, half_fakes="yes", norm_g="none", width_g=4, width_d=4, **SMALL)'

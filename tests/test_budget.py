@@ -125,7 +125,7 @@ def test_features_are_learnt_within_the_smallest_budget(few: Path, tmp_path: Pat
 
 def test_a_training_within_a_budget_is_the_training_without(few: Path, tmp_path: Path) -> None:
     plain, planned = tmp_path / "plain", tmp_path / "planned"
-    asked = f"train {few} --norm-g none --norm-d none --image-size 176 --batch-size 64 --epochs 1 --device cpu --quiet".split()
+    asked = f"train {few} --norm-g none --norm-d none --image-size 144 --batch-size 64 --epochs 1 --device cpu --quiet".split()
     assert frugan(*asked, "--out", plain).returncode == 0
     refused = frugan(*asked, "--out", planned, "--memory", "1MiB").stderr
     smallest = re.search(r"the smallest that works is --memory (\d+MiB)", refused)[1]  # type: ignore[index]

@@ -165,11 +165,11 @@ def check_flags(arguments: Sequence[str], options: type[Any]) -> None:
 def spelled_out(arguments: Sequence[str]) -> list[str]:
     """``arguments`` with ``--flip`` and ``--no-flip`` alone, and its values true and false, as the words that they stand for."""
     said: list[str] = []
-    words = {"true": "yes", "false": "no"}
+    meant = {"true": "yes", "false": "no"}
     for argument in arguments:
         if said[-1:] == ["--flip"]:
-            if argument.lower() in (*words, "yes", "no", "auto"):
-                argument = words.get(argument.lower(), argument.lower())
+            if argument.lower() in (*meant, "yes", "no", "auto"):
+                argument = meant.get(argument.lower(), argument.lower())
             else:
                 said.append("yes")
         said += ["--flip", "no"] if argument in ("--no-flip", "--no_flip") else [argument]
