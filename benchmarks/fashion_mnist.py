@@ -90,7 +90,7 @@ def train(options: Options, name: str, minutes: float, seed: int) -> Path:
     run = options.out / f"{name.replace(' ', '-')}-{minutes:g}min-{seed}"
     recipe, *classes = name.split()
     said = [str(options.data), "--recipe", recipe, "--minutes", f"{minutes:g}", "--seed", f"{seed}", "--out", str(run)]
-    said += ["--conditional"] * bool(classes) + [f"--{flag}" for flag in options.flags]
+    said += ["--conditional" if classes else "--no-conditional"] + [f"--{flag}" for flag in options.flags]
     subprocess.run([sys.executable, "-m", "frugan", "train", *said], check=True, stdout=sys.stderr)
     return run
 

@@ -37,6 +37,7 @@ from frugan.evaluation.distances import Moments, frechet, precision_recall
 from frugan.evaluation.evaluator import SEED, Evaluator
 from frugan.evaluation.families import METRICS, shown
 from frugan.evaluation.families.base import Options
+from frugan.gan import sampling
 from frugan.reporting.run_folder import load_generator
 from frugan.utils import checkpoint
 from frugan.utils.draws import derive
@@ -46,7 +47,7 @@ from frugan.utils.files import cache_folder, write_text
 VERSION = 1  # of the network and of its training
 WIDTHS = (24, 48, 96)  # of its stages; the last is that of the features
 BATCH = 64
-EPOCHS, UPDATES = 10, 1200  # at most
+EPOCHS, UPDATES = 30, 1200  # at most
 RATE = 2e-3
 SHIFT = 2  # pixels by which batches are moved, at most
 PIECE = 250  # images looked at at once
@@ -105,14 +106,14 @@ def learnt(name: str, batch: Labelled, images: int, classes: int) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(APART, "unseen"))
         network = Network(example.shape[1], example.shape[2], classes)
-    about = "/".join(map(str, (VERSION, name, images, classes, *example.shape)))
+    updates = min(UPDATES, EPOCHS * images // BATCH)
+    about = "/".join(map(str, (VERSION, name, images, classes, *example.shape, *[updates] * (updates < UPDATES))))
     file = cache_folder() / "unseen" / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.safetensors"
     try:
         network.load_state_dict(checkpoint.load(file)[0])
         return network.eval()
     except (UserError, RuntimeError):  # not there yet, or damaged
         pass
-    updates = min(UPDATES, EPOCHS * images // BATCH)
     optimizer = torch.optim.AdamW(network.parameters(), RATE, weight_decay=0.05)
     where = torch.Generator().manual_seed(APART)
     for update in range(updates):
@@ -189,7 +190,7 @@ class Judge:
         self.told = float((self.network.look(images)[1] == labels).double().mean())
         self.real = self.network.look(shared.batch(first, some))[0]
         self.others = shared.batch(first + some, some)
-        about = f"{VERSION}/{kind}/{learning.fingerprint}/{whole.fingerprint}/{some}/{self.samples}"
+        about = f"{VERSION}/{kind}/{learning.fingerprint}/{whole.fingerprint}/{some}/{self.samples}/{self.told}"
         self.file = cache_folder() / "unseen" / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.json"
         self.words = f"{some:,} samples against {some:,} real images, by a network told {kind}, {self.told:.1%} right; the others: "
         self.words += self.evaluator.protocol(self.samples, "samples")
@@ -267,7 +268,12 @@ def samples_of(run: str, data: str | None) -> Samples:
         generator = load_generator(path)
         own = replace(generator.recipe.data, stream=False)
         own = replace(own, data=data) if data else own
-        return Samples(lambda n: (generator.generate(n, seed=SEED), None), generator.images_seen, own)
+
+        def made_and_asked(n: int) -> tuple[Tensor, Tensor | None]:
+            asked = sampling.natural(generator.recipe, SEED, 0, n) if generator.recipe.classes else None
+            return generator.generate(n, seed=SEED), asked
+
+        return Samples(made_and_asked, generator.images_seen, own)
     _, like = opened(Data(data=data or run), _tell)
     made = _loader(replace(like, data=run))
     return Samples(lambda n: (made.batch(0, min(n, len(made))), None), 0, like)

@@ -93,6 +93,7 @@ def assert_same_state(run: Path, other: Path) -> None:
     assert not differing
     for name in ("images", "updates", "scaler", "plateau", "rates", "epoch_mean"):
         assert numbers[name] == other_numbers[name], name
+    assert numbers.get("augment") == other_numbers.get("augment")
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

@@ -151,6 +151,24 @@ print(tuple(frugan.load(run).generate(3).shape))
     assert len(source.touched) <= 2
 
 
+def test_an_augmentation(source: Copy, tmp_path: Path, few: Path) -> None:
+    source.append(
+        "gan/augment.py",
+        """
+
+def negative(images: Tensor, numbers: Tensor, p: float) -> Tensor:
+    \"\"\"Light is dark, with chance ``p``.\"\"\"
+    return torch.where((numbers[:, 0] < p)[:, None, None, None], -images, images)
+
+
+OPERATIONS["negative"] = Operation(1, negative)
+""",
+    )
+    source.run("frugan.train(few, out=out, augment='diff', augment_policy='negative,cutout', **SMALL)", tmp_path / "run", few)
+    assert source.touched == {"gan/augment.py"}
+    assert all(line["p"] == 1 for line in lines(tmp_path / "run") if "Loss_D" in line)
+
+
 def test_a_recipe(source: Copy, tmp_path: Path, few: Path) -> None:
     source.append(
         "config/recipes.py",
@@ -178,10 +196,9 @@ def test_a_lever(source: Copy, tmp_path: Path, few: Path) -> None:
     )
     source.insert(
         "gan/step.py",
-        "fake = self._layout(self._generate(of_fake))",
+        "fake = generate(begin, count)",
         """                if layout.uses("half_fakes"):
-                    numbers = range(of_fake.first, of_fake.first + count)
-                    fake = torch.cat([self._generate(self._of_fake("latent/d", i, 1, batch.labels)) for i in numbers])
+                    fake = torch.cat([generate(i, 1) for i in range(begin, begin + count)])
 """,
     )
     script = 'frugan.train(few, out=out, half_fakes="yes", norm_g="none", width_g=4, width_d=4, **SMALL)'

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from frugan.config import recipes
-from frugan.config.architectures import Architecture, Dcgan, Mlp, Upsample
+from frugan.config.architectures import Architecture, Dcgan, Mlp, Projected, Upsample
 from frugan.config.objectives import Bce, Objective, RpGan
 from frugan.config.recipe import Recipe
 from frugan.data.loader import Batch
@@ -36,6 +36,7 @@ NETWORKS: dict[str, Architecture] = {
     for kind in (Dcgan, Upsample, Mlp)
     for where in ("G", "D", "both")
 }
+NETWORKS["projected, both"] = Projected(latent_dim=5, width_g=4, width_d=4, feature_width=4, feature_levels=2)
 assert all(build(n, 12, 2)["D" in where].couples_samples for where, n in NETWORKS.items())
 EXACT = "whole_batch_norm"
 

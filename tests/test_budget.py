@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.optim import SGD, Adam
 
 from frugan.cli import main
 from frugan.config import recipes
+from frugan.config.classes import Classes
 from frugan.data.loader import Batch
 from frugan.gan.build import average, lay_out, make_step, optimizers
 from frugan.gan.levers import jobs, named
@@ -44,7 +46,7 @@ CELLS = [
     ("r3", 16, {}, []), ("r3", 28, {}, ["penalty"]), ("r3", 16, {"lean_adam": False}, ["separate_terms"]),
     ("r3", 28, {"precision": "bf16"}, ["penalty", "checkpoint_blocks", "separate_terms"]),
     ("r3", 28, {}, ["recompute_generator", "checkpoint_blocks"]),
-    ("projected", 28, {"precision": "bf16"}, []), ("projected", 28, {"r1": 1.0}, ["penalty", "separate_terms"]),
+    ("projected", 28, {"precision": "bf16"}, []), ("projected", 28, {"r1": 1.0, "norm_d": "none"}, ["penalty", "separate_terms"]),
 ]  # fmt: skip
 
 
@@ -54,19 +56,24 @@ def test_what_is_predicted_is_what_the_allocator_gives_out(
     name: str, side: int, memory: dict[str, object], used: list[str], parts: int
 ) -> None:
     recipe = recipes.get(name).replace(image_size=side, channels=1, batch_size=24, flip=True, **memory)
+    recipe = replace(recipe, classes=Classes(("a", "b"), (12, 12)) if side == 16 else Classes())
     layout = Layout.of(24, parts, named(used))
     model = Model(recipe, CPU)
     search = Search(jobs(recipe, CPU, (False, False), model.growth), CPU)
     predicted = max(search.exact(job, layout).moment.bytes for job in search.jobs)
 
     def training() -> None:
-        generator, discriminator = build(recipe.network, side, 1)
+        generator, discriminator = build(recipe.network, side, 1, classes=len(recipe.classes))
         lay_out(recipe, generator, discriminator)
         both, step = optimizers(recipe, generator, discriminator, CPU), make_step(recipe, generator, discriminator)
         ema = average(recipe, generator, CPU)
         for first in (0, 24):  # the second has what the first leaves behind
             for phase in (step.discriminator_phase, step.generator_phase):
-                phase(Batch(lambda row, n: torch.zeros(n, 1, side, side, dtype=torch.uint8)), first, layout)
+                batch = Batch(
+                    lambda row, n: torch.zeros(n, 1, side, side, dtype=torch.uint8),
+                    lambda row, n: torch.zeros(n, dtype=torch.int64),
+                )
+                phase(batch, first, layout)
                 for optimizer in both:
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
@@ -105,10 +112,8 @@ def test_a_refused_budget_names_the_smallest_which_holds_while_less_is_refused(f
 
 
 def test_features_are_learnt_within_the_smallest_budget(few: Path, tmp_path: Path) -> None:
-    common = (
-        f"train {few} --recipe projected --norm-g none --image-size 40 --batch-size 32 --feature-updates 4 --device cpu".split()
-    )
-    common += ["--epochs", "1", "--out"]
+    common = f"train {few} --recipe projected --norm-g none --norm-d none --image-size 40 --batch-size 32 --device cpu".split()
+    common += ["--feature-updates", "4", "--epochs", "1", "--out"]
     smallest = re.search(r"--memory (\d+)MiB", frugan(*common, tmp_path / "a", "--memory", "100MiB").stderr)
     assert smallest
     held = frugan(*common, tmp_path / "b", "--memory", f"{smallest[1]}MiB")
@@ -120,7 +125,7 @@ def test_features_are_learnt_within_the_smallest_budget(few: Path, tmp_path: Pat
 
 def test_a_training_within_a_budget_is_the_training_without(few: Path, tmp_path: Path) -> None:
     plain, planned = tmp_path / "plain", tmp_path / "planned"
-    asked = f"train {few} --norm-g none --norm-d none --image-size 176 --batch-size 64 --epochs 1 --device cpu --quiet".split()
+    asked = f"train {few} --norm-g none --norm-d none --image-size 144 --batch-size 64 --epochs 1 --device cpu --quiet".split()
     assert frugan(*asked, "--out", plain).returncode == 0
     refused = frugan(*asked, "--out", planned, "--memory", "1MiB").stderr
     smallest = re.search(r"the smallest that works is --memory (\d+MiB)", refused)[1]  # type: ignore[index]

@@ -72,7 +72,7 @@ def settings_of(recipe: str, **own: object) -> dict[str, object]:
 @pytest.mark.parametrize("recipe", recipes.RECIPES)
 def test_a_recipe_trains_samples_evaluates_and_generates(recipe: str, few: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    asked = settings_of(recipe, flip=True, evaluate_every=2, evaluate_samples=64, sample_every=1)
+    asked = settings_of(recipe, flip=True, conditional=True, evaluate_every=2, evaluate_samples=64, sample_every=1)
     frugan.train(few, out=out, **asked)
     for name in (
         "real_images.png",
@@ -95,7 +95,10 @@ def test_a_recipe_trains_samples_evaluates_and_generates(recipe: str, few: Path,
 @pytest.mark.parametrize("recipe", ["dcgan", "r3"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_training_ends_with_the_weights_that_the_cpu_gives(recipe: str, precision: str, few: Path, tmp_path: Path) -> None:
-    asked = {"precision": precision, "flip": True, "accumulation_steps": 2, "generator_accumulation_steps": 3, "epochs": 1}
+    asked = {
+        "precision": precision, "flip": True, "augment": "diff", "accumulation_steps": 2, "generator_accumulation_steps": 3,
+        "epochs": 1,
+    }  # fmt: skip
     runs = [frugan.train(few, out=tmp_path / name, **settings_of(recipe, device=name, **asked)) for name in ("sim", "cpu")]
     if recipe == "dcgan":
         assert_same_state(*runs)
@@ -104,10 +107,9 @@ def test_a_training_ends_with_the_weights_that_the_cpu_gives(recipe: str, precis
         assert torch.allclose(tensor.float(), here[name].float(), rtol=1e-3, atol=1e-4), name
 
 
-@pytest.mark.parametrize("recipe", recipes.RECIPES)
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(("recipe", "precision"), [(r, "fp32") for r in recipes.RECIPES] + [("dcgan", "fp16"), ("r3", "fp16")])
 def test_a_training_that_is_killed_and_goes_on_was_never_stopped(recipe: str, precision: str, few: Path, tmp_path: Path) -> None:
-    asked = settings_of(recipe, precision=precision, flip=True, accumulation_steps=3)
+    asked = settings_of(recipe, precision=precision, flip=True, augment="ada", ada_images=500, accumulation_steps=3)
     straight = frugan.train(few, out=tmp_path / "straight", **asked)
     with pytest.raises(Killed):
         frugan.train(few, out=tmp_path / "broken", on_update=kill_at(7), **asked)
@@ -119,6 +121,7 @@ def test_the_smallest_budget_that_is_named_is_held_and_less_is_refused(
     recipe: str, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = ["train", str(few), "--recipe", recipe, "--image-size", "32", "--batch-size", "64", "--epochs", "1", "--device", NAME]
+    asked += ["--whole-batch-norm", "no"]  # in the smallest budget it takes ten times as long; tests/test_batchnorm.py has it
     if recipe != "dcgan":  # one that looks at all plans is enough
         few_plans = FEW_PLANS | {"offload_state": "no"} | ({"penalty": "double-backward"} if recipe == "r3" else {})
         asked += [word for name, value in few_plans.items() for word in (f"--{name.replace('_', '-')}", value)]
@@ -132,8 +135,12 @@ def test_the_smallest_budget_that_is_named_is_held_and_less_is_refused(
 
     code, said = within("2MiB", "a")
     assert code == 2 and len(said.splitlines()) == 1, said
-    smallest = int(re.search(r"the smallest that works is --memory (\d+)MiB", said)[1])  # type: ignore[index]
-    assert within(f"{int(0.9 * smallest)}MiB", "b")[0] == 2
+    named = r"the smallest that works is --memory (\d+)MiB"
+    first = int(re.search(named, said)[1])  # type: ignore[index]
+    code, said = within(f"{int(0.9 * first)}MiB", "b")
+    assert code == 2
+    smallest = int(re.search(named, said)[1])  # type: ignore[index]
+    assert first <= smallest <= first + 1  # of one process, in which the training before has left something
     assert within(f"{smallest}MiB", "c") == (0, "")
     memory = next(line for line in lines(tmp_path / "c") if line.get("event") == "memory")
     assert memory["measured"] <= memory["budget"] == smallest * MIB

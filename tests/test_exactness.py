@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from frugan.config.architectures import R3, Architecture, Dcgan, Mlp, Projected, Upsample
 from frugan.config.objectives import Bce, Hinge, Objective, RpGan, WganGp
 from frugan.data.loader import Batch
+from frugan.gan.augment import OPERATIONS, Augment
 from frugan.gan.levers import named
 from frugan.gan.networks import build
 from frugan.gan.step import Step
@@ -41,19 +42,31 @@ def micro_batches(total: int) -> st.SearchStrategy[list[int]]:
 
 
 def gradients(
-    network: str, objective: Objective, sizes: list[int], first: int, levers: Iterable[str] = ()
+    network: str,
+    objective: Objective,
+    sizes: list[int],
+    first: int,
+    levers: Iterable[str] = (),
+    augment: float | None = None,
+    classes: str = "none",
 ) -> dict[str, torch.Tensor]:
     options = NETWORKS[network]
-    generator, discriminator = (n.double() for n in build(options, 12, 2))
+    generator, discriminator = (n.double() for n in build(options, 12, 2, classes=0 if classes == "none" else 3))
     torch.manual_seed(1)
     with torch.no_grad():  # away from the start, where some layers are zero
         for p in [*generator.parameters(), *discriminator.parameters()]:
             p.add_(torch.randn_like(p), alpha=0.1)
     images = torch.randint(0, 256, (sum(sizes), 2, 12, 12), dtype=torch.uint8)
-    step = Step(generator, discriminator, objective, options.latent_dim, Draws(3), flip=True)
+    labels = torch.randint(0, 3, (sum(sizes),))
+    seen = None if augment is None else Augment(",".join(OPERATIONS), augment)
+    step = Step(
+        generator, discriminator, objective, options.latent_dim, Draws(3), flip=True, augment=seen,
+        conditional=classes != "none", balanced=(0, 2) if classes == "balanced" else (),
+    )  # fmt: skip
+    batch = Batch(lambda row, n: images[row - first : row - first + n], lambda row, n: labels[row - first : row - first + n])
     layout = Layout(tuple(sizes), named(levers))
     for phase in (step.discriminator_phase, step.generator_phase):
-        phase(Batch(lambda row, n: images[row - first : row - first + n]), first, layout)
+        phase(batch, first, layout)
     return {
         f"{name}.{k}": p.grad
         for name, net in (("g", generator), ("d", discriminator))
@@ -69,14 +82,16 @@ def gradients(
     sizes=micro_batches(9),
     penalties=st.sampled_from([(0.0, 0.0), (0.7, 0.0), (0.0, 0.4), (0.7, 0.4)]),
     first=st.integers(0, 10_000),
+    augment=st.sampled_from([None, 0.7]),
+    classes=st.sampled_from(["none", "natural", "balanced"]),
 )
 def test_any_split_gives_the_gradients_of_the_whole_batch(
-    network: str, kind: str, sizes: list[int], penalties: tuple[float, float], first: int
+    network: str, kind: str, sizes: list[int], penalties: tuple[float, float], first: int, augment: float | None, classes: str
 ) -> None:
     options = {f: getattr(OBJECTIVES[kind], f) for f in vars(OBJECTIVES[kind])} | {"r1": penalties[0], "r2": penalties[1]}
     objective = type(OBJECTIVES[kind])(**options)
-    whole = gradients(network, objective, [9], first)
-    parts = gradients(network, objective, sizes, first)
+    whole = gradients(network, objective, [9], first, augment=augment, classes=classes)
+    parts = gradients(network, objective, sizes, first, augment=augment, classes=classes)
     assert whole.keys() == parts.keys()
     scale = max(g.norm() for g in whole.values())
     assert scale > 0

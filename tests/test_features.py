@@ -94,6 +94,7 @@ def test_features_come_from_anywhere_the_same(
     told = [
         next(e for e in RunFolder(run).read_events() if isinstance(e, FeaturesLearnt)) for run in (straight, tmp_path / "cached")
     ]
+    assert f"{told[0].accuracy['labels']:.1%} of labels" in (straight / "report.html").read_text()
     assert [e.found for e in told] == [False, True] and told[0].updates == 12 and told[0].accuracy == told[1].accuracy
     monkeypatch.setenv("FRUGAN_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr(

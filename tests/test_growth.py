@@ -25,7 +25,7 @@ def near(count: int) -> object:
 @pytest.mark.parametrize("name", recipes.RECIPES)
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_growth_is_what_is_traced_at_any_size_with_gradients_and_without(name: str, phase: str) -> None:
-    model = Model(recipes.get(name).replace(image_size=32, channels=3, flip=True), CPU)
+    model = Model(recipes.get(name).replace(image_size=32, channels=3, flip=True, augment="diff"), CPU)
     growth = model.growth(phase, ())
     for count in (2, 5, 24):
         exact = model._trace(phase, Layout(sizes=(count,)))
@@ -45,7 +45,7 @@ def test_no_lever_does_with_less_than_the_least(name: str, phase: str) -> None:
     recipe = recipes.get(name).replace(image_size=32, channels=3)
     model = Model(recipe, CPU)
     least = model.growth(phase, ()).least(32)
-    for levers in variants(recipe, phase, CPU, model.discriminator.couples_samples):
+    for levers in variants(recipe, phase, CPU, (model.generator.couples_samples, model.discriminator.couples_samples)):
         assert least <= model._trace(phase, Layout((32,), levers)).peak().bytes, levers
 
 

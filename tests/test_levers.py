@@ -10,6 +10,7 @@ from frugan.config import recipes
 from frugan.config.architectures import R3, Architecture, Dcgan, Mlp, Upsample
 from frugan.config.objectives import Objective, RpGan
 from frugan.data.loader import Batch
+from frugan.gan.augment import OPERATIONS, Augment
 from frugan.gan.levers import LEVERS, jobs, named
 from frugan.gan.networks import build
 from frugan.gan.networks.blocks import Block
@@ -32,18 +33,23 @@ COUPLED = {
 }
 
 
-def outcome(network: Architecture, objective: Objective, layout: Layout) -> dict[str, Tensor]:
+def outcome(
+    network: Architecture, objective: Objective, layout: Layout, augment: bool = False, classes: int = 0
+) -> dict[str, Tensor]:
     """Gradients, running statistics and measurements of both phases."""
-    generator, discriminator = (n.double() for n in build(network, 12, 2))
+    generator, discriminator = (n.double() for n in build(network, 12, 2, classes=classes))
     torch.manual_seed(1)
     with torch.no_grad():
         for p in [*generator.parameters(), *discriminator.parameters()]:
             p.add_(torch.randn_like(p), alpha=0.1)
     images = torch.randint(0, 256, (sum(layout.sizes), 2, 12, 12), dtype=torch.uint8)
-    step = Step(generator, discriminator, objective, network.latent_dim, Draws(3))
+    labels = torch.arange(sum(layout.sizes)) % max(1, classes)
+    batch = Batch(lambda row, n: images[row : row + n], lambda row, n: labels[row : row + n])
+    step = Step(generator, discriminator, objective, network.latent_dim, Draws(3), conditional=bool(classes))
+    step.augment = Augment(",".join(OPERATIONS), 0.7) if augment else None
     found = {}
     for name, phase in (("d", step.discriminator_phase), ("g", step.generator_phase)):
-        found |= {f"{name}/{k}": v for k, v in phase(Batch(lambda row, n: images[row : row + n]), 0, layout).items()}
+        found |= {f"{name}/{k}": v for k, v in phase(batch, 0, layout).items()}
     for name, net in (("g", generator), ("d", discriminator)):
         found |= {f"{name}.{k}": p.grad for k, p in net.named_parameters() if p.grad is not None}
         found |= {f"{name}.{k}": b for k, b in net.named_buffers()}
@@ -57,17 +63,19 @@ def outcome(network: Architecture, objective: Objective, layout: Layout) -> dict
     penalties=st.sampled_from([(0.0, 0.0), (0.7, 0.0), (0.0, 0.4), (0.7, 0.4)]),
     used=st.sets(st.sampled_from(sorted(LEVERS)), min_size=1),
     parts=st.sampled_from([1, 2]),
+    augment=st.booleans(),
+    classes=st.sampled_from([0, 3]),
 )
 def test_any_levers_give_what_they_promise(
-    network: Architecture, kind: str, penalties: tuple[float, float], used: set[str], parts: int
+    network: Architecture, kind: str, penalties: tuple[float, float], used: set[str], parts: int, augment: bool, classes: int
 ) -> None:
     if network in COUPLED.values():
         used = used - {"penalty", "whole_batch_norm"}  # refused: see the next test; not for one micro-batch: test_batchnorm.py
     options = vars(OBJECTIVES[kind]) | {"r1": penalties[0], "r2": penalties[1]}
     objective = type(OBJECTIVES[kind])(**options)
-    plain = outcome(network, objective, Layout.of(6, parts))
+    plain = outcome(network, objective, Layout.of(6, parts), augment, classes)
     layout = Layout.of(6, parts, named(used))
-    other = outcome(network, objective, layout)
+    other = outcome(network, objective, layout, augment, classes)
     assert plain.keys() == other.keys()
     bitwise = all(g == Guarantee.BITWISE for n, g in layout.named().items() if not n.startswith("micro"))
     scale = max(v.double().norm() for k, v in plain.items() if k[1] == ".")

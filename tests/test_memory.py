@@ -21,7 +21,7 @@ def note(images):
 
 frugan.train(
     "digits", out=sys.argv[1], recipe="dcgan", batch_size=16, epochs=18, width_g=16, width_d=16,
-    accumulation_steps=2, sample_every=1, quiet=True, device="cpu", threads=1, on_update=note,
+    accumulation_steps=2, whole_batch_norm="no", sample_every=1, quiet=True, device="cpu", threads=1, on_update=note,
 )
 print(json.dumps(resident))
 """

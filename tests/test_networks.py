@@ -7,7 +7,7 @@ from torch import nn
 from frugan.config import recipes
 from frugan.config.architectures import R3, Architecture
 from frugan.gan.networks import build
-from frugan.gan.networks.blocks import means
+from frugan.gan.networks.blocks import ResizedConv, means
 from frugan.gan.summary import summarise
 from frugan.utils.draws import Draws, Rows
 from frugan.utils.errors import UserError
@@ -81,6 +81,13 @@ def test_residual_networks_begin_as_the_identity_and_scale_by_depth() -> None:
     block = Residual(8, R3(), gain=0.5)
     x = torch.randn(2, 8, 5, 5)
     assert torch.equal(block(x), x)
+
+
+@pytest.mark.parametrize("size", [8, 7])
+def test_a_resized_convolution_is_a_convolution_of_what_is_resized(size: int) -> None:
+    layer, x = ResizedConv(3, 5, size, bias=True).double(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    enlarged = nn.functional.interpolate(x, size=(size, size))
+    assert torch.allclose(layer(x), nn.functional.conv2d(enlarged, layer.weight, layer.bias, padding=1), atol=1e-12)
 
 
 @pytest.mark.parametrize(("length", "size"), [(7, 4), (5, 3), (8, 4), (9, 1), (3, 3), (13, 5)])

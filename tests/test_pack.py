@@ -301,7 +301,8 @@ def test_the_same_images_from_anything_train_the_same_bitwise(tmp_path: Path, tr
     labels = np.sort(random.integers(0, 3, 48)).astype(np.uint8)  # folders come in the order of their names
     images = random.integers(0, 256, (48, 16, 16), dtype=np.uint8)
     where = containers(tmp_path, images, labels)
-    runs = {kind: train(tmp_path / f"run-{kind}", data, epochs=1, image_size=16) for kind, data in where.items()}
+    where["pack"] = str(pack(where["folder"], channels=1).folder)
+    runs = {kind: train(tmp_path / f"run-{kind}", data, epochs=1, image_size=16, conditional=True) for kind, data in where.items()}
     for kind, run in runs.items():
         assert json.loads((run / "plan.json").read_text())["images"] == 48, kind
         assert_same_state(run, runs["idx"])

@@ -60,7 +60,7 @@ def test_replacing_the_objective_keeps_what_both_have() -> None:
         ({"minutes": 0}, "--minutes must be above 0, not 0"),
         ({"minutes": -3.0}, "--minutes must be above 0, not -3"),
         ({"minutes": 3.0, "epochs": 3}, "--epochs and --minutes both say how long to train: leave one out."),
-        ({"flip": 1}, "--flip must be true or false, not 1"),
+        ({"flip": 1}, "--flip must be one of no, yes, auto, not 1"),
         ({"batchsize": 8}, "there is no setting 'batchsize' in recipe 'dcgan': did you mean 'batch_size'?"),
         ({"objective": "hings"}, "there is no objective called 'hings': did you mean 'hinge'?"),
     ],

@@ -59,7 +59,7 @@ def test_killed_and_continued_is_never_stopped(
 ) -> None:
     settings = {
         "recipe": recipe, "precision": precision, "schedule": schedule, "schedule_epochs": 1, "schedule_patience": 0,
-        "accumulation_steps": 3, "generator_accumulation_steps": 2, "flip": True,
+        "accumulation_steps": 3, "generator_accumulation_steps": 2, "flip": True, "conditional": precision != "fp16",
     }  # fmt: skip
     straight = train(tmp_path / "straight", **settings)
     draw = random.Random(f"{recipe}{precision}{schedule}")
@@ -72,8 +72,17 @@ def test_killed_and_continued_is_never_stopped(
     assert_same_state(straight, train(out, **settings))
 
 
+ADAPTIVE = {"augment": "ada", "ada_images": 500, "ada_target": 0.1, "lr_d": 0.01, "norm_d": "none", "accumulation_steps": 3}
+
+
 @pytest.mark.parametrize(
-    "settings", [{"objective": "wgan-gp", "discriminator_steps": 3}, {"ema_half_life": 0}, {"norm_d": "group"}]
+    "settings",
+    [
+        {"objective": "wgan-gp", "discriminator_steps": 3, "conditional": True, "class_sampling": "balanced"},
+        {"ema_half_life": 0},
+        {"norm_d": "group"},
+        ADAPTIVE,
+    ],
 )
 def test_other_settings_too(settings: dict[str, object], train: Callable[..., Path], tmp_path: Path) -> None:
     straight = train(tmp_path / "straight", **settings)
@@ -81,6 +90,7 @@ def test_other_settings_too(settings: dict[str, object], train: Callable[..., Pa
         with pytest.raises(Stopped):
             train(tmp_path / "broken", on_update=stop_at(update, signal.SIGTERM), **settings)
     assert_same_state(straight, train(tmp_path / "broken", **settings))
+    assert settings != ADAPTIVE or final_state(straight)[1]["augment"]["p"] > 0  # it did move
     logged = [[line.images for line in RunFolder(run).read_log()] for run in (straight, tmp_path / "broken")]
     assert logged[0] == logged[1]
 

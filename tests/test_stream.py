@@ -173,11 +173,61 @@ def test_any_file_system_that_fsspec_knows(tmp_path: Path) -> None:
 def test_parquet_is_streamed(tmp_path: Path) -> None:
     import datasets
 
+    kinds = datasets.Features({"image": datasets.Image(), "kind": datasets.ClassLabel(names=["zebra", "ant"])})
     for part in range(2):
-        rows = {"image": [{"bytes": numbered(i), "path": None} for i in range(part * 10, part * 10 + 10)]}
-        features = datasets.Features({"image": datasets.Image()})
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"train-{part}.parquet")
-    assert sorted(numbers(load(str(tmp_path), block=7).batch(0, 20))) == list(range(20))
+        own = range(part * 10, part * 10 + 10)
+        rows = {"image": [{"bytes": numbered(i), "path": None} for i in own], "kind": [i % 2 for i in own]}
+        datasets.Dataset.from_dict(rows, features=kinds).to_parquet(tmp_path / f"train-{part}.parquet")
+    with closing(load(str(tmp_path), block=7)) as loader:
+        batch = loader.pieces(0, 20)
+    assert sorted(found := numbers(batch.images(0, 20))) == list(range(20))
+    assert batch.labels(0, 20).tolist() == [i % 2 for i in found]
+    assert list(open_source(Data(data=str(tmp_path), stream=True)).classes) == ["zebra", "ant"]
+
+
+@pytest.mark.parametrize("how", ["cls", "json", "folders"])
+def test_streams_carry_the_classes_of_their_images(how: str, tmp_path: Path) -> None:
+    for part in range(3):
+        files = {}
+        for i in range(part * 20, part * 20 + 20):
+            kind = str(i % 3 * 5)
+            if how == "cls":
+                files[f"{i:03}.cls"] = kind.encode()
+            files[f"{kind}/{i:03}.png" if how == "folders" else f"{i:03}.png"] = numbered(i) if i != 7 else b"bad"
+            if how == "json":
+                files[f"{i:03}.json"] = f'{{"label": {kind}}}'.encode()
+        write_shard(tmp_path / f"s-{part}.tar", files)
+    source, whole = (open_source(Data(data=str(tmp_path), stream=stream)) for stream in (True, False))
+    assert list(source.classes) == list(whole.classes)
+    assert source.labels.tolist() == whole.labels.tolist()
+    with closing(load(str(tmp_path), block=25)) as loader:
+        for first in range(0, 120, 40):
+            batch = loader.pieces(first, 40)
+            for begin, count in ((first, 15), (first + 15, 25)):  # what stands for the bad one brings its own class
+                of = [list(source.classes).index(str(i % 3 * 5)) for i in numbers(batch.images(begin, count))]
+                assert batch.labels(begin, count).tolist() == of
+
+
+def test_classes_that_come_and_go_are_refused_by_who_learns_them(tmp_path: Path, train: Callable[..., Path]) -> None:
+    files = {f"{i:03}.png": numbered(i) for i in range(40)} | {"012.cls": b"1", "030.cls": b"1"}
+    write_shard(tmp_path / "s-0.tar", dict(sorted(files.items())))
+    write_shard(
+        tmp_path / "s-1.tar",
+        dict(sorted({f"{i:03}.{k}": v for i in range(40, 60) for k, v in (("cls", b"2"), ("png", numbered(i)))}.items())),
+    )
+    for stream, where in ((True, r"image 0 of .*s-0\.tar"), (False, r"s-0\.tar/000\.png")):
+        with pytest.raises(UserError, match=f"--conditional learns classes, and {where} has none, as 38 of 60 images"):
+            train(tmp_path / "run", tmp_path, stream=stream, conditional=True)
+
+
+def test_a_stream_is_learnt_with_classes_and_gone_on_with(tmp_path: Path, train: Callable[..., Path]) -> None:
+    for part in range(2):
+        own = range(part * 24, part * 24 + 24)
+        write_shard(tmp_path / f"s-{part}.tar", {f"{i % 2}/{i:03}.png": numbered(i) for i in own})
+    settings = {"data": tmp_path, "stream": True, "conditional": True, "channels": 1, "epochs": 2, "batch_size": 10}
+    straight = train(tmp_path / "straight", **settings)
+    train(tmp_path / "broken", **settings | {"epochs": 1})
+    assert_same_state(straight, train(tmp_path / "broken", **settings))
 
 
 def test_memory_stays_while_shards_go_by(tmp_path: Path) -> None:

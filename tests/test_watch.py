@@ -11,9 +11,11 @@ from frugan.config.objectives import Bce, Hinge, RpGan, WganGp
 from frugan.config.recipe import Data
 from frugan.data.pack_loader import PackLoader
 from frugan.data.sources import open_source
+from frugan.gan.augment import MOST, Augment
 from frugan.reporting.records import Line, Warned
 from frugan.reporting.run_folder import RunFolder
 from frugan.training.diagnostics import SETTLED, WON, Diagnostics
+from frugan.utils.draws import Draws, Rows
 
 Told = list[tuple[str, str]]
 
@@ -132,3 +134,30 @@ def test_a_training_that_collapses_is_warned_of_also_when_it_was_broken_off(
     assert "Warning" not in capsys.readouterr().out  # it was told before
     lines = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
     assert next(line for line in lines if line.get("event") == "warning")["text"].startswith("Samples")
+
+
+def test_augmentation_at_its_maximum_is_told_when_it_lasts(watch: Diagnostics, told: Told) -> None:
+    for updates in range(0, 3 * WON, 50):
+        watch.line(line(updates, {"p": 1.0}))  # diff, which is meant to be there always
+        watch.line(line(updates, {"p": 0.7}))
+    assert not told
+    for updates in range(0, WON + 50, 50):
+        watch.line(line(updates, {"p": MOST}))
+    assert [kind for kind, _ in told] == ["overfitting"] and "p 0.8" in told[0][1]
+
+
+@pytest.mark.parametrize("operation", ["cutout", "translation", "color"])
+def test_augmentations_that_leak_are_told(operation: str, watch: Diagnostics, digits: PackLoader, told: Told) -> None:
+    leaking = Augment(operation)(digits.batch(50, 64).float() / 127.5 - 1, Rows(Draws(0), "leak", 0, 64))
+    samples = ((leaking.clamp(-1, 1) + 1) * 127.5).byte()
+    for _ in range(2):
+        watch.samples(samples, SETTLED)
+    assert not told  # nothing is augmented
+    watch.line(line(SETTLED, {"p": 0.5}))
+    watch.samples(samples, SETTLED - 1)
+    for _ in range(2):
+        watch.samples(digits.batch(200, 64), SETTLED)
+        watch.samples(samples, SETTLED)
+    assert not told
+    watch.samples(samples, SETTLED)
+    assert [kind for kind, _ in told] == ["leak"]

@@ -15,7 +15,7 @@ from typing import Any
 import tyro
 
 from frugan.cli import data, evaluate, generate, plan, report, summary, train
-from frugan.cli.parsing import Command, check_flags
+from frugan.cli.parsing import Command, check_flags, spelled_out
 from frugan.utils.errors import UserError, nearest
 
 COMMANDS: dict[str, Command | Mapping[str, Command]] = {
@@ -36,7 +36,7 @@ def parse(arguments: Sequence[str]) -> tuple[Command, Any]:
         UserError: an unknown command, recipe, objective or flag, or a value of the wrong type.
         SystemExit: with 2, after saying which arguments are too many or missing; with 0 after ``--help``.
     """
-    prog, commands, arguments = "frugan", COMMANDS, list(arguments)
+    prog, commands, arguments = "frugan", COMMANDS, spelled_out(arguments)
     while arguments and isinstance(further := commands.get(arguments[0]), Mapping):
         prog, commands, arguments = f"{prog} {arguments[0]}", dict(further), arguments[1:] or ["--help"]
     name = arguments[0]

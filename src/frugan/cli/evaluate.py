@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import isnan
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,6 +55,7 @@ def run(said: Any) -> None:
     what, path = f"images of {said.run}", Path(said.run)
     asked = Data(**data_said(said))
     produce: Callable[[int, int], Any] | None = None
+    drawn, trained = None, tuple[str, ...]()
     count = said.samples
     if path.suffix == ".safetensors" or (path / "recipe.toml").exists():
         from frugan.reporting.run_folder import load_generator
@@ -66,6 +68,7 @@ def run(said: Any) -> None:
         which = "the best checkpoint of " if said.best else ""
         what = f"samples of {which}{said.run} (seed {said.seed}, after {generator.images_seen:,} images{averaged})"
         produce = lambda first, n: generator.generate(n, seed=said.seed, first=first)  # noqa: E731
+        drawn, trained = generator.drawn(count, seed=said.seed), generator.recipe.classes.names
     elif said.data is None:
         raise UserError(f"{path} is no run folder: name a run, or images and DATA to evaluate them by.")
     source, asked = opened(asked, console.tell)
@@ -81,18 +84,31 @@ def run(said: Any) -> None:
         images = open_loader(evaluated, asked, seed=SEED, **ways)
         produce, count = images.batch, min(count, len(images))
         what = f"{'images' if said.run_split == 'train' else said.run_split + ' images'} of {evaluated.name}"
+    classes = tuple(map(str, source.classes))
+    if drawn is not None and trained != classes:
+        drawn = None
+        console.tell(f"The classes of {source.name} are others than those of {said.run}: samples are not compared by class.")
     asking = Options(said.metrics, said.weights, said.any_weights, min(said.samples, len(real)))
     evaluator = Evaluator(
         real, source.name, len(source.classes), asking, device.choose(said.device), console.tell, console.evaluating,
-        console.learning,
+        console.learning, drawn is not None,
     )  # fmt: skip
-    values, unofficial = evaluator(produce, count), evaluator.unofficial
+    values, unofficial = evaluator(produce, count, drawn), evaluator.unofficial
+    by_class = {name: found.tolist() for name, found in evaluator.by_class.items()}
     protocol = evaluator.protocol(count, what)
     if said.json:
         values = {f"{name}_by_other_weights" if name in unofficial else name: value for name, value in values.items()}
-        print(json.dumps({"metrics": values, "protocol": protocol, "official": not unofficial}))
+        found: dict[str, Any] = {"metrics": values, "protocol": protocol, "official": not unofficial}
+        if by_class:
+            found["classes"] = {
+                name: {key: None if isnan(v[number]) else v[number] for key, v in by_class.items()}
+                for number, name in enumerate(classes)
+            }
+        print(json.dumps(found))
     else:
         console.evaluated(values, unofficial)
+        if by_class:
+            console.by_class(classes, by_class)
         console.tell(protocol)
 
 

@@ -21,6 +21,12 @@ class Generate:
     seed: Annotated[int, tyro.conf.arg(help="the same seed gives the same images")] = 0
     out: Annotated[str | None, tyro.conf.arg(help="picture or folder to write; unset: RUN/generated", help_behavior_hint="")] = None
     separate: Annotated[bool, tyro.conf.arg(help="one file an image, not one grid")] = False
+    classes: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(
+            help="which to make, a row each, by names or numbers; unset: all", metavar="CLASS CLASS ...", help_behavior_hint=""
+        ),
+    ] = ()
     interpolate: Annotated[
         tuple[int, ...],
         tyro.conf.arg(help="seeds to go between: a strip and a GIF", metavar="SEED SEED ...", help_behavior_hint=""),
@@ -32,6 +38,7 @@ class Generate:
 
 def run(options: Generate) -> None:
     """Makes images with a trained generator."""
+    from frugan.data.sources.base import plain
     from frugan.reporting import pictures
     from frugan.reporting.run_folder import load_generator
 
@@ -46,7 +53,9 @@ def run(options: Generate) -> None:
     if options.interpolate and options.separate:
         raise UserError("--interpolate writes a strip and a GIF: leave --separate out.")
     if options.interpolate:
-        images = generator.interpolate(options.interpolate, options.frames)
+        if len(options.classes) > 1:
+            raise UserError(f"--interpolate keeps to one class: name one of {', '.join(options.classes)}.")
+        images = generator.interpolate(options.interpolate, options.frames, of=next(iter(options.classes), None))
         name = "-".join(map(str, options.interpolate))
         strip, loop = (
             single or out / f"interpolation_{name}.png",
@@ -58,14 +67,16 @@ def run(options: Generate) -> None:
         pictures.save_loop(images, loop)
         print(f"{strip}\n{loop}")
         return
-    images = generator.generate(options.n, seed=options.seed)
+    classes = options.classes or generator.classes
+    images = generator.generate(options.n, seed=options.seed, classes=classes)
     if options.separate:
         for i, image in enumerate(images):
-            pictures.save(pictures.single(image), out / f"seed_{options.seed}_{i:05d}.png")
+            of = f"_{plain(classes[i % len(classes)])}" if classes else ""
+            pictures.save(pictures.single(image), out / f"seed_{options.seed}_{i:05d}{of}.png")
         print(f"{len(images)} images in {out}")
     else:
         path = single or out / f"seed_{options.seed}.png"
-        pictures.save(pictures.grid(images), path)
+        pictures.save(pictures.grid(images, classes=len(classes)), path)
         print(path)
 
 

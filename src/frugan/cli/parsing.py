@@ -162,6 +162,20 @@ def check_flags(arguments: Sequence[str], options: type[Any]) -> None:
                 raise UserError(f"{name} must be {spoken(hint)}, not {text!r}.")
 
 
+def spelled_out(arguments: Sequence[str]) -> list[str]:
+    """``arguments`` with ``--flip`` and ``--no-flip`` alone, and its values true and false, as the words that they stand for."""
+    said: list[str] = []
+    meant = {"true": "yes", "false": "no"}
+    for argument in arguments:
+        if said[-1:] == ["--flip"]:
+            if argument.lower() in (*meant, "yes", "no", "auto"):
+                argument = meant.get(argument.lower(), argument.lower())
+            else:
+                said.append("yes")
+        said += ["--flip", "no"] if argument in ("--no-flip", "--no_flip") else [argument]
+    return [*said, "yes"] if said[-1:] == ["--flip"] else said
+
+
 def spin_briefly() -> None:
     """Lets idle worker threads of torch spin only briefly before they sleep, unless told otherwise; must run before its import.
 

@@ -30,6 +30,9 @@ class Classes:
     def __len__(self) -> int:
         return len(self.names)
 
+    def __str__(self) -> str:
+        return ", ".join(self.names[:MANY]) + (" ..." if len(self) > MANY else "")
+
     @property
     def present(self) -> tuple[int, ...]:
         """The numbers of those that have images: of the others nothing can be learnt."""
@@ -48,7 +51,7 @@ class Classes:
         for name in asked:
             number = known.get(name, known.get(name.casefold()))
             if number is None:
-                there = f"there are {', '.join(self.names)}." if len(self) <= MANY else nearest(name, self.names)
+                there = f"there are {self}." if len(self) <= MANY else nearest(name, self.names)
                 raise UserError(f"there is no class {name!r}: {there}")
             if not self.counts[number]:
                 raise UserError(f"class {name!r} had no images to learn from: leave it out.")

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 import tomli_w
 
 from frugan.config.architectures import Architecture
+from frugan.config.augmentation import Augmentation
 from frugan.config.classes import Classes
 from frugan.config.objectives import Objective
 from frugan.config.section import Kinded, Section, lever, option
@@ -39,7 +40,15 @@ class Data(Section):
     channels: Literal[1, 3] | None = option(None, "1 for grey, 3 for colour; unset: decided from the data")
     stream: bool = option(False, "read tar or parquet shards as training goes, for data larger than the disk; URLs always are")
     background: str = option("white", "what transparent pixels are laid upon: a colour name or #rrggbb")
-    flip: bool = option(False, "mirror half of the images left to right, drawn anew each time")
+    flip: Literal["no", "yes", "auto"] = option(
+        "no", "mirror half of the images left to right, drawn anew each time; auto: if the images look the same mirrored"
+    )
+
+    def __post_init__(self) -> None:
+        said: object = self.flip
+        if isinstance(said, bool):  # as recipes of earlier versions, and programs, say it
+            object.__setattr__(self, "flip", "yes" if said else "no")
+        super().__post_init__()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -143,6 +152,7 @@ class Recipe:
     data: Data = Data()
     network: Architecture
     objective: Objective
+    augmentation: Augmentation = Augmentation()
     optimizer: Optimizer = Optimizer()
     training: Training = Training()
     memory: Memory = Memory()
@@ -223,7 +233,7 @@ class Recipe:
     @classmethod
     def _from_document(cls, document: dict[str, Any]) -> "Recipe":
         bases: dict[str, Any] = {
-            "data": Data, "network": Architecture, "objective": Objective,
+            "data": Data, "network": Architecture, "objective": Objective, "augmentation": Augmentation,
             "optimizer": Optimizer, "training": Training, "memory": Memory, "classes": Classes,
         }  # fmt: skip
         if unknown := document.keys() - bases.keys() - {"recipe"}:

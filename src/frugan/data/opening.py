@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from frugan.config.recipe import Data
+from frugan.data.classes import classes_of as classes_of
 from frugan.data.decode import background_colour, flatten, is_grey
-from frugan.data.loader import Loader
+from frugan.data.loader import Loader as Loader
 from frugan.data.pack_loader import SMALL, PackLoader
 from frugan.data.sources import open_source
 from frugan.data.sources.base import Source as Source

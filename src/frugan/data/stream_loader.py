@@ -22,12 +22,14 @@ from torch import Tensor
 
 from frugan.config.recipe import Data
 from frugan.data.decode import Pixels, background_colour, fit, flatten
-from frugan.data.loader import Batch, Loader
+from frugan.data.loader import Batch, Loader, unlabelled
 from frugan.data.sources import streams
 from frugan.data.sources.base import Tell, loaded, reason, stamp_of
 from frugan.data.sources.streams import Damaged, Item, Shard, short
 from frugan.utils.draws import Order, derive
 from frugan.utils.errors import UserError
+
+Row = tuple[Pixels, int]  # an image and its class
 
 BLOCK_BYTES = 32 << 20  # of decoded images that are shuffled among each other; two such blocks are held
 
@@ -62,6 +64,7 @@ class StreamLoader:
         self.background = background_colour(data.background)
         self.seed, self.rank, self.world, self.tell = seed, rank, world, tell
         self.length = sum(shard.images for shard in self.shards)
+        self.labelled = all(shard.labels is not None for shard in self.shards)
         if not self.length:
             raise UserError(f"none of the {len(shards)} shards has images.")
         self.fingerprint = stamp_of((shard.name, shard.images, 0) for shard in self.shards)
@@ -69,9 +72,9 @@ class StreamLoader:
         self._told: set[str] = set()
         self._decoders = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")
-        self._blocks: dict[tuple[int, int], Future[dict[int, Pixels]]] = {}
+        self._blocks: dict[tuple[int, int], Future[dict[int, Row]]] = {}
         self._closing = threading.Event()
-        self._stream: tuple[int, int, Generator[Item]] | None = None  # of which epoch, from which image on
+        self._stream: tuple[int, int, Generator[tuple[Item, int]]] | None = None  # of which epoch, from which image on
         # All threads at once: each reserves its stack when it starts, which must not happen within a limit on memory.
         together = threading.Barrier(workers)
         list(self._decoders.map(lambda _: together.wait(), range(workers)))
@@ -92,21 +95,25 @@ class StreamLoader:
 
     def pieces(self, first: int, count: int) -> Batch:
         """The same images to be read in pieces."""
-        rows = {p: self._image(p) for p in range(first, first + count) if p % self.world == self.rank}
+        found = {p: self._image(p) for p in range(first, first + count) if p % self.world == self.rank}
+        rows, classes = {p: pixels for p, (pixels, _) in found.items()}, {p: label for p, (_, label) in found.items()}
 
-        def piece(begin: int, number: int) -> Tensor:
+        def images(begin: int, number: int) -> Tensor:
             mine = [rows[p] for p in range(begin, begin + number) if p in rows]
             return torch.from_numpy(np.stack(mine)) if mine else torch.empty(0, *self.shape, dtype=torch.uint8)
 
-        return Batch(piece)
+        def labels(begin: int, number: int) -> Tensor:
+            return torch.tensor([classes[p] for p in range(begin, begin + number) if p in classes], dtype=torch.int64)
+
+        return Batch(images, labels if self.labelled else unlabelled)
 
     def ahead(self, batch: int) -> int:
         """Bytes of the blocks that are held, and of the batch in use."""
         return (2 * self.block // self.world + batch) * math.prod(self.shape)
 
     def labels(self, first: int, count: int) -> Tensor | None:
-        """None: streams have no classes."""
-        return None
+        """The classes of the images that `batch` gives: int64 ``[n]``, or None if there are none."""
+        return self.pieces(first, count).labels(first, count)
 
     def reordered(self, seed: int) -> Loader:
         """Cannot be: a stream is read in its own order."""
@@ -122,7 +129,7 @@ class StreamLoader:
         for pool in (self._reader, self._decoders):
             pool.shutdown(cancel_futures=True)
 
-    def _image(self, position: int) -> Pixels:
+    def _image(self, position: int) -> Row:
         epoch, offset = divmod(position, self.length)
         key = (epoch, offset // self.block)
         if key not in self._blocks:
@@ -140,8 +147,8 @@ class StreamLoader:
         epoch, block = key
         return (epoch, block + 1) if (block + 1) * self.block < self.length else (epoch + 1, 0)
 
-    def _read(self, epoch: int, block: int) -> dict[int, Pixels]:
-        """This process's images of a block, by their place in it."""
+    def _read(self, epoch: int, block: int) -> dict[int, Row]:
+        """This process's images of a block, with their classes, by their place in it."""
         begin = block * self.block
         count = min(self.block, self.length - begin)
         places = np.empty(count, np.int64)  # of the image that is read n-th
@@ -150,8 +157,9 @@ class StreamLoader:
         stream = before[2] if before and before[:2] == (epoch, begin) else self._from(epoch, begin)
         try:
             waiting: dict[int, Future[Pixels | None]] = {}
+            classes: dict[int, int] = {}
             for place in places.tolist():
-                name, content = next(stream)
+                (name, content), classes[place] = next(stream)
                 if (epoch * self.length + begin + place) % self.world == self.rank:
                     waiting[place] = self._decoders.submit(self._decode, name, content)
                 if len(waiting) % 64 == 0 and waiting:
@@ -161,14 +169,17 @@ class StreamLoader:
             stream.close()
             raise
         self._stream = (epoch, begin + count, stream)
-        good = next((pixels for pixels in decoded.values() if pixels is not None), None)
+        good = next(((pixels, classes[place]) for place, pixels in decoded.items() if pixels is not None), None)
         if decoded and good is None:
             raise UserError(f"none of {len(decoded)} images in a row can be read, from {self.shards[0].name} on.")
+        rows: dict[int, Row] = {}
         for place, pixels in decoded.items():
-            decoded[place] = good = pixels if pixels is not None else good
-        return {place: pixels for place, pixels in decoded.items() if pixels is not None}
+            good = (pixels, classes[place]) if pixels is not None else good
+            if good is not None:
+                rows[place] = good
+        return rows
 
-    def _from(self, epoch: int, skip: int) -> Generator[Item]:
+    def _from(self, epoch: int, skip: int) -> Generator[tuple[Item, int]]:
         """Every image of an epoch but the first ``skip``, from shard to shard."""
         order = Order(derive(self.seed, "shards", epoch), len(self.shards)).read(0, len(self.shards)).tolist()
         for number in order:
@@ -177,9 +188,10 @@ class StreamLoader:
                 yield from self._whole(shard, skip)
             skip = max(0, skip - shard.images)
 
-    def _whole(self, shard: Shard, given: int) -> Iterator[Item]:
-        """Every image of ``shard`` but the first ``given``; where the network or the system fails, it is read on after a while.
+    def _whole(self, shard: Shard, given: int) -> Iterator[tuple[Item, int]]:
+        """Every image of ``shard`` but the first ``given``, with its class, or 0 where there are none.
 
+        Where the network or the system fails, it is read on after a while.
         A shard that ends too early twice at the same image is cut short or damaged: its rest is named once, and images that cannot
         be read stand for it.
         """
@@ -189,7 +201,7 @@ class StreamLoader:
             why = "it is cut short"
             try:
                 for item in islice(shard.read(given), shard.images - given):
-                    yield item
+                    yield item, 0 if shard.labels is None else int(shard.labels[given])
                     given, failed = given + 1, 0
             except (UserError, MemoryError):
                 raise
@@ -205,7 +217,7 @@ class StreamLoader:
                     self._told.add(rest)
                     self.tell(f"The rest of {shard.name} cannot be read: {why}.")
                 for _ in range(given, shard.images):
-                    yield rest, why
+                    yield (rest, why), 0
                 return
             ended = given
 

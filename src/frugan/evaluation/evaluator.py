@@ -4,9 +4,11 @@ Images are made, looked at and let go of in pieces, so that memory does not grow
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from frugan.data.loader import Images, Loader
 from frugan.evaluation.families import FAMILIES, METRICS
@@ -17,8 +19,9 @@ SEED = 0  # of the samples, and of which real images are taken
 FEWEST = 16  # images that can be evaluated, or that others can be evaluated by
 
 
-def chosen(options: Options, labelled: bool) -> list[str]:
-    """The metrics that are asked for, in the order of `METRICS`; ``labelled``: whether there are labels of two classes.
+def chosen(options: Options, labelled: bool, conditional: bool = False) -> list[str]:
+    """The metrics that are asked for, in the order of `METRICS`; ``labelled``: whether there are labels of two classes;
+    ``conditional``: whether samples are asked for by class.
 
     Raises:
         UserError: an unknown one, or one that cannot be had of these images.
@@ -26,13 +29,18 @@ def chosen(options: Options, labelled: bool) -> list[str]:
     unlabelled = {name for family in FAMILIES.values() if not family.labelled for name in family.metrics}
     if options.metrics == AUTO:
         automatic = {name for family in FAMILIES.values() if family.automatic(options) for name in family.metrics}
-        return [name for name in METRICS if name in automatic and (labelled or name in unlabelled)]
+        return [
+            name for name, metric in METRICS.items()
+            if name in automatic and (labelled or name in unlabelled) and (conditional or not metric.conditional)
+        ]  # fmt: skip
     asked = [name.strip() for name in options.metrics.split(",") if name.strip()]
     for name in asked:
         if name not in METRICS:
             raise UserError(f"there is no metric {name!r}: {nearest(name, METRICS)}")
         if not labelled and name not in unlabelled:
             raise UserError(f"{name} needs images of at least two classes: use swd, or metrics of Inception's features.")
+        if METRICS[name].conditional and not conditional:
+            raise UserError(f"{name} needs samples that were asked for by class: train with --conditional, or leave it out.")
     if not asked:
         raise UserError("--metrics names none: leave it out, or say for example swd,fid.")
     return [name for name in METRICS if name in asked]
@@ -50,10 +58,12 @@ class Evaluator:
         tell: is called with what a person should know.
         progress: is called with the images looked at, and of how many.
         learning: is called with the updates of a classifier that is trained first, and of how many.
+        conditional: whether samples are asked for by class.
 
     Attributes:
         metrics: their names; the first decides what is best.
         reals: how many real images are used.
+        by_class: metrics of each class of the last samples, float64 ``[classes]`` each, if they were asked for by class.
 
     Raises:
         UserError: a metric that there is not, or that cannot be had here.
@@ -61,11 +71,13 @@ class Evaluator:
 
     def __init__(
         self, data: Loader, name: str, classes: int, options: Options, device: torch.device, tell: Callable[[str], None],
-        progress: Progress | None = None, learning: Progress | None = None,
+        progress: Progress | None = None, learning: Progress | None = None, conditional: bool = False,
     ) -> None:  # fmt: skip
         self.data = data.reordered(SEED)
         self.name = name
-        self.metrics = chosen(options, classes > 1 and data.labels(0, 1) is not None)
+        options = replace(options, among=len(data))
+        self.metrics = chosen(options, classes > 1 and data.labels(0, 1) is not None, conditional)
+        self.by_class: dict[str, Tensor] = {}
         self.reals = min(options.reals, len(data))
         if self.reals < FEWEST:
             raise UserError(f"{self.reals} real images are too few to evaluate by: at least {FEWEST} are needed.")
@@ -81,8 +93,8 @@ class Evaluator:
         self._real = self._look_at_reals()
         self._rehearse()
 
-    def __call__(self, produce: Images, images: int) -> dict[str, float]:
-        """The metrics of ``images`` images that ``produce`` makes.
+    def __call__(self, produce: Images, images: int, asked: Tensor | None = None) -> dict[str, float]:
+        """The metrics of ``images`` images that ``produce`` makes; ``asked``: the class that each was to have, int64 ``[images]``.
 
         Raises:
             UserError: too few to be evaluated.
@@ -94,6 +106,11 @@ class Evaluator:
         values: dict[str, float] = {}
         for name, family in self._families.items():
             values |= family.compared(self._real[name], seen[name])
+            if asked is not None:
+                self.by_class |= family.by_class(self._real[name], seen[name], asked)
+        for name, of_each in self.by_class.items():
+            if asked is not None and METRICS[name].conditional:
+                values[name] = float(of_each[asked].mean())
         return {name: values[name] for name in self.metrics}
 
     @property

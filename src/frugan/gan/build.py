@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from frugan.config.recipe import Recipe
-from frugan.data.loader import Batch as Batch
+from frugan.gan.augment import Adaptive, adaptive, augment
 from frugan.gan.levers import of_phase
-from frugan.gan.networks import Network
+from frugan.gan.networks import Map, Network
 from frugan.gan.optim import Ema, FrugalAdam, LowBitAdam
+from frugan.gan.step import Batch as Batch
 from frugan.gan.step import Step, Terms
 from frugan.memory.layout import Layout
 from frugan.memory.search import Levers
@@ -27,6 +28,8 @@ def lay_out(recipe: Recipe, generator: Network, discriminator: Network) -> None:
         for module in network.modules():
             if isinstance(module, (nn.LeakyReLU, nn.ReLU)):
                 module.inplace = recipe.memory.in_place
+            elif isinstance(module, Map):
+                module.memory_format = layout
 
 
 def freeze(recipe: Recipe, discriminator: Network) -> None:
@@ -64,13 +67,32 @@ def average(recipe: Recipe, generator: Network, device: torch.device) -> Ema | N
 
 
 def make_step(recipe: Recipe, generator: Network, discriminator: Network) -> Step:
-    """The step of ``recipe`` on these networks."""
+    """The step of ``recipe`` on these networks.
+
+    Raises:
+        UserError: generated images shall have classes of their own, and the loss compares them with real ones.
+    """
+    balanced = recipe.training.class_sampling == "balanced"
     memory = recipe.memory
     device = next(generator.parameters()).device
-    return Step(
+    step = Step(
         generator, discriminator, recipe.objective, recipe.network.latent_dim, Draws(recipe.training.seed, device),
-        flip=recipe.data.flip, precision=memory.precision, channels_last=memory.channels_last,
+        flip=recipe.data.flip != "no", augment=augment(recipe.augmentation), precision=memory.precision,
+        channels_last=memory.channels_last, conditional=bool(recipe.classes), balanced=recipe.classes.present if balanced else (),
     )  # fmt: skip
+    if balanced and not recipe.classes:
+        raise UserError("--class-sampling balanced is for classes: --conditional learns them.")
+    if balanced and step.loss.paired:
+        raise UserError(
+            f"--class-sampling balanced draws classes anew for generated images, and {recipe.objective.kind} compares each with a "
+            "real one, which must be of the same class: use natural, or another --objective."
+        )
+    return step
+
+
+def adaptation(recipe: Recipe, step: Step) -> Adaptive | None:
+    """What finds how often ``step`` augments, if that is not the same all the time."""
+    return adaptive(recipe.augmentation, step.augment, recipe.training.batch_size, step.loss.centred)
 
 
 @dataclass(frozen=True)

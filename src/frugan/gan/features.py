@@ -30,7 +30,7 @@ LARGE_BATCH = 64  # of those beyond
 LARGE = 32  # pixels
 EPOCHS = 40  # at most
 HELD_OUT = 1000  # images, or a tenth, on which it is examined
-SHIFT = 8  # images are shifted by up to this part of their side
+SHIFT = 16  # images are shifted by up to this part of their side
 
 
 @dataclass(frozen=True)

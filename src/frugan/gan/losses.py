@@ -25,12 +25,14 @@ class Loss:
         generator: (options, logits of generated images ``[n]``, logits of real images ``[n]`` or None) to terms ``[n]``.
         paired: whether the generator's loss needs the logits of real images.
         probability: whether the sigmoid of a logit is D's probability that the image is real.
+        centred: whether a logit above 0 says that the image is real; if not, logits only mean something beside one another.
     """
 
     discriminator: Callable[[Any, Tensor, Tensor], Tensor]
     generator: Callable[[Any, Tensor, Tensor | None], Tensor]
     paired: bool = False
     probability: bool = False
+    centred: bool = False
 
 
 def _bce_d(options: Bce, real: Tensor, fake: Tensor) -> Tensor:
@@ -64,8 +66,8 @@ def _rpgan_g(options: RpGan, fake: Tensor, real: Tensor | None) -> Tensor:
 
 
 LOSSES: dict[type[Objective], Loss] = {
-    Bce: Loss(_bce_d, _bce_g, probability=True),
-    Hinge: Loss(_hinge_d, _negated),
+    Bce: Loss(_bce_d, _bce_g, probability=True, centred=True),
+    Hinge: Loss(_hinge_d, _negated, centred=True),
     WganGp: Loss(_wgan_d, _negated),
     RpGan: Loss(_rpgan_d, _rpgan_g, paired=True),
 }

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from frugan.data.loader import Batch, Labels
+from frugan.gan.augment import Augment as Augment
 from frugan.gan.networks import Network
 from frugan.memory import levers
 from frugan.memory.batchnorm import WholeBatches
@@ -33,6 +34,7 @@ class Passes:
     latent_dim: int
     draws: Draws
     flip: bool
+    augment: Augment | None
     precision: str
     channels_last: bool
     conditional: bool
@@ -73,9 +75,12 @@ class Passes:
 
     def _real(self, batch: Batch, rows: Rows) -> Tensor:
         mirrored = self.draws.uniform("flip", rows.first, rows.count) < 0.5 if self.flip else None
-        return self._layout(normalise(batch.images(rows.first, rows.count), mirrored, self.like))
+        return self._shown(normalise(batch.images(rows.first, rows.count), mirrored, self.like), rows)
 
-    def _layout(self, images: Tensor) -> Tensor:
+    def _shown(self, images: Tensor, rows: Rows) -> Tensor:
+        """Images as D sees them: the only place where they are augmented, for the use that ``rows`` name, and laid out."""
+        if self.augment:
+            images = self.augment(images, rows)
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
     def autocast(self) -> AbstractContextManager[object]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from frugan.config.recipe import Recipe
+from frugan.config.recipe import Recipe as Recipe
 from frugan.gan.networks import Network, build
 from frugan.gan.step import evaluating
 from frugan.utils import checkpoint, device
@@ -30,20 +30,39 @@ class Generator:
         self.recipe = recipe
         self.images_seen = images_seen
 
-    def generate(self, n: int = 16, *, seed: int = 0, first: int = 0) -> Tensor:
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes that can be asked for; none if it was trained without."""
+        return tuple(self.recipe.classes.names[number] for number in self.recipe.classes.present)
+
+    def generate(self, n: int = 16, *, seed: int = 0, first: int = 0, classes: Sequence[str] = ()) -> Tensor:
         """Makes ``n`` images: uint8 ``[n, channels, size, size]`` on the CPU. Image i of a seed is the same for every ``n``.
 
         Args:
             n: how many.
             seed: of their noise.
             first: the number of the first one.
+            classes: of the images, in turn, by names or numbers; unset: as often as the data has them, drawn by ``seed``.
+
+        Raises:
+            UserError: a class that there is not, or one is asked for and there are none.
         """
         if n < 1:
             raise UserError(f"the number of images to generate must be at least 1, not {n}.")
-        return self.decode(Draws(seed).normal("sample", first, n, self.recipe.network.latent_dim))
+        noise = Draws(seed).normal("sample", first, n, self.recipe.network.latent_dim)
+        return self.decode(noise, in_turn(self._found(classes), first, n) if classes else self.drawn(n, seed=seed, first=first))
 
-    def interpolate(self, seeds: Sequence[int], frames: int = 16) -> Tensor:
+    def drawn(self, n: int, *, seed: int = 0, first: int = 0) -> Tensor | None:
+        """The classes of what `generate` makes where none are asked for: int64 ``[n]``; None: it was trained without."""
+        return natural(self.recipe, seed, first, n)
+
+    def interpolate(self, seeds: Sequence[int], frames: int = 16, *, of: str | None = None) -> Tensor:
         """Goes from the first image of each seed to that of the next in ``frames`` steps, along the sphere on which noise lies.
+
+        Args:
+            seeds: at least two.
+            frames: from one to the next.
+            of: the class of all images; unset: that of the first image, if there are classes.
 
         Returns:
             uint8 ``[(len(seeds) - 1) * frames + 1, channels, size, size]``.
@@ -54,11 +73,36 @@ class Generator:
             raise UserError(f"the number of frames between two seeds must be at least 1, not {frames}.")
         ends = [Draws(seed).normal("sample", 0, 1, self.recipe.network.latent_dim)[0] for seed in seeds]
         steps = [slerp(a, b, i / frames) for a, b in pairwise(ends) for i in range(frames)]
-        return self.decode(torch.stack([*steps, ends[-1]]))
+        noise = torch.stack([*steps, ends[-1]])
+        one = in_turn(self._found([of]), 0, 1) if of is not None else natural(self.recipe, seeds[0], 0, 1)
+        return self.decode(noise, None if one is None else one.expand(len(noise)))
 
-    def decode(self, noise: Tensor) -> Tensor:
-        """Noise ``[n, latent_dim]`` to uint8 images ``[n, channels, size, size]`` on the CPU."""
-        return to_images(self.network, noise)
+    def decode(self, noise: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Noise ``[n, latent_dim]``, and the numbers of ``classes`` int64 ``[n]`` if there are any, to uint8 images
+        ``[n, channels, size, size]`` on the CPU."""
+        if classes is None and self.classes:
+            raise UserError(f"this generator makes images of {len(self.classes)} classes: give one for each row of noise.")
+        return to_images(self.network, noise, classes=classes)
+
+    def _found(self, classes: Sequence[str]) -> list[int]:
+        if not self.classes:
+            raise UserError(f"there is no class {classes[0]!r}: this generator was trained without; --conditional trains one with.")
+        return self.recipe.classes.find(map(str, classes))
+
+
+def in_turn(classes: Sequence[int], first: int, count: int) -> Tensor:
+    """The classes of images ``first`` to ``first + count`` that have ``classes`` in turn: int64 ``[count]``."""
+    return torch.tensor(classes)[torch.arange(first, first + count) % len(classes)]
+
+
+def natural(recipe: Recipe, seed: int, first: int, count: int) -> Tensor | None:
+    """The classes of images ``first`` to ``first + count``, as often as the data has them: int64 ``[count]``, drawn for each image
+    by ``seed``; None if ``recipe`` (resolved) learns none."""
+    if not recipe.classes:
+        return None
+    ends = torch.tensor(recipe.classes.counts, dtype=torch.float64).cumsum(0)
+    place = Draws(seed).uniform("sample/class", first, count).double() * ends[-1]
+    return torch.bucketize(place, ends, right=True)
 
 
 def to_images(network: nn.Module, noise: Tensor, chunk: int = CHUNK, classes: Tensor | None = None) -> Tensor:
@@ -105,7 +149,7 @@ def load(path: Path, device_name: str = "cpu") -> Generator:
     tensors, state = checkpoint.load(path)
     recipe = Recipe.from_toml(state["recipe"], str(path))
     channels, size, _ = recipe.data.shape
-    network, _ = build(recipe.network, size, channels)
+    network, _ = build(recipe.network, size, channels, classes=len(recipe.classes))
     for prefix in ("ema/module.", "generator/"):  # a whole checkpoint will do as well
         if any(name.startswith(prefix) for name in tensors):
             tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

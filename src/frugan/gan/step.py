@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from frugan.config.objectives import Objective
-from frugan.data.loader import Batch, unlabelled
+from frugan.data.loader import Batch as Batch
 from frugan.data.loader import Labels as Labels
+from frugan.data.loader import unlabelled
 from frugan.gan.losses import LOSSES
 from frugan.gan.networks import Network
-from frugan.gan.passes import Part, Passes
+from frugan.gan.passes import Augment, Part, Passes
 from frugan.gan.penalties import Penalty, penalties, weighted
 from frugan.memory import levers, private
 from frugan.memory.layout import Layout, slices
@@ -40,6 +41,7 @@ class Step(Passes):
         latent_dim: length of a noise vector.
         draws: where noise, masks and mirrorings come from.
         flip: whether half of the real images are mirrored.
+        augment: what D sees of images; None: the images themselves.
         precision: ``fp32`` computes in the networks' own dtype, ``bf16`` and ``fp16`` under autocast.
         channels_last: memory format of the images that enter the networks.
         conditional: whether both networks are told the classes of images, which then need labels.
@@ -52,6 +54,7 @@ class Step(Passes):
     latent_dim: int
     draws: Draws
     flip: bool = False
+    augment: Augment | None = None
     precision: str = "fp32"
     channels_last: bool = False
     conditional: bool = False
@@ -77,7 +80,8 @@ class Step(Passes):
             layout: the sizes of the micro-batches and how each is computed.
 
         Returns:
-            Means over the batch, as tensors without graph: ``Loss_D``, ``D(x)`` and each penalty.
+            Means over the batch, as tensors without graph: ``Loss_D``, ``D(x)``, each penalty, and ``r_t`` and ``p`` if images
+            are augmented.
         """
         total: Terms = {}
         whole, parts = sum(layout.sizes), _parts(first, layout)
@@ -85,7 +89,8 @@ class Step(Passes):
         compute = self._one_by_one if layout.uses("separate_terms") else self._at_once
 
         def generate(first: int, count: int) -> Tensor:
-            return self._layout(self._generate(self._of_fake("latent/d", first, count, batch.labels)))
+            rows = self._of_fake("latent/d", first, count, batch.labels)
+            return self._shown(self._generate(rows), rows.used_as("fake"))
 
         def judge_real(first: int, count: int) -> Tensor:
             rows = self._of_real(first, count, batch.labels)
@@ -100,7 +105,7 @@ class Step(Passes):
                 of_real = self._of_real(begin, count, batch.labels)
                 of_fake = self._of_fake("latent/d", begin, count, batch.labels)
                 real = self._real(batch, of_real)
-                fake = self._layout(self._generate(of_fake))
+                fake = generate(begin, count)
                 between = None
                 if self.penalties["between"]:
                     share = self.draws.uniform("between", begin, count, 1, 1, 1).to(real)
@@ -112,6 +117,8 @@ class Step(Passes):
                     _add(total, measured, whole)
             self._whole.bring_back("real", partial(self._carry, "real", judge_real, self._learning))
             self._whole.bring_back("fake", partial(self._carry, "fake", judge_fake, self._learning))
+        if self.augment:
+            total["p"] = self.like.new_full((), self.augment.p)
         return total
 
     def generator_phase(self, batch: Batch, first: int, layout: Layout) -> Terms:
@@ -128,12 +135,13 @@ class Step(Passes):
             return self._generate(self._of_fake("latent/g", first, count, batch.labels), learns=True, layout=layout)
 
         def judge(first: int, count: int, fake: Tensor) -> Tensor:
-            return self._judge(fake, self._of_fake("latent/g", first, count, batch.labels).used_as("g/fake"), layout)
+            rows = self._of_fake("latent/g", first, count, batch.labels).used_as("g/fake")
+            return self._judge(self._shown(fake, rows), rows, layout)
 
         def judge_real(first: int, count: int) -> Tensor:
-            rows = self._of_real(first, count, batch.labels)
+            rows = self._of_real(first, count, batch.labels).used_as("g/real")
             with torch.no_grad():
-                return self._discriminate(self._real(batch, rows), rows.used_as("g/real"))
+                return self._discriminate(self._real(batch, rows), rows)
 
         def lose(first: int, count: int, fake: Tensor) -> Tensor:
             fake_logits = judge(first, count, fake)
@@ -160,7 +168,8 @@ class Step(Passes):
         parts = _parts(first, layout)
 
         def generate(first: int, count: int) -> Tensor:
-            return self._layout(self._generate(self._of_fake("latent/g", first, count, labels)))
+            rows = self._of_fake("latent/g", first, count, labels)
+            return self._shown(self._generate(rows), rows.used_as("g/fake"))
 
         def judge(first: int, count: int) -> Tensor:
             rows = self._of_fake("latent/g", first, count, labels)
@@ -179,7 +188,7 @@ class Step(Passes):
         real_logits, real_penalty, measured = self._with_penalties(real, of_real, layout)
         fake_logits, fake_penalty, more = self._with_penalties(fake, of_fake, layout)
         terms = self._lost(real_logits, fake_logits)
-        loss = {"Loss_D": terms.detach(), "D(x)": self._score(real_logits)}
+        loss = self._reported(terms, real_logits, fake_logits)
         self._backward(_plus(_plus(terms, real_penalty), fake_penalty), batch, self._learning)
         return loss | measured | more
 
@@ -199,7 +208,7 @@ class Step(Passes):
         del logits, penalty, terms
         logits, penalty, more = self._with_penalties(fake, of_fake, layout)
         terms = self._lost(real_logits, logits)
-        loss = {"Loss_D": terms.detach(), "D(x)": self._score(real_logits)}
+        loss = self._reported(terms, real_logits, logits)
         self._backward(_plus(terms, penalty), batch, self._learning)
         return loss | measured | more
 
@@ -242,6 +251,14 @@ class Step(Passes):
     def _lost(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         """D's terms ``[n]``."""
         return per_sample(self.loss.discriminator(self.objective, real_logits, fake_logits))
+
+    def _reported(self, terms: Tensor, real: Tensor, fake: Tensor) -> Terms:
+        """What D's phase reports of each sample, ``[n]`` each: by its terms, and its logits of real and generated images."""
+        measured = {"Loss_D": terms.detach(), "D(x)": self._score(real)}
+        if self.augment:  # the sign that D overfits: `frugan.gan.augment.Adaptive`
+            signs = ((real if self.loss.centred else real - fake) > 0).to(real.dtype) * 2 - 1
+            measured["r_t"] = per_sample(signs)
+        return measured
 
     def _score(self, logits: Tensor) -> Tensor:
         """What is reported as D(.): the probability of being real where the loss defines one, else the logit; ``[n]``."""

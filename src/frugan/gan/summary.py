@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from frugan.config.recipe import Recipe
 from frugan.gan.networks import Network, build
+from frugan.utils.draws import Draws, Rows
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,16 @@ def summarise(recipe: Recipe, there: tuple[Network, Network] | None = None) -> d
     would import its compiler: 1.2 s, 150 MiB.)
     """
     channels, size, _ = recipe.data.shape
-    generator, discriminator = there or build(recipe.network, size, channels)
+    generator, discriminator = there or build(recipe.network, size, channels, classes=len(recipe.classes))
     with next(generator.parameters()).device, torch.no_grad():
         noise = torch.zeros(1, recipe.network.latent_dim)
         images = torch.zeros(1, *recipe.data.shape)
+        of = Rows(Draws(0), "summary", 0, 1, torch.zeros(1, dtype=torch.int64))
         width = 2 if recipe.memory.precision in ("bf16", "fp16") else 4
-        return {"generator": _rows(generator, noise, width), "discriminator": _rows(discriminator, images, width)}
+        return {"generator": _rows(generator, noise, of, width), "discriminator": _rows(discriminator, images, of, width)}
 
 
-def _rows(network: Network, x: Tensor, width: int) -> list[Row]:
+def _rows(network: Network, x: Tensor, of: Rows, width: int) -> list[Row]:
     rows: list[Row] = []
 
     def note(name: str) -> Any:
@@ -54,7 +56,7 @@ def _rows(network: Network, x: Tensor, width: int) -> list[Row]:
     hooks = [layer.register_forward_hook(note(name.removeprefix("blocks."))) for name, layer in layers]
     training = {m: m.training for m in network.modules()}
     network.eval()  # one image is enough, and batch norm refuses it while training
-    network(x)
+    network(x, of)
     for module, was in training.items():
         module.training = was
     for hook in hooks:

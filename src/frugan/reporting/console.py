@@ -3,7 +3,8 @@
 import atexit
 import time
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
+from math import isnan
 from typing import Any
 
 from rich.console import Console as Rich
@@ -183,14 +184,27 @@ class Console:
         self.rich.print(table, soft_wrap=False)
         self.rich.print()
 
+    def by_class(self, names: Sequence[str], found: Mapping[str, Sequence[float]]) -> None:
+        """What `frugan evaluate` measured of each class."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("class")
+        for name in found:
+            table.add_column(METRICS[name].label, justify="right")
+        for number, name in enumerate(names):
+            table.add_row(name, *("-" if isnan(v[number]) else shown(key, v[number]) for key, v in found.items()))
+        self.rich.print(table, soft_wrap=False)
+        self.rich.print()
+
     def learning(self, done: int, total: int) -> None:
         """Shows how far the classifier is that samples are evaluated by."""
         self._count("Updates of the classifier", done, total)
 
     def features(self, done: int, total: int, seconds: float) -> None:
         """Shows how far the features are that D is built on: ``seconds`` have passed."""
-        if self.rich.is_terminal or done == total:
+        if self.rich.is_terminal:
             self._count("Updates of the features", done, total)
+        elif done == 1:
+            self._last_plain = time.monotonic()
         elif time.monotonic() - self._last_plain >= PLAIN_EVERY:
             self._last_plain = time.monotonic()
             self.tell(f"Features: {seconds:.0f} of {seconds / done * total:.0f} s.")

@@ -20,16 +20,19 @@ GAP = 2  # pixels between the images of a grid
 LEAST_SIDE = 64  # pixels that a small image is enlarged to in a grid, so that a person can see it
 
 
-def grid(images: Tensor, columns: int | None = None) -> Image.Image:
-    """uint8 images ``[n, c, h, w]`` side by side, ``columns`` to a row (default: as square as it gets), small ones enlarged."""
+def grid(images: Tensor, columns: int | None = None, *, classes: int = 0) -> Image.Image:
+    """uint8 images ``[n, c, h, w]`` side by side, ``columns`` to a row (default: as square as it gets), small ones enlarged.
+
+    Where images are of so many ``classes`` in turn, each class has a row of its own.
+    """
     images = images.cpu()  # at once, wherever they are
     factor = max(1, LEAST_SIDE // images.shape[-1])
-    columns = columns or math.isqrt(len(images) - 1) + 1
+    columns = -(-len(images) // classes) if classes else columns or math.isqrt(len(images) - 1) + 1
     side = images.shape[-1] * factor
-    rows = -(-len(images) // columns)
+    rows = min(classes, len(images)) or -(-len(images) // columns)
     sheet = Image.new("L" if images.shape[1] == 1 else "RGB", (columns * (side + GAP) + GAP, rows * (side + GAP) + GAP), "white")
     for i, image in enumerate(images):  # torchvision's make_grid would do, but importing it takes 160 MiB
-        row, column = divmod(i, columns)
+        row, column = (i % classes, i // classes) if classes else divmod(i, columns)
         picture = single(image).resize((side, side), Image.Resampling.NEAREST)
         sheet.paste(picture, (GAP + column * (side + GAP), GAP + row * (side + GAP)))
     return sheet

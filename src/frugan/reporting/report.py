@@ -39,6 +39,12 @@ PANELS: tuple[tuple[str, str, Mapping[str, str], int | None], ...] = (
     ("Memory", "What the process holds.", {"memory": "held"}, None),
     ("Speed", "On average since training began or went on.", {"images/s": "images/s"}, 0),
     ("Penalties", "Before their weights.", {name: name for name in PENALTY_NAMES}, None),
+    (
+        "Augmentation",
+        "p is the chance of each operation; ada raises it while r_t, how surely D knows real images, is above its target.",
+        {"p": "p", "r_t": "r_t"},
+        3,
+    ),
     ("Learning rates", "", {"lr_g": "G", "lr_d": "D"}, None),
 )
 COMPARED = {"Loss_D": "Loss of D", "Loss_G": "Loss of G", "D(x)": "D(x)", "D(G(z))": "D(G(z))"}
@@ -126,6 +132,9 @@ def _glance(story: Story) -> Iterator[str]:
             tiles.append((f"Best {_label(measure)}", _value(measure, best[1]), f"after {best[0]:,.0f} images"))
     if (speed := number(story.last.speed)) is not None:
         tiles.append(("Speed", f"{speed:,.0f}", "images/s"))
+    if learnt := story.features:
+        right = ", ".join(f"{share:.1%} of {task}" for task, share in learnt.accuracy.items()) or learnt.task
+        tiles.append(("Features of D", right, f"right after {learnt.updates:,} updates" if learnt.accuracy else ""))
     predicted, budget = number(story.plan.get("predicted")), number(story.plan.get("budget"))
     if story.peak or predicted:
         beside = f"of {size(budget)} budget" if budget and story.plan.get("budget_named") else ""

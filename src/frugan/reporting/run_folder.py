@@ -85,6 +85,11 @@ class RunFolder:
                 f"{plan['images']} of the images can be read, and {then.get('images')} could when {self.path} was started: "
                 "mend them, or give another --out."
             )
+        if before.classes and recipe.classes and before.classes != recipe.classes:
+            raise UserError(
+                f"{self.path} was started with other classes of the same images ({before.classes} then, "
+                f"{recipe.classes} now): give another --out; --init-from starts from its weights."
+            )
         changes = before.differences(recipe)
         changes.pop("data", None)  # the same images by another path are the same images
         new, old = recipe.training, before.training

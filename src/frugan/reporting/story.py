@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from frugan.config.recipe import Recipe, read
 from frugan.evaluation.families import METRICS
 from frugan.gan.penalties import PENALTY_NAMES as PENALTY_NAMES
-from frugan.reporting.records import LayoutChanged, Line, MemoryMeasured, Metrics, Record, Warned, number
+from frugan.reporting.records import FeaturesLearnt, LayoutChanged, Line, MemoryMeasured, Metrics, Record, Warned, number
 from frugan.reporting.run_folder import RunFolder
 from frugan.utils.errors import UserError
 
@@ -42,7 +42,7 @@ def lowest(points: Sequence[Point]) -> Point:
 
 
 # The keys of reports that become curves, and what neighbouring points are joined by.
-MEANS = ("Loss_D", "Loss_G", "D(x)", "D(G(z))", *PENALTY_NAMES, "lr_g", "lr_d", "images/s")
+MEANS = ("Loss_D", "Loss_G", "D(x)", "D(G(z))", *PENALTY_NAMES, "p", "r_t", "lr_g", "lr_d", "images/s")
 KEYS: Mapping[str, Join] = dict.fromkeys(MEANS, mean) | {"memory": highest}
 
 
@@ -90,6 +90,7 @@ class Story:
         curves: by their keys.
         metrics: a curve each, which keeps its best point.
         warnings: the newest text of each kind, after how many images it came first, and how often.
+        features: how those were learnt that D is built on, if it is.
         ran_out: what was done about memory running out, the first times.
         peak: bytes that the process held at most; 0 if that was not measured.
     """
@@ -103,6 +104,7 @@ class Story:
     curves: dict[str, Curve] = field(default_factory=dict)
     metrics: dict[Measure, Curve] = field(default_factory=dict)
     warnings: dict[str, tuple[str, float, int]] = field(default_factory=dict)
+    features: FeaturesLearnt | None = None
     ran_out: list[str] = field(default_factory=list)
     times_ran_out: int = 0
     peak: float = 0
@@ -139,6 +141,8 @@ class Story:
                 for key, join in KEYS.items():
                     if key in values:
                         self.curves.setdefault(key, Curve(join)).add(images, number(values[key]))
+            case FeaturesLearnt():
+                self.features = record
             case MemoryMeasured():
                 self.peak = max(self.peak, record.measured)
             case Metrics():

@@ -1,5 +1,6 @@
 """The state of a run on disk: written whole, read back, and begun from another run's."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from frugan.config.recipe import Recipe
@@ -21,14 +22,16 @@ def begin(session: Session) -> State:
     """
     folder, training = session.folder, session.recipe.training
     resuming = folder.newest_checkpoint() is not None
-    weights = None
+    weights, origin = None, None
     if training.init_from and not resuming:
         other = RunFolder(Path(training.init_from))
         loaded = other.load_newest() if other.path.is_dir() else None
         if loaded is None:
             raise UserError(f"--init-from {training.init_from}: there is no checkpoint in it.")
         weights = loaded[0]
-    state = State(session.recipe, session.device, weights, session.console.tell)
+        with suppress(UserError):  # of a version that had other settings
+            origin = Recipe.from_toml(str(loaded[1].get("recipe")), training.init_from)
+    state = State(session.recipe, session.device, weights, session.console.tell, origin)
     if resuming:
         _resume(session, state)
     return state

@@ -7,19 +7,21 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import max_pool2d
 
 from frugan.config.objectives import Bce, Hinge, Objective, RpGan
 from frugan.data.loader import Loader
-from frugan.reporting.records import Event, Line, Warned
+from frugan.evaluation.neighbours import FEW, NEAR, SIDE, compared, nearest, thumbnails
+from frugan.gan.augment import MOST
+from frugan.reporting.records import Event, Line, Metrics, Warned
 from frugan.reporting.run_folder import NEIGHBOURS
 
-SIDE = 16  # pixels to which images are averaged: what is left is what a person sees from afar
 SETTLED = 500  # updates before which a generator may make anything
 POOR = 0.4  # share of the data's variety
 ROUNDS = 2  # one after another, in which variety is that poor
 WON = 500  # updates without a break for which D is right about everything
-NEAR = 0.35  # of the distance between a real image and its nearest: nearer than chance
+BLANK = 0.03  # of all pixels: more of them in blank grey than in real images
+UNEVEN = 1.5  # times the spread of brightness of real images
 LOOKED_AT = 50_000  # real images, and
 BYTES = 512 << 20  # bytes of them, among which neighbours are sought
 PIECE = 1 << 20  # numbers of real images at once
@@ -140,11 +142,67 @@ class Memorising(Diagnostic):
             return None
         return (
             f"Samples are nearly copies of real images ({NEIGHBOURS} shows them side by side): the generator knows them by "
-            "heart. Try more data, --flip, fewer --epochs, or smaller networks (--width-g, --width-d)."
+            "heart. Try more data, --augment ada, --flip auto, fewer --epochs, or smaller networks (--width-g, --width-d)."
         )
 
 
-DIAGNOSTICS: list[type[Diagnostic]] = [Collapse, MissingClasses, DiscriminatorWon, Memorising]
+class Overfitting(Diagnostic):
+    """D overfits although its images are augmented as often as is safe."""
+
+    kind = "overfitting"
+
+    def __init__(self, data: Loader, objective: Objective) -> None:
+        super().__init__(data, objective)
+        self._since: int | None = None
+
+    def line(self, line: Line) -> str | None:
+        """Whether p has been at its maximum for long."""
+        if abs(line.measured.get("p", 0.0) - MOST) > 1e-3:
+            self._since = None
+        elif self._since is None:
+            self._since = line.updates
+        elif line.updates - self._since >= WON:
+            return (
+                f"D's images have been augmented as often as is safe (p {MOST}) for {WON} updates, and it still overfits: these "
+                "are few images for so long a training. Try more of them, fewer --epochs, a smaller --width-d, or --init-from a "
+                "run on images like these; and look for squares and borders in samples."
+            )
+        return None
+
+
+class Leak(Diagnostic):
+    """Samples look as D's augmented images do: squares or borders of grey, or more light and dark ones than the data has."""
+
+    kind = "leak"
+
+    def __init__(self, data: Loader, objective: Objective) -> None:
+        super().__init__(data, objective)
+        real = data.batch(0, min(64, len(data)))
+        self._grey, self._spread = blank(real), spread(real)
+        self._augmented = False
+        self._leaks = 0
+
+    def line(self, line: Line) -> str | None:
+        """Whether anything is augmented."""
+        self._augmented = line.measured.get("p", 0.0) > 0
+        return None
+
+    def samples(self, images: Tensor, updates: int) -> str | None:
+        """Whether they have more blank grey than real images, or differ much more in brightness, several times in a row."""
+        grey = blank(images) - self._grey
+        uneven = spread(images) / max(self._spread, 0.01)
+        leaks = self._augmented and updates >= SETTLED and (grey > BLANK or uneven > UNEVEN)
+        self._leaks = self._leaks + 1 if leaks else 0
+        if self._leaks < ROUNDS:
+            return None
+        seen = f"{grey:.0%} more of blank grey" if grey > BLANK else f"a brightness that varies {uneven:.1f} times as much"
+        return (
+            f"Samples have {seen} than real images: the augmentation of D's images leaks into them. Try --augment ada in place of "
+            "diff, a higher --ada-target, or leave the operation out of --augment-policy."
+        )
+
+
+DIAGNOSTICS: list[type[Diagnostic]] = [Collapse, MissingClasses, DiscriminatorWon, Memorising, Overfitting, Leak]
 
 
 class Diagnostics:
@@ -181,11 +239,20 @@ class Diagnostics:
     def neighbours(self, images: Tensor) -> Tensor:
         """The real image nearest to each sample, uint8 ``[n, c, h, w]``, after a look at how near they are."""
         count = min(len(self.data), LOOKED_AT, max(1024, BYTES // images[0].numel()))
-        distances, which = _nearest(thumbnails(images), self.data, count)
+        distances, which = nearest(thumbnails(images), _pieces(self.data, count))
         found = torch.cat([self.data.batch(int(i), 1).cpu() for i in which])
-        usual, _ = _nearest(thumbnails(found), self.data, count, leave_out=which)
+        usual, _ = nearest(thumbnails(found), _pieces(self.data, count), leave_out=which)
         self._look(lambda sign: sign.neighbours(distances, usual))
         return found
+
+    def nearness(self, images: Tensor, seen: int) -> Metrics | None:
+        """How near samples lie to real images, of which there are few, after ``seen`` images; None where there are many."""
+        count = len(self.data)
+        if count >= FEW or not self.data.random_access:
+            return None
+        real = torch.cat([piece for _, piece in _pieces(self.data, count)])
+        protocol = f"{len(images)} samples of the grid against all {count} images, averaged to {SIDE}x{SIDE} pixels."
+        return Metrics(images=seen, values=compared(thumbnails(images), real), samples=len(images), protocol=protocol)
 
     def _look(self, at: Callable[[Diagnostic], str | None]) -> None:
         for sign in self.signs:
@@ -195,34 +262,21 @@ class Diagnostics:
                 self._warn(sign.kind, text)
 
 
-def thumbnails(images: Tensor) -> Tensor:
-    """uint8 ``[n, c, h, w]`` averaged to `SIDE` pixels at most: float32 ``[n, c * side * side]`` in [0, 1]."""
-    side = min(SIDE, images.shape[-1])
-    return adaptive_avg_pool2d(images.cpu().float().div_(255), side).flatten(1)
-
-
 def variety(images: Tensor) -> float:
     """Root of the mean squared distance of two different images from afar, a pixel."""
     small = thumbnails(images)
     return float((small - small.mean(0)).square().mean().mul(2 * len(small) / max(1, len(small) - 1)).sqrt())
 
 
-def _nearest(small: Tensor, data: Loader, count: int, leave_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Distance to, and number of, the nearest of the first ``count`` images of ``data``, to each of ``small``.
+def blank(images: Tensor) -> float:
+    """The share of squares of 2x2 pixels that are all of the grey that augmentation fills in (0 in [-1, 1])."""
+    away = (images.cpu().float() / 127.5 - 1).abs().amax(1, keepdim=True)
+    return float((max_pool2d(away, 2, 1) < 0.05).float().mean())
 
-    ``leave_out``: for each the number of one that does not count.
-    """
-    best = torch.full((len(small),), torch.inf)
-    which = torch.zeros(len(small), dtype=torch.int64)
-    for first, real in _pieces(data, count):
-        distances = torch.cdist(small, real, compute_mode="donot_use_mm_for_euclid_dist")
-        if leave_out is not None:
-            here = (leave_out >= first) & (leave_out < first + len(real))
-            distances[here.nonzero().flatten(), leave_out[here] - first] = torch.inf
-        nearest = distances.min(1)
-        closer = nearest.values < best
-        best, which = torch.where(closer, nearest.values, best), torch.where(closer, nearest.indices + first, which)
-    return best, which
+
+def spread(images: Tensor) -> float:
+    """The standard deviation of the images' mean brightness, in [0, 1]."""
+    return float((images.cpu().float() / 255).mean((1, 2, 3)).std())
 
 
 def _pieces(data: Loader, count: int) -> Iterable[tuple[int, Tensor]]:

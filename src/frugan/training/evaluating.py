@@ -1,7 +1,8 @@
 """Evaluating while training: what samples are worth, and which were the best."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from math import isnan
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from frugan.data.loader import Loader
 from frugan.evaluation.evaluator import SEED, Evaluator
 from frugan.evaluation.families import better
 from frugan.evaluation.families.base import Options
+from frugan.gan.sampling import Recipe, natural
 from frugan.memory.spare import spare
 from frugan.reporting.console import Console
 from frugan.reporting.records import Event, Metrics
@@ -18,7 +20,12 @@ from frugan.utils.errors import UserError
 
 ENOUGH = 20  # samples for each class, before one that is missing tells something
 
-Sample = Callable[[int, int, int], Tensor]  # (seed, first, count) to uint8 images [count, c, h, w]
+
+class Sample(Protocol):
+    """Makes images."""
+
+    def __call__(self, seed: int, first: int, count: int, classes: Sequence[int] = ()) -> Tensor:
+        """Images ``first`` to ``first + count`` of ``seed``, of ``classes`` in turn if any: uint8 ``[count, c, h, w]``."""
 
 
 class Evaluating:
@@ -31,22 +38,28 @@ class Evaluating:
         classes: how many classes they have.
         console: what speaks to the person.
         device: where training runs.
+        recipe: what is trained (resolved).
 
     Raises:
         UserError: a metric that cannot be had of these images, or here.
     """
 
-    def __init__(self, run: Run, loader: Loader, name: str, classes: int, console: Console, device: torch.device) -> None:
+    def __init__(
+        self, run: Run, loader: Loader, name: str, classes: int, console: Console, device: torch.device, recipe: Recipe
+    ) -> None:
         if not loader.random_access:
             raise UserError("--evaluate-every needs images in any order: leave --stream out, or evaluate afterwards.")
         options = Options(run.metrics, run.weights, reals=run.evaluate_samples)
         self.every, self.count, self.device, self.tell = run.evaluate_every, run.evaluate_samples, device, console.tell
-        self.evaluator = Evaluator(loader, name, classes, options, device, console.tell, learning=console.learning)
+        self.classes = natural(recipe, SEED, 0, self.count)
+        self.evaluator = Evaluator(
+            loader, name, classes, options, device, console.tell, learning=console.learning, conditional=self.classes is not None
+        )
         self.best: float | None = None
 
     @classmethod
     def asked(
-        cls, run: Run, loader: Loader, name: str, classes: int, console: Console, device: torch.device
+        cls, run: Run, loader: Loader, name: str, classes: int, console: Console, device: torch.device, recipe: Recipe
     ) -> "Evaluating | None":
         """One, if that is asked for.
 
@@ -54,7 +67,7 @@ class Evaluating:
             UserError: it is not, but how is said; or it cannot be done.
         """
         if run.evaluate_every:
-            return cls(run, loader, name, classes, console, device)
+            return cls(run, loader, name, classes, console, device, recipe)
         if run.metrics != Run.metrics or run.weights:
             raise UserError("--metrics and --weights are for evaluating while training: say how often, as --evaluate-every 5.")
         return None
@@ -78,7 +91,10 @@ class Evaluating:
     def measure(self, images: int, sample: Sample) -> Metrics | None:
         """Evaluates what is generated after ``images`` images; None where memory or disk do not suffice for that."""
         values = spare(
-            lambda: self.evaluator(lambda first, n: sample(SEED, first, n), self.count), "evaluating", self.device, self.tell
+            lambda: self.evaluator(lambda first, n: sample(SEED, first, n), self.count, self.classes),
+            "evaluating",
+            self.device,
+            self.tell,
         )
         return None if values is None else Metrics(images=images, values=values, samples=self.count, protocol=self._protocol())
 

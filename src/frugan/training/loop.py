@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -104,13 +104,16 @@ class Loop:
         return terms, batch.labels
 
     def _take_in(self, terms: Terms) -> None:
-        """Means, and the average if G has moved: what allocates comes before what changes anything."""
+        """Means, the average if G has moved, and how often D's images are augmented: what allocates comes before what changes."""
         state, batch = self.state, self.session.batch
         means = [(mean, mean.plus(terms)) for mean in (self.mean, state.epoch_mean)]
+        signs = state.adaptation.plus(terms) if state.adaptation else None
         if state.ema and "Loss_G" in terms:
             state.ema.update(state.generator, batch * state.phases["G"].every, state.images + batch)
         for mean, sums in means:
             mean.take_in(sums)
+        if state.adaptation and signs is not None:
+            state.adaptation.take_in(signs)
 
     def _scores(self, terms: Terms, first: int, labels: Labels) -> dict[str, float]:
         """D's scores of generated images before and after the update of both, if both were updated."""
@@ -179,7 +182,7 @@ class Loop:
         save_generator(self.session, self.state)
         self.observer.finish(self.sample)
 
-    def sample(self, seed: int, first: int, count: int) -> Tensor:
-        """Images of the averaged generator: uint8 ``[count, c, h, w]``."""
+    def sample(self, seed: int, first: int, count: int, classes: Sequence[int] = ()) -> Tensor:
+        """Images of the averaged generator, of ``classes`` in turn if any: uint8 ``[count, c, h, w]``."""
         limit.release(self.session.device)
-        return self.state.sample(seed, first, count, self.recovery.layouts["G"].micro_batch)
+        return self.state.sample(seed, first, count, self.recovery.layouts["G"].micro_batch, classes)

@@ -12,6 +12,8 @@ from frugan.training.session import Session
 from frugan.utils import device
 from frugan.utils.errors import UserError
 
+HANDFUL = 250  # images below which what to expect is said
+
 
 def introduce(session: Session, plan: Plan, generator: Network, discriminator: Network) -> None:
     """Says what is about to be trained, on what, and how."""
@@ -36,6 +38,11 @@ def notices(session: Session, plan: Plan, generator: Network, discriminator: Net
     """What a person should know of what plan and recipe do to the training."""
     told = []
     recipe, where = session.recipe, session.device
+    if (images := len(session.loader)) < HANDFUL:
+        told.append(
+            f"Only {images} images: expect variations of these at best, and copies of them if training goes on for long. The "
+            "report says how near samples lie to them; --augment ada, --flip auto and --init-from a run on similar images help."
+        )
     if recipe.memory.offload_state == "yes" and where.type != "cpu":
         told.append("Moments and the averaged generator wait on the host: the same bits, and copies in every update.")
     if recipe.memory.moments == "8bit":

@@ -27,7 +27,7 @@ class Model:
         self.device = device
         channels, size, _ = recipe.data.shape
         with _Undrawn():
-            self.generator, self.discriminator = networks.build(recipe.network, size, channels)
+            self.generator, self.discriminator = networks.build(recipe.network, size, channels, classes=len(recipe.classes))
         lay_out(recipe, self.generator, self.discriminator)
         freeze(recipe, self.discriminator)
         self.generator.to(device)
@@ -65,12 +65,12 @@ class Model:
             self.run(phase.name, Layout((count,)), phase.optimizer)
         if self.average:
             self.average.update(self.generator, count, count)
-        self.step.score_generated(self._first, Layout((count,)))
+        self.step.score_generated(self._first, Layout((count,)), self._labels)
         if learner := feature_step(self.recipe, self.discriminator, self.step):
             with learner.learning():
                 learner.rehearse(self._batch(), count)
                 learner.update(0.0)
-        sampling.to_images(self.average.module if self.average else self.generator, self.step.latents("latent/g", 0, count), count)
+        sampling.to_images(self._sampled(), self.step.latents("latent/g", 0, count), count, self._classes(count))
 
     def multiply(self, rows: int = 16) -> None:
         """Runs every dense layer on enough rows for the library of matrix products to make the buffers that it keeps."""
@@ -102,11 +102,16 @@ class Model:
 
     def sampling(self) -> Growth:
         """What making images allocates, in the number that is made at a time."""
-        network = self.average.module if self.average else self.generator
         noise = torch.zeros(16, self.recipe.network.latent_dim)
-        return traced(
-            lambda n: trace(lambda: sampling.to_images(network, noise[:n], n), self.held(), device=self.device), self._granule
-        )
+
+        def sample(count: int) -> Timeline:
+            inputs = noise[:count], count, self._classes(count)
+            return trace(lambda: sampling.to_images(self._sampled(), *inputs), self.held(), device=self.device)
+
+        return traced(sample, self._granule)
+
+    def _sampled(self) -> nn.Module:
+        return self.average.module if self.average else self.generator
 
     def features(self) -> Growth:
         """What a micro-batch allocates from which features are learnt that D is built on; it finds gradients of an earlier one."""
@@ -154,7 +159,14 @@ class Model:
         return took * sum(layout.sizes) / sum(short.sizes)
 
     def _batch(self) -> Batch:
-        return Batch(lambda first, count: torch.empty(count, *self.recipe.data.shape, dtype=torch.uint8))
+        images = lambda first, count: torch.empty(count, *self.recipe.data.shape, dtype=torch.uint8)  # noqa: E731
+        return Batch(images, self._labels)
+
+    def _labels(self, first: int, count: int) -> Tensor | None:
+        return self._classes(count)
+
+    def _classes(self, count: int) -> Tensor | None:
+        return torch.zeros(count, dtype=torch.int64) if self.recipe.classes else None
 
 
 def warm_up_update(device: torch.device) -> None:

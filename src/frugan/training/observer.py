@@ -1,6 +1,7 @@
 """What looks at a training as it goes and writes down what it sees. Nothing here changes what is trained."""
 
 import torch
+from torch import Tensor
 
 from frugan.config.recipe import Recipe
 from frugan.config.run import Run
@@ -12,6 +13,8 @@ from frugan.reporting.run_folder import RunFolder
 from frugan.reporting.trackers import Trackers
 from frugan.training.diagnostics import Diagnostics
 from frugan.training.evaluating import Evaluating, Sample
+
+ROWS = 16  # classes in pictures of samples
 
 
 class Observer:
@@ -36,10 +39,11 @@ class Observer:
         console: Console, device: torch.device,
     ) -> None:  # fmt: skip
         self.recipe, self.run, self.folder, self.console = recipe, run, folder, console
-        self.evaluating = Evaluating.asked(run, loader, name, classes, console, device)
+        self.evaluating = Evaluating.asked(run, loader, name, classes, console, device, recipe)
         self.trackers = Trackers(run, folder, device, console.tell)
         self.diagnostics = Diagnostics(loader, recipe.objective, self._warn)
-        self.album = Album(folder, loader, device, console.tell)
+        self.rows = recipe.classes.present[:ROWS]
+        self.album = Album(folder, loader, device, console.tell, len(self.rows))
         self.images = 0
 
     def needs(self) -> int:
@@ -75,7 +79,7 @@ class Observer:
     def look(self, epoch: float, images: int, updates: int, sample: Sample, pictures: bool, last: bool) -> bool:
         """Looks at what is generated after ``epoch`` epochs, which may be the ``last`` time; whether it is the best so far."""
         self.images = images
-        grid = sample(self.recipe.training.seed, 0, GRID)
+        grid = self._grid(sample, GRID)
         self.diagnostics.samples(grid, updates)
         is_best = False
         if self.evaluating and (self.evaluating.due(epoch) or (last and self.recipe.training.minutes)):
@@ -83,13 +87,18 @@ class Observer:
         if pictures:
             picture = self.album.samples(grid, epoch if epoch == int(epoch) else float(f"{epoch:.3g}"))
             self.album.neighbours(grid, self.diagnostics.neighbours)
+            found = self.album.spared(
+                lambda: self.diagnostics.nearness(grid, images), "measuring how near samples are to real images"
+            )
+            if found:
+                self.event(found)
             self.album.losses(self.folder.read_log())
             self.trackers.images("samples", picture, images)
         return is_best
 
     def finish(self, sample: Sample) -> None:
         """The last pictures, and the last words."""
-        self.album.final(sample(self.recipe.training.seed, 0, FINAL))
+        self.album.final(self._grid(sample, FINAL))
         log = self.folder.read_log()
         self.album.losses(log)
         self.console.stop()
@@ -100,6 +109,11 @@ class Observer:
     def close(self) -> None:
         """Lets go of what is open; the report says that training has ended."""
         self.trackers.close()
+
+    def _grid(self, sample: Sample, most: int) -> Tensor:
+        """At most so many samples, or a row of them for each class."""
+        count = max(1, GRID // len(self.rows)) * len(self.rows) if self.rows else most
+        return sample(self.recipe.training.seed, 0, count, self.rows)
 
     def _evaluate(self, evaluating: Evaluating, updates: int, sample: Sample) -> bool:
         found = evaluating.measure(self.images, sample)

@@ -10,12 +10,12 @@ import torch
 
 from frugan.config.recipe import Recipe
 from frugan.config.run import Run
-from frugan.data.loader import Loader
-from frugan.data.opening import Source, Tell, keepable, open_loader, opened
+from frugan.data.opening import Loader, Source, Tell, classes_of, keepable, open_loader, opened
 from frugan.memory import limit
 from frugan.reporting.console import Console
 from frugan.reporting.run_folder import RunFolder
 from frugan.training.duration import Epochs, duration_of, now
+from frugan.training.mirroring import decided
 from frugan.utils import device
 from frugan.utils.errors import UserError
 
@@ -26,14 +26,16 @@ def resolved(recipe: Recipe, where: torch.device, tell: Tell) -> tuple[Recipe, S
     """``recipe`` with nothing left open, for the images that it names and for the device ``where``; and those images.
 
     Raises:
-        UserError: they are not there, or cannot be read.
+        UserError: they are not there, or cannot be read; or classes are to be learnt, and there are none.
     """
     source, data = opened(recipe.data, tell)
     memory = recipe.memory
     if memory.precision == "auto":
         memory = replace(memory, precision=device.fast_precision(where))  # type: ignore[arg-type]
-    network = recipe.network.resolved(len(source.classes) if source.random_access else 0)  # streams have no labels
-    return replace(recipe, data=data, memory=memory, network=network), source
+    network = recipe.network.resolved(len(source.classes) if source.labels is not None else 0)
+    augmentation = recipe.augmentation.settled(len(source))
+    classes = classes_of(source, recipe.training.conditional, tell)
+    return replace(recipe, data=data, memory=memory, network=network, augmentation=augmentation, classes=classes), source
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Session:
                 f"use --batch-size {min(64, len(loader))} or fewer."
             )
         folder = RunFolder(Path(run.out) if run.out else Path("runs") / f"{source.name}-{recipe.recipe}")
+        recipe = decided(recipe, loader, folder, console.tell)
         saved = folder.saved_plan()
         if run.allow_approximate and saved.get("precision") == "bf16":
             recipe = recipe.replace(precision="bf16")  # as it was planned

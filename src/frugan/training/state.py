@@ -1,6 +1,6 @@
 """The state of a training: everything that it changes, and how that is written down and read back."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,12 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from frugan.config.recipe import Recipe
 from frugan.data.sources.base import Tell
 from frugan.gan import sampling
-from frugan.gan.build import average, freeze, lay_out, make_step, optimizers, phases
-from frugan.gan.networks import Network, build
+from frugan.gan.build import adaptation, average, freeze, lay_out, make_step, optimizers, phases
+from frugan.gan.networks import build
 from frugan.gan.optim import rate_factor
 from frugan.gan.step import Labels as Labels
 from frugan.gan.step import Terms as Terms
+from frugan.gan.transfer import check_frozen, said, take_weights
 from frugan.utils.checkpoint import Tensors
 from frugan.utils.draws import Draws
 
@@ -53,20 +54,24 @@ class State:
         device: on what.
         weights: of another training to start from, as it captured them; ``tell`` says what of them fits.
         tell: is called with what a person should know.
+        origin: the recipe of those weights, if it is known: blocks are matched by the sizes of their maps.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device, weights: Tensors | None = None, tell: Tell = print) -> None:
+    def __init__(
+        self, recipe: Recipe, device: torch.device, weights: Tensors | None = None, tell: Tell = print,
+        origin: Recipe | None = None,
+    ) -> None:  # fmt: skip
         self.recipe = recipe
         options = recipe.optimizer
         channels, size, _ = recipe.data.shape
-        self.generator, self.discriminator = build(recipe.network, size, channels, recipe.training.seed)
+        self.generator, self.discriminator = build(recipe.network, size, channels, recipe.training.seed, len(recipe.classes))
         self.has_features = False  # whether frozen features of D, if it is built on any, are another run's
         if weights is not None:
-            taken = take_weights(weights, self.generator, self.discriminator)
-            self.has_features = not self.discriminator.frozen() & {name.split(" ")[0] for name in taken["discriminator"][2]}
-            for name, (fitted, of, new) in taken.items():
-                shown = f"; new are {', '.join(new[:3])}{' ...' if len(new) > 3 else ''}" if new else ""
-                tell(f"From {recipe.training.init_from}: {fitted} of {of} tensors of the {name} fit{shown}.")
+            taken = take_weights(weights, self.generator, self.discriminator, recipe, origin)
+            check_frozen(taken, self.discriminator, recipe)
+            self.has_features = not self.discriminator.frozen() & {name.split(" ")[0] for name in taken["discriminator"].new}
+            for sentence in said(taken, recipe, origin):
+                tell(sentence)
         lay_out(recipe, self.generator, self.discriminator)
         self.generator.to(device)
         self.discriminator.to(device)
@@ -82,6 +87,7 @@ class State:
         )
         self.images = self.updates = 0
         self.epoch_mean = Mean()
+        self.adaptation = adaptation(recipe, self.step)
 
     def set_rates(self, epochs: float, share: float) -> None:
         """Sets both learning rates as the schedule says after ``epochs`` epochs, when ``share`` of the training is behind; plateau,
@@ -102,10 +108,11 @@ class State:
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-    def sample(self, seed: int, first: int, count: int, chunk: int) -> Tensor:
-        """Images of the generator to use, ``chunk`` at a time: uint8 ``[count, c, h, w]``."""
+    def sample(self, seed: int, first: int, count: int, chunk: int, classes: Sequence[int] = ()) -> Tensor:
+        """Images of the generator to use, ``chunk`` at a time: uint8 ``[count, c, h, w]``; of ``classes`` in turn, if any."""
         noise = Draws(seed).normal("sample", first, count, self.recipe.network.latent_dim)
-        return sampling.to_images(self.averaged, noise, chunk)
+        of = sampling.in_turn(classes, first, count) if classes else sampling.natural(self.recipe, seed, first, count)
+        return sampling.to_images(self.averaged, noise, chunk, of)
 
     @property
     def averaged(self) -> nn.Module:
@@ -127,7 +134,7 @@ class State:
             "plateau": [{key: p.state_dict()[key] for key in PLATEAU} for p in (self.plateau_g, self.plateau_d)],
             "rates": [o.param_groups[0]["lr"] for o in (self.optimizer_g, self.optimizer_d)],
             "epoch_mean": {name: [float(value), mean.counts[name]] for name, value in mean.sums.items()},
-        }
+        } | ({"augment": self.adaptation.capture()} if self.adaptation else {})
 
     def restore(self, tensors: Tensors, state: Mapping[str, Any]) -> int:
         """Becomes what `capture` wrote; of how many parameters the moments begin anew, because they were kept in another way."""
@@ -156,6 +163,8 @@ class State:
         for name, (value, count) in state["epoch_mean"].items():
             self.epoch_mean.sums[name] = torch.tensor(value, device=like.device, dtype=like.dtype)
             self.epoch_mean.counts[name] = count
+        if self.adaptation and "augment" in state:
+            self.adaptation.restore(state["augment"], like)
         return anew
 
     def _networks(self) -> Iterator[tuple[str, nn.Module]]:
@@ -167,23 +176,3 @@ class State:
     def _optimizers(self) -> Iterator[tuple[str, nn.Module, Adam]]:
         yield "optimizer_g", self.generator, self.optimizer_g
         yield "optimizer_d", self.discriminator, self.optimizer_d
-
-
-def take_weights(tensors: Tensors, generator: Network, discriminator: Network) -> dict[str, tuple[int, int, list[str]]]:
-    """Copies every weight of a captured state, the averaged generator's if there is one, that fits by name and shape.
-
-    Returns:
-        For each network how many tensors fitted, of how many, and the names and shapes of those that did not.
-    """
-    averaged = any(name.startswith("ema/") for name in tensors)
-    report = {}
-    for name, network, prefix in (
-        ("generator", generator, "ema/module." if averaged else "generator/"),
-        ("discriminator", discriminator, "discriminator/"),
-    ):
-        own = network.state_dict()
-        there = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        fits = {k: v for k, v in there.items() if k in own and own[k].shape == v.shape}
-        network.load_state_dict(fits, strict=False)
-        report[name] = (len(fits), len(own), [f"{k} {list(v.shape)}" for k, v in own.items() if k not in fits])
-    return report

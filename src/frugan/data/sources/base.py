@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ class Source(ABC):
         name: short, for folders and titles.
         classes: names of the classes, or none.
         labels: class of each image, int64 ``[n]``, or None.
+        unlabelled: why there are no labels, although some images have one: names one that has none.
         size: the side all images share in pixels, if the data set has one, else None.
         grey: whether images are grey, or None if only the images tell.
         place: where they lie, as one name.
@@ -43,6 +44,7 @@ class Source(ABC):
     name: str
     classes: Sequence[str] = ()
     labels: NDArray[np.int64] | None = None
+    unlabelled: str | None = None
     size: int | None = None
     grey: bool | None = None
     place: str
@@ -158,16 +160,36 @@ def outside(name: str) -> bool:
     return ".." in parts or name.startswith(("/", "\\")) or name[1:2] == ":"
 
 
-def by_folder(paths: Sequence[str]) -> tuple[list[str], NDArray[np.int64] | None]:
+class Labels(NamedTuple):
+    """What classes images have, as `Source` says."""
+
+    classes: Sequence[str] = ()
+    labels: NDArray[np.int64] | None = None
+    unlabelled: str | None = None
+
+
+def by_folder(paths: Sequence[str]) -> Labels:
     """The classes of files by the first folder in which their paths differ; none if some lie beside such folders."""
     folders = [PurePosixPath(path).parts[:-1] for path in paths]
     depth = len(os.path.commonprefix(folders))  # noqa: RUF071, of lists it compares items
     names = [parts[depth] if len(parts) > depth else None for parts in folders]
-    if not names or None in names:
-        return [], None
-    classes = sorted({name for name in names if name})
+    beside = lambda i: f"{shown(paths[i])} lies beside the folders of classes"  # noqa: E731
+    return by_name(names, beside, sorted({name for name in names if name}))
+
+
+def by_name(names: Sequence[str | None], without: Callable[[int], str], classes: Sequence[str] = ()) -> Labels:
+    """The classes of images by their names, in the order of ``classes``, or of numbers and letters if there are none.
+
+    Where some have no name there are no classes, as ``without`` says of the first of them.
+    """
+    there = {name: shown(name) for name in {*names} if name is not None}
+    if None in names:
+        return Labels(unlabelled=without(names.index(None)) if there else None)
+    if not classes or not there.keys() <= {*classes}:
+        classes = sorted(there, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
     number = {name: i for i, name in enumerate(classes)}
-    return classes, np.array([number[name] for name in names if name], dtype=np.int64)
+    numbers = np.array([number[name] for name in names if name is not None], np.int64)
+    return Labels([there.get(name, name) for name in classes], numbers) if names else Labels()
 
 
 def stamp_of(entries: Iterable[Entry]) -> str:

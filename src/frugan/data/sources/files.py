@@ -27,7 +27,7 @@ class FileSource(Source):
         self.paths = paths = [entry[0] for entry in entries]
         self.archive = archive
 
-        self.classes, self.labels = by_folder(paths)
+        self.classes, self.labels, self.unlabelled = by_folder(paths)
 
     def __len__(self) -> int:
         return len(self.paths)

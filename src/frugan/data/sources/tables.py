@@ -1,7 +1,7 @@
 """Tables of images (parquet, Arrow, the hub) by Hugging Face datasets."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from frugan.config.recipe import Data
-from frugan.data.sources.base import Source, is_image, loaded, shown, stamp_of
+from frugan.data.sources.base import Source, by_name, is_image, loaded, shown, stamp_of
 from frugan.utils.errors import UserError
 
 TABLES = {".parquet": "parquet", ".arrow": "arrow"}
@@ -39,6 +39,19 @@ def file_in(cell: dict[str, Any] | None, folders: Sequence[Path]) -> bytes:
     return file.read_bytes()
 
 
+def label_column(features: Mapping[str, Any], name: str, data: Data) -> str | None:
+    """Which column of the table ``name`` has the labels: the one that is asked for, else the first of classes, or ``label``.
+
+    Raises:
+        UserError: the one that is asked for is not there.
+    """
+    kinds = [column for column, kind in features.items() if hasattr(kind, "names")]  # of datasets.ClassLabel
+    label = data.label_column or next(iter(kinds), None) or ("label" if "label" in features else None)
+    if label is not None and label not in features:
+        raise UserError(f"{name} has no column {label}: name one of {', '.join(features)} with --label-column.")
+    return label
+
+
 class RecordSource(Source):
     """The images of a table that Hugging Face datasets has opened; files that it names are read if they lie in ``folders``.
 
@@ -64,17 +77,14 @@ class RecordSource(Source):
             )
         self.column = column
         self.table = table.cast_column(column, datasets.Image(decode=False)).select_columns([column])
-        kinds = [c for c, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-        label = data.label_column or next(iter(kinds), None) or ("label" if "label" in features else None)
-        if label is not None:
-            if label not in features:
-                raise UserError(f"{name} has no column {label}: name one of {', '.join(features)} with --label-column.")
-            values = table.select_columns([label]).with_format("numpy")[:][label]
-            if isinstance(features[label], datasets.ClassLabel):
-                self.classes, self.labels = features[label].names, np.asarray(values, np.int64)
+        if (label := label_column(features, name, data)) is not None:
+            values = table.select_columns([label])[:][label]
+            names = getattr(features[label], "names", ())
+            where = lambda i: f"row {i} of {name} has none, as {values.count(None):,} of {len(values):,} rows"  # noqa: E731
+            if names and None not in values:
+                self.classes, self.labels = names, np.asarray(values, np.int64)
             else:
-                there, numbers = np.unique(values, return_inverse=True)
-                self.classes, self.labels = [str(v) for v in there], numbers.astype(np.int64)
+                self.classes, self.labels, self.unlabelled = by_name([v if v is None else str(v) for v in values], where)
 
     def __len__(self) -> int:
         return len(self.table)

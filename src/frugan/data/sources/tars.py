@@ -9,11 +9,10 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Self
 
-import numpy as np
 from PIL import Image
 
 from frugan.config.recipe import Data
-from frugan.data.sources.base import Source, by_folder, is_image, loaded, outside, shown, stamp_of
+from frugan.data.sources.base import Source, by_folder, by_name, is_image, loaded, outside, shown, stamp_of
 from frugan.utils.errors import UserError
 
 
@@ -25,6 +24,9 @@ class Member:
     begin: int
     length: int
     path: str
+
+
+SAYING = (".cls", ".json")  # members that say the class of the image of the same name
 
 
 class _Header(tarfile.TarInfo):
@@ -75,15 +77,12 @@ class TarSource(Source):
             raise UserError(" ".join(problems) or f"{place} holds no images.")
         self.problems = problems
         self.stamp = stamp_of((str(s), (about := s.stat()).st_size, about.st_mtime_ns) for s in shards)
-        values = [said.get((m.shard, _key(m.path))) for m in self.members]
-        if None not in values:
-            self.classes = sorted(
-                {v for v in values if v is not None}, key=lambda v: (not v.isdigit(), int(v) if v.isdigit() else 0, v)
-            )
-            number_of = {name: i for i, name in enumerate(self.classes)}
-            self.labels = np.array([number_of[v] for v in values if v is not None], dtype=np.int64)
-        else:
-            self.classes, self.labels = by_folder([m.path for m in self.members])
+        values = [said.get((m.shard, key_of(m.path))) for m in self.members]
+        found = by_name(values, lambda i: f"{self.where(i)} has none, as {values.count(None):,} of {len(values):,} images")
+        if found.labels is None:
+            folders = by_folder([m.path for m in self.members])
+            found = folders if folders.labels is not None or not found.unlabelled else found
+        self.classes, self.labels, self.unlabelled = found
 
     def _scan(self, number: int, shard: Path, said: dict[tuple[int, str], str], label: str, problems: list[str]) -> None:
         length, before = shard.stat().st_size, len(self.members)
@@ -97,12 +96,8 @@ class TarSource(Source):
                         continue
                     elif member.offset_data + member.size > length:
                         raise tarfile.ReadError
-                    elif path.suffix in (".cls", ".json"):
-                        file = archive.extractfile(member)
-                        text = file.read().decode(errors="replace").strip() if file else ""
-                        value = _json_label(text, label) if path.suffix == ".json" else text
-                        if value is not None:
-                            said[number, _key(member.name)] = value
+                    elif path.suffix in SAYING and (value := label_in(archive, member, label)) is not None:
+                        said[number, key_of(member.name)] = value
                     elif is_image(member.name):
                         self.members.append(Member(number, member.offset_data, member.size, member.name))
                 if not archive.whole:
@@ -131,13 +126,18 @@ class TarSource(Source):
             return loaded(BytesIO(file.read(member.length)), at_least)
 
 
-def _key(path: str) -> str:
+def key_of(path: str) -> str:
     """The name of a sample: a path up to the first dot of its last part."""
     folder, _, name = path.rpartition("/")
     return f"{folder}/{name.partition('.')[0]}"
 
 
-def _json_label(text: str, label: str) -> str | None:
+def label_in(archive: tarfile.TarFile, member: tarfile.TarInfo, label: str) -> str | None:
+    """What a ``.cls`` or ``.json`` member says is the class, under ``label`` if it is JSON; None if nothing."""
+    file = archive.extractfile(member)
+    text = file.read().decode(errors="replace").strip() if file else ""
+    if PurePosixPath(member.name).suffix == ".cls":
+        return text or None
     try:
         value = json.loads(text).get(label)
     except (ValueError, AttributeError):

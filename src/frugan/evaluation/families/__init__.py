@@ -10,6 +10,7 @@ from frugan.evaluation.families.base import Family, Metric
 from frugan.evaluation.families.classifier import ClassifierFamily
 from frugan.evaluation.families.dinov2 import Dinov2Family
 from frugan.evaluation.families.inception import InceptionFamily
+from frugan.evaluation.families.neighbours import NeighboursFamily
 from frugan.evaluation.families.patches import PatchesFamily
 
 FAMILIES: dict[str, type[Family[Any]]] = {}
@@ -30,7 +31,7 @@ def register(family: type[Family[Any]]) -> None:
 
 
 # The first metric of those that are asked for decides which checkpoint is the best.
-IN_ORDER: tuple[type[Family[Any]], ...] = (InceptionFamily, Dinov2Family, ClassifierFamily, PatchesFamily)
+IN_ORDER: tuple[type[Family[Any]], ...] = (InceptionFamily, Dinov2Family, ClassifierFamily, PatchesFamily, NeighboursFamily)
 for _family in IN_ORDER:
     register(_family)
 

@@ -29,12 +29,14 @@ class Metric:
         higher: whether more is better.
         digits: behind the point, for people.
         means: in a few words, what it says.
+        conditional: whether it is of samples whose classes were asked for, and of no others.
     """
 
     label: str
     higher: bool
     digits: int
     means: str
+    conditional: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,14 @@ class Options:
         weights: a file of Inception's weights.
         any_weights: whether others than the published ones will do; then nothing is called FID.
         reals: how many real images at most.
+        among: of how many real images; 0: not known yet.
     """
 
     metrics: str = AUTO
     weights: str | None = None
     any_weights: bool = False
     reals: int = MOST
+    among: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,16 @@ class Family(ABC, Generic[S]):
     @abstractmethod
     def compared(self, real: S, fake: S) -> dict[str, float]:
         """At least those of its metrics that are wanted, of two sets that are complete."""
+
+    def by_class(self, real: S, fake: S, asked: Tensor) -> dict[str, Tensor]:
+        """Metrics of each class of samples that were asked for by class: float64 ``[classes]``, NaN where there are too few.
+
+        Args:
+            real: what was seen in the real images.
+            fake: what was seen in the samples.
+            asked: the class that each sample was to have, int64 ``[n]``.
+        """
+        return {}
 
     @abstractmethod
     def needs(self) -> int:

@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from frugan.evaluation.distances import class_coverage
+from frugan.evaluation.distances import Moments, class_coverage, frechet
 from frugan.evaluation.families.base import Metric, Options, Task, folder
 from frugan.evaluation.families.vectors import BLOCK, VectorFamily, Vectors
 from frugan.evaluation.features import Features
@@ -173,6 +173,7 @@ class ClassifierFamily(VectorFamily):
         "recall_classifier": Metric("Recall (classifier)", True, 3, "share of real images among samples, by the classifier"),
         "coverage_kl": Metric("Class KL divergence", False, 4, "of the samples' classes from the real ones', in nats"),
         "classes": Metric("Classes covered", True, 0, "classes that samples have at least a tenth of their share of"),
+        "class_accuracy": Metric("Class accuracy", True, 3, "share of samples taken for the class asked for", conditional=True),
     }
     labelled = True
     frechet = "frechet_classifier"
@@ -206,6 +207,19 @@ class ClassifierFamily(VectorFamily):
         values["coverage_kl"], values["classes"] = class_coverage(fake.counts, real.counts)
         return values
 
+    def by_class(self, real: Vectors, fake: Vectors, asked: Tensor) -> dict[str, Tensor]:
+        """As `Family` says: how many are taken for their class, and the Frechet distance of each class from the real one's."""
+        right = torch.cat(fake.taken) == asked
+        labels = self.task.data.labels(0, self.task.reals)
+        assert labels is not None
+        found = torch.full((2, self.task.classes), torch.nan, dtype=torch.float64)
+        for number in sorted({*asked.tolist()}):
+            ours, theirs = (asked == number).nonzero().flatten(), (labels == number).nonzero().flatten()
+            found[0, number] = right[ours].double().mean()
+            if min(len(ours), len(theirs)) > FEATURES:  # else it says more of their number than of them
+                found[1, number] = frechet(_moments(fake.rows, ours), _moments(real.rows, theirs))
+        return {"class_accuracy": found[0], self.frechet: found[1]}
+
     def needs(self) -> int:
         """As `Family` says."""
         return 8 * 8 * BLOCK**2 + 3 * self.task.piece_bytes
@@ -224,3 +238,10 @@ class ClassifierFamily(VectorFamily):
     def told_apart(self, real: Vectors) -> int:
         """As `Family` says."""
         return int((real.counts > 0).sum())
+
+
+def _moments(rows: Features, of: Tensor) -> Moments:
+    moments = Moments()
+    for some in torch.split(of, BLOCK):
+        moments.add(rows[some])
+    return moments

@@ -38,6 +38,7 @@ class Vectors:
 
     def __post_init__(self) -> None:
         self.counts = torch.zeros(self.classes, dtype=torch.int64)
+        self.taken: list[Tensor] = []  # for which class each image was, if they are counted
 
     def add(self, first: int, images: Tensor) -> None:
         """As `Seen` says."""
@@ -51,6 +52,7 @@ class Vectors:
             self.score.add(second[:count])
         if self.classes and second is not None:
             self.counts += torch.bincount(second[:count], minlength=self.classes)
+            self.taken.append(second[:count])
 
 
 class VectorFamily(Family[Vectors]):

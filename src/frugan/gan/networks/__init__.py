@@ -5,7 +5,7 @@ from importlib import import_module
 import torch
 
 from frugan.config.architectures import Architecture
-from frugan.gan.networks.blocks import ClassNoise, Head, Network
+from frugan.gan.networks.blocks import ClassNoise, Head, Map, Network
 from frugan.utils.draws import derive
 from frugan.utils.errors import UserError
 
@@ -36,4 +36,4 @@ def _condition(generator: Network, discriminator: Network, network: Architecture
         head.condition(classes)
 
 
-__all__ = ["Network", "build"]
+__all__ = ["Map", "Network", "build"]

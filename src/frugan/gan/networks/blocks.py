@@ -9,6 +9,8 @@ from frugan.config.architectures import Norm
 from frugan.memory.private import batch_norm
 from frugan.utils.draws import Rows
 
+SHIFT = 0.3  # of noise by its class, at first, in standard deviations of noise
+
 
 class OfSamples(nn.Module):
     """Base of the layers that are called with ``(x, rows)``: they need to know which samples ``x``, ``[n, ...]``, is of."""
@@ -46,11 +48,12 @@ def _through(layers: Iterable[nn.Module], x: Tensor, rows: Rows | None) -> Tenso
 
 
 class Head(Block):
-    """The last block of a discriminator: layers that give features ``[n, f]`` or ``[n, f, h, w]``, one that makes logits of them,
-    and one that makes these ``[n]``.
+    """The last block of a discriminator: layers that give features, a dense or convolutional one that makes one logit (or a map of
+    them) of these, and one that makes that ``[n]``.
 
-    Once it is told how many classes there are, the product of the features, averaged over places, with an embedding of the
-    sample's class is added to the logit (Miyato and Koyama 2018, arXiv 1802.05637, figure 1d). It begins at zero.
+    Once it is told how many classes there are, each has weights of its own in the layer that makes logits, which are added to those
+    that all share: the projection of Miyato and Koyama (2018, arXiv 1802.05637, equation 5), here of features that still know where
+    they are. They begin at zero.
     """
 
     classes: nn.Parameter | None
@@ -60,25 +63,32 @@ class Head(Block):
         self.register_parameter("classes", None)
 
     def condition(self, classes: int) -> None:
-        """Makes the embedding: ``[classes, f]``."""
+        """Makes the weights of classes, each of the shape of those that all share: ``[classes, ...]``."""
         weight = list(self)[-2].get_parameter("weight")
-        self.classes = nn.Parameter(weight.new_zeros(classes, weight.shape[1]))
+        self.classes = nn.Parameter(weight.new_zeros(classes, *weight.shape[1:]))
 
     def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
         """Logits ``[n]``; ``rows`` must have classes if they are learnt."""
         *before, last, flat = self
         x = _through(before, x, rows)
-        logits: Tensor = flat(last(x))
-        if self.classes is None:
-            return logits
-        assert rows is not None and rows.classes is not None, "a conditional discriminator needs the classes of its samples"
-        features = x.flatten(2).mean(2) if x.dim() > 2 else x
-        return logits + (features * nn.functional.embedding(rows.classes, self.classes)).sum(1)
+        logits: Tensor = last(x)
+        if self.classes is not None:
+            assert rows is not None and rows.classes is not None, "a conditional discriminator needs the classes of its samples"
+            if isinstance(last, nn.Conv2d):
+                of_each = nn.functional.conv2d(x, self.classes, None, last.stride, last.padding, last.dilation)
+            else:
+                of_each = nn.functional.linear(x, self.classes)
+            which = rows.classes.view(-1, *[1] * (x.dim() - 1)).expand(-1, 1, *of_each.shape[2:])
+            logits = logits + of_each.gather(1, which)
+        result: Tensor = flat(logits)
+        return result
 
 
 class ClassNoise(OfSamples):
-    """Noise that says the class too: that of each class begins as a region of its own of all noise, and so as images that an
-    unconditional generator would make as well.
+    """Noise that says the class too: it is shifted by a learnt vector, at first a small one, so that an unconditional generator
+    would make its images of it as well.
+
+    Where the shift is as large as the noise, the generator learns to look at nothing else, and samples of a class are all alike.
 
     Args:
         classes: how many there are.
@@ -87,13 +97,12 @@ class ClassNoise(OfSamples):
 
     def __init__(self, classes: int, latent_dim: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(classes, latent_dim)  # begins as N(0, 1), as the noise
+        self.classes = nn.Parameter(torch.empty(classes, latent_dim).normal_() * SHIFT)
 
     def forward(self, x: Tensor, rows: Rows | None) -> Tensor:
         """Noise ``[n, latent_dim]`` to the same; ``rows`` must have classes."""
         assert rows is not None and rows.classes is not None, "a conditional generator needs the classes of its samples"
-        noise: Tensor = (x + self.embedding(rows.classes)) * 0.5**0.5
-        return noise
+        return x + nn.functional.embedding(rows.classes, self.classes)
 
 
 class Network(nn.Module):
@@ -146,6 +155,23 @@ def norm(kind: Norm, channels: int, *, flat: bool = False) -> list[nn.Module]:
     return []
 
 
+class Map(nn.Module):
+    """Numbers ``[n, channels * size**2]`` to a first map ``[n, channels, size, size]``.
+
+    Attributes:
+        memory_format: that of the other maps (`frugan.gan.build.lay_out`): layers would copy one that lies otherwise each time.
+    """
+
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__()
+        self.shape = (channels, size, size)
+        self.memory_format = torch.contiguous_format
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the class says."""
+        return x.reshape(len(x), *self.shape).contiguous(memory_format=self.memory_format)
+
+
 class Resize(nn.Module):
     """Nearest upsampling to ``size``."""
 
@@ -156,6 +182,30 @@ class Resize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[n, c, h, w]`` to ``[n, c, size, size]``."""
         return nn.functional.interpolate(x, size=(self.size, self.size))
+
+
+class ResizedConv(nn.Conv2d):
+    """Nearest upsampling to ``size`` and a 3x3 convolution, ``[n, before, h, w]`` to ``[n, out, size, size]``.
+
+    Where that doubles the size, both are one transposed convolution by 2 with a 4x4 kernel, each of whose numbers is the sum of
+    those that meet the same pixel: equal but for rounding, with 4/9 of the arithmetic.
+    """
+
+    def __init__(self, before: int, out: int, size: int, *, bias: bool) -> None:
+        super().__init__(before, out, 3, padding=1, bias=bias)
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the class says."""
+        if 2 * x.shape[-1] != self.size or 2 * x.shape[-2] != self.size:
+            return super().forward(nn.functional.interpolate(x, size=(self.size, self.size)))
+        kernel = _doubled(_doubled(self.weight, 2), 3).transpose(0, 1)
+        return nn.functional.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
+
+
+def _doubled(weight: Tensor, dim: int) -> Tensor:
+    first, second, third = weight.unbind(dim)
+    return torch.stack([third, second + third, first + second, first], dim)
 
 
 class Average(nn.Module):
@@ -190,9 +240,8 @@ def widths(base: int, sizes: list[int]) -> list[int]:
 
 def seed_block(latent_dim: int, channels: int, size: int, kind: Norm, activation: nn.Module) -> Block:
     """Noise ``[n, latent_dim]`` to a first feature map ``[n, channels, size, size]``."""
-    shape = nn.Unflatten(1, (channels, size, size))
     dense = nn.Linear(latent_dim, channels * size * size, bias=kind == "none")
-    return Block(dense, shape, *norm(kind, channels), activation)
+    return Block(dense, Map(channels, size), *norm(kind, channels), activation)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from frugan.config.architectures import Norm, Projected
-from frugan.gan.networks.blocks import Block, Head, Network, Resize, norm, radford_init, seed_block, widths
+from frugan.gan.networks.blocks import Block, Head, Network, Resize, ResizedConv, norm, radford_init, seed_block, widths
 from frugan.gan.networks.dcgan import transposed_generator
 from frugan.gan.networks.upsample import nearest_generator
 from frugan.utils.draws import Rows
@@ -131,16 +131,17 @@ def build(options: Projected, image_size: int, channels: int) -> tuple[Network, 
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions beside a 1x1 one: ``[n, before, h, w]`` to ``[n, out, h, w]``."""
+    """Nearest upsampling, then two 3x3 convolutions beside a 1x1 one: ``[n, before, h, w]`` to ``[n, out, size, size]``."""
 
-    def __init__(self, before: int, out: int, kind: Norm) -> None:
+    def __init__(self, before: int, out: int, size: int, kind: Norm) -> None:
         super().__init__()
         bias = kind == "none"
         self.layers = nn.Sequential(
-            nn.Conv2d(before, out, 3, padding=1, bias=bias), *norm(kind, out), nn.ReLU(inplace=True),
+            ResizedConv(before, out, size, bias=bias), *norm(kind, out), nn.ReLU(inplace=True),
             nn.Conv2d(out, out, 3, padding=1, bias=bias), *norm(kind, out),
         )  # fmt: skip
-        self.shortcut = nn.Conv2d(before, out, 1, bias=False)
+        # On the smaller map, as a 1x1 convolution commutes with upsampling.
+        self.shortcut = nn.Sequential(nn.Conv2d(before, out, 1, bias=False), Resize(size))
 
     def forward(self, x: Tensor) -> Tensor:
         """As the class says."""
@@ -155,7 +156,7 @@ def residual_generator(latent_dim: int, sizes: list[int], width: int, channels: 
     blocks: list[Block] = [seed_block(latent_dim, c[0], sizes[0], kind, nn.ReLU(inplace=True))]
     outs = [*c[1:], max(1, c[-1] // 2)]
     for before, out, size in zip(c, outs, sizes[1:], strict=True):
-        blocks.append(Block(Resize(size), Residual(before, out, kind), nn.ReLU(inplace=True)))
+        blocks.append(Block(Residual(before, out, size, kind), nn.ReLU(inplace=True)))
     return Network(*blocks, Block(nn.Conv2d(outs[-1], channels, 3, padding=1), nn.Tanh()))
 
 

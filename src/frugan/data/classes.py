@@ -1,0 +1,44 @@
+"""What classes images have, for a training that learns them."""
+
+import numpy as np
+
+from frugan.config.classes import Classes
+from frugan.data.sources.base import Source, Tell
+from frugan.utils.errors import UserError
+
+FEW = 20  # images of a class, below which a generator can hardly do more than repeat them
+
+
+def classes_of(source: Source, conditional: bool, tell: Tell) -> Classes:
+    """The classes of ``source`` that a ``conditional`` training learns; none if it is not. ``tell`` says which have few images.
+
+    Raises:
+        UserError: there are none, one only, or not every image has one of those that there are.
+    """
+    if not conditional:
+        return Classes()
+    if source.labels is None:
+        raise UserError(
+            f"--conditional learns classes, and {source.unlabelled or f'{source.name} has none'}: put the images of each into a "
+            "folder of its own, name a --label-column, or leave --conditional out."
+        )
+    names = [*map(str, source.classes)]
+    outside = np.flatnonzero((source.labels < 0) | (source.labels >= len(names)))
+    if len(outside):
+        number = int(outside[0])
+        raise UserError(
+            f"{source.where(number)} is of class {source.labels[number]}, and {source.name} has classes 0 to {len(names) - 1}: "
+            f"mend the labels ({len(outside):,} of {len(source):,} are like that), or leave --conditional out."
+        )
+    classes = Classes(tuple(names), tuple(np.bincount(source.labels, minlength=len(names)).tolist()))
+    if len(classes.present) < 2:
+        only = "".join(f", {names[number]}" for number in classes.present)
+        raise UserError(f"--conditional needs two classes, and the images of {source.name} are all of one{only}: leave it out.")
+    few = [f"{names[number]} ({classes.counts[number]})" for number in classes.present if classes.counts[number] < FEW]
+    if few:
+        more = f" and {len(few) - 3} more" if len(few) > 3 else ""
+        tell(
+            f"Few images are of {', '.join(few[:3])}{more}: expect samples of such a class to repeat them. Classes that look alike "
+            "are better put into one."
+        )
+    return classes
