@@ -204,9 +204,8 @@ class Search:
         segments back only if it needs others, what it comes to hold within ``available`` bytes, if those are said.
         """
         most = max(max((m for _, m in t.levels()), default=sum(t.sizes[s] for s in t.held)) for t in timelines)
-        if self.device.type == "cpu" and not can_record():
-            most = int(most * UNMEASURED)
         if self.device.type == "cpu":
+            most = most if can_record() else int(most * UNMEASURED)
             return most if freed == "return" or pool.available() else int(KEPT * most)
         held = self._replayed(timelines, Segments()).top
         if freed == "return":
@@ -315,14 +314,19 @@ class Search:
         """The fastest layout of ``job`` that fits; what would have been faster goes into ``refused``."""
         plain = self._first(self._allowed(job, job.variants[0]), available, freed, refused)
         whole = self.candidates(job, job.variants[0])[0]
+        least = self._growth(job, job.variants[0]).least(job.batch)
         if plain and plain.time(freed, self.rates) <= SLOWER * whole.time(freed, self.rates):
             if plain.guarantee != Guarantee.APPROXIMATE:
                 return plain
-            if not job.can_uncouple:
-                if self._growth(job, job.variants[0]).least(job.batch) > available:
-                    return plain  # no lever helps it to be exact
-                if self.candidates(job, job.variants[-1])[0].needs(freed) > available:  # nor do all of them
-                    return plain
+            if not job.can_uncouple and (least > available or self.candidates(job, job.variants[-1])[0].needs(freed) > available):
+                return plain  # no lever helps it to be exact, nor do all of them
+        if job.can_uncouple:  # in the order of what they take, all exact; the leanest is traced only where nothing else fits
+            at_once = [levers for levers in job.variants if not uncoupling(levers)] if least <= available else []
+            if found := self._first([self.candidates(job, levers)[0] for levers in at_once], available, freed, refused):
+                return found
+            for levers in filter(uncoupling, job.variants):
+                if found := self._first(self._allowed(job, levers), available, freed, refused):
+                    return found
         return self._first([c for levers in job.variants for c in self._allowed(job, levers)], available, freed, refused)
 
     def _first(
