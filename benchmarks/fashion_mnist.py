@@ -21,7 +21,7 @@ from pathlib import Path
 import matplotlib as mpl
 import torch
 import tyro
-from unseen import OWN, Judge, samples_of, words
+from unseen import COLUMNS, Judge, samples_of, words
 
 from frugan.config.recipe import Data
 from frugan.config.recipes import RECIPES
@@ -29,7 +29,6 @@ from frugan.reporting.records import MemoryMeasured
 from frugan.reporting.run_folder import RunFolder
 from frugan.utils.files import whole, write_text
 
-METRICS = ("unseen", "unseen precision", "unseen recall", "accuracy", *OWN)
 HEADINGS = {
     "unseen": "Frechet, unseen network", "unseen precision": "precision", "unseen recall": "recall", "accuracy": "class told",
     "frechet_classifier": "Frechet, classifier", "precision_classifier": "precision", "recall_classifier": "recall", "swd": "SWD",
@@ -100,7 +99,7 @@ def score(judge: Judge, run: Path, name: str, minutes: float, seed: int) -> Row:
     last = folder.read_log()[-1]
     peak = max((e.measured for e in folder.read_events() if isinstance(e, MemoryMeasured)), default=0)
     metrics = judge(*samples_of(str(run), None).images(max(judge.samples, len(judge.real))))
-    kept = {key: metrics[key] for key in METRICS if key in metrics}
+    kept = {key: metrics[key] for key in COLUMNS if key in metrics}
     return Row(name, minutes, seed, last.images, last.speed, peak, kept, machine(), date.today().isoformat())
 
 
@@ -141,7 +140,7 @@ def plot(rows: list[Row], real: dict[str, float], path: Path) -> None:
 
 
 def page(rows: list[Row], real: dict[str, float], options: Options, protocol: str) -> str:
-    names = {key: HEADINGS[key] for key in METRICS if any(key in row.metrics for row in rows)}
+    names = {key: HEADINGS[key] for key in COLUMNS if any(key in row.metrics for row in rows)}
     head = ["", "minutes", "runs", "images seen", "images/s", "peak memory", *names.values()]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, minutes in sorted(dict.fromkeys((row.name, row.minutes) for row in rows), key=lambda pair: pair[1]):

@@ -7,7 +7,8 @@ Each row adds one thing that a careful engineer would do to the row above; the l
 trainer, console and files included, within the memory that the row above held (or the smallest that frugan names). Each
 measurement is a process of its own; the rows take turns, and the table has medians. *Allocates*: the most bytes of tensors that
 were alive at once in an update, as the CPU allocator reports. *Process*: the most that the process held, as the system counts it.
-Rows with a star train otherwise: batch norm sees micro-batches. Parity is checked first: in double precision both must train to
+Rows with a star train otherwise: batch norm sees micro-batches, in frugan's row by ``--whole-batch-norm no``, so that the same is
+compared; what exact statistics cost is the other table. Parity is checked first: in double precision both must train to
 the same weights.
 
 ``--batch-norm`` is a table of its own: what it costs that micro-batches are exact under batch norm. Both phases and the updates of
@@ -137,7 +138,8 @@ def through_frugan(cell: dict[str, Any]) -> dict[str, Any]:
         def run(memory: str) -> None:
             frugan.train(
                 cell["folder"], out=out, recipe=cell["recipe"], image_size=cell["side"], batch_size=cell["batch"], epochs=1000,
-                memory=memory, on_update=count, quiet=True, device="cpu", report_every=1000, sample_every=1000,
+                memory=memory, on_update=count, quiet=True, device="cpu", whole_batch_norm="no", report_every=1000,
+                sample_every=1000,
             )  # fmt: skip
 
         budget = f"{cell['process'] >> 20}MiB"

@@ -24,7 +24,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from unseen import by_class, learnt
+from unseen import by_class, learnt, say
 
 import frugan
 from frugan.config.recipe import Data
@@ -99,10 +99,6 @@ class Modes:
         p = counts / counts.sum()
         from_real = (torch.special.xlogy(p, p) - torch.special.xlogy(p, self.real)).sum()
         return int((counts > 0).sum()), float(from_real), float(torch.special.xlogy(p, p).sum() + math.log(MODES))
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def main(options: Options) -> None:

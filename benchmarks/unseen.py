@@ -167,11 +167,11 @@ class Judge:
     """
 
     def __init__(self, data: Data, samples: int) -> None:
-        source, data = opened(data, _tell)
+        source, data = opened(data, say)
         whole = _loader(data)
         self.samples = min(samples, len(whole))
         self.evaluator = Evaluator(
-            whole, source.name, len(source.classes), Options(reals=self.samples), torch.device("cpu"), _tell
+            whole, source.name, len(source.classes), Options(reals=self.samples), torch.device("cpu"), say
         )  # fmt: skip
         held_out = _test(data, whole.fingerprint)
         if held_out is None:
@@ -224,7 +224,7 @@ class Judge:
 
 
 def _loader(data: Data) -> Loader:
-    return open_loader(open_source(data), data, seed=SEED, workers=2, tell=_tell)
+    return open_loader(open_source(data), data, seed=SEED, workers=2, tell=say)
 
 
 def _test(data: Data, fingerprint: str) -> Loader | None:
@@ -236,8 +236,9 @@ def _test(data: Data, fingerprint: str) -> Loader | None:
     return None if found.fingerprint == fingerprint else found
 
 
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr)
+def say(text: str) -> None:
+    """On the standard error, so that a table can be kept."""
+    print(text, file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -274,7 +275,7 @@ def samples_of(run: str, data: str | None) -> Samples:
             return generator.generate(n, seed=SEED), asked
 
         return Samples(made_and_asked, generator.images_seen, own)
-    _, like = opened(Data(data=data or run), _tell)
+    _, like = opened(Data(data=data or run), say)
     made = _loader(replace(like, data=run))
     return Samples(lambda n: (made.batch(0, min(n, len(made))), None), 0, like)
 
@@ -314,7 +315,7 @@ def main(arguments: Arguments) -> None:
             table.add_row("real", *(words(values, name) for name in COLUMNS), "")
         judge = judges[data]
         values = judge(*found.images(max(judge.samples, len(judge.real))))
-        _tell(f"{run}: {values}")
+        say(f"{run}: {values}")
         tables[data].add_row(run, *(words(values, name) for name in COLUMNS), f"{found.seen:,}" if found.seen else "-")
     for data, table in tables.items():
         Console(width=180).print(table)

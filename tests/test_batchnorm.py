@@ -212,6 +212,11 @@ def test_a_plan_cuts_exactly_and_only_where_that_can_be() -> None:
         assert all(c.needs(choice.freed) <= available for c in choice.chosen.values())
         assert all(c.layout.uncoupled == (len(c.layout.sizes) > 1) for c in choice.chosen.values())
 
+    r3 = recipes.get("r3").replace(image_size=16, channels=1, batch_size=24, width_g=8, width_d=8)
+    counts = [[job.counts(job.variants[0]) for job in jobs(r, CPU, (False, False), Model(r, CPU).growth)]
+              for r in (r3, r3.replace(whole_batch_norm="yes"))]  # fmt: skip
+    assert counts[0] == counts[1]  # without batch norm there is nothing that would have to be whole
+
     for asked, uncoupled in (
         ({"accumulation_steps": 3}, {True}), ({"accumulation_steps": 3, EXACT: "no"}, {False}),
         ({"accumulation_steps": 1}, {False}), ({}, {False, True}), ({"r1": 1.0}, {False}),

@@ -102,6 +102,9 @@ def test_pictures_have_a_row_for_each_class(
         "seed_0_00000_cats.png", "seed_0_00001_dogs.png", "seed_0_00002_cats.png",
     ]  # fmt: skip
     main(["generate", str(run), "--classes", "dogs", "--interpolate", "1", "2", "--frames", "4"])
+    for name in ("dogs", "cats"):
+        main(["generate", str(run), "--classes", name, "--n", "2"])
+    assert {"interpolation_1-2_dogs.png", "seed_0_dogs.png", "seed_0_cats.png"} <= {p.name for p in (run / "generated").iterdir()}
     with pytest.raises(SystemExit):
         main(["generate", str(run), "--classes", "dogs", "cats", "--interpolate", "1", "2"])
     assert "--interpolate keeps to one class" in capsys.readouterr().err
@@ -227,5 +230,5 @@ def test_an_evaluation_asks_whether_samples_are_of_their_class(
         with pytest.raises(SystemExit):
             main([*command, "--samples", "32", "--metrics", "class_accuracy"])
         said = capsys.readouterr()
-        assert "class_accuracy needs samples that were asked for by class" in said.err
+        assert "class_accuracy needs samples of a run with --conditional, and real images of the classes that it learnt" in said.err
     assert "The classes of others are others than those of" in said.out

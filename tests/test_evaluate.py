@@ -105,9 +105,9 @@ def test_what_was_seen_in_real_images_is_remembered(evaluator: Evaluator) -> Non
 class ColourFamily(VectorFamily):
     """How bright an image is: no network."""
 
-    name = "colour"
-    metrics: ClassVar = {"frechet_colour": Metric("Frechet distance (colour)", False, 4, "on the mean colours of images")}
-    frechet = "frechet_colour"
+    name = "mean-colour"
+    metrics: ClassVar = {"frechet_mean_colour": Metric("Frechet distance (mean colour)", False, 4, "on the mean colours of images")}
+    frechet = "frechet_mean_colour"
     width = 1
 
     def look(self, images: Tensor) -> tuple[Tensor, None]:
@@ -127,21 +127,23 @@ class ColourFamily(VectorFamily):
 def colour() -> Iterator[None]:
     register(ColourFamily)
     yield
-    del FAMILIES["colour"], METRICS["frechet_colour"]
+    del FAMILIES["mean-colour"], METRICS["frechet_mean_colour"]
 
 
 @pytest.mark.usefixtures("colour")
 def test_a_new_family_is_one_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ways = {"recipe": "mlp", "epochs": 1, "batch_size": 64, "width_g": 8, "width_d": 8, "quiet": True}
-    run = frugan.train("digits", evaluate_every=1, evaluate_samples=64, metrics="swd,frechet_colour", out=tmp_path / "r", **ways)
+    run = frugan.train(
+        "digits", evaluate_every=1, evaluate_samples=64, metrics="swd,frechet_mean_colour", out=tmp_path / "r", **ways
+    )
     (event,) = (event for event in RunFolder(run).read_events() if isinstance(event, Metrics))
-    assert list(event.values) == ["swd", "frechet_colour"] and event.protocol.endswith("a level; mean colours.")
-    assert "Frechet distance (colour)" in (run / "report.html").read_text()
-    main(["evaluate", str(run), "--samples", "64", "--metrics", "frechet_colour"])
+    assert list(event.values) == ["swd", "frechet_mean_colour"] and event.protocol.endswith("a level; mean colours.")
+    assert "Frechet distance (mean colour)" in (run / "report.html").read_text()
+    main(["evaluate", str(run), "--samples", "64", "--metrics", "frechet_mean_colour"])
     told = capsys.readouterr().out
-    assert "Frechet distance (colour)" in told and "on the mean colours of images" in told
+    assert "Frechet distance (mean colour)" in told and "on the mean colours of images" in told
     assert chosen(Options(), labelled=False) == ["swd"]  # it is not automatic
-    with pytest.raises(UserError, match="did you mean 'frechet_colour'"):
+    with pytest.raises(UserError, match="did you mean 'frechet_mean_colour'"):
         chosen(Options("frechet_color"), labelled=False)
 
 
@@ -150,7 +152,7 @@ def test_the_name_of_a_family_or_a_metric_is_nobody_elses() -> None:
     class Swd(PatchesFamily):
         name = "other"
 
-    for taken, name in ((ColourFamily, "colour"), (Swd, "swd")):
+    for taken, name in ((ColourFamily, "mean-colour"), (Swd, "swd")):
         with pytest.raises(ValueError, match=f"there is already a family or a metric called '{name}'"):
             register(taken)
 

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from frugan.config.architectures import Projected
 from frugan.config.objectives import Bce
+from frugan.data.classes import present
 from frugan.data.loader import Batch
+from frugan.data.sources.base import ArraySource
 from frugan.gan.features import Course, FeatureStep, rotated
 from frugan.gan.networks import build
 from frugan.gan.step import Step
@@ -58,6 +60,13 @@ def test_turns_are_quarter_turns() -> None:
     images = torch.randint(0, 256, (8, 3, 5, 5), dtype=torch.uint8)
     turns = torch.arange(8) % 4
     assert rotated(images, turns).equal(torch.stack([torch.rot90(i, int(k), (1, 2)) for i, k in zip(images, turns, strict=True)]))
+
+
+def test_labels_outside_of_the_classes_are_no_labels_to_learn_from() -> None:
+    images = np.zeros((4, 8, 8), np.uint8)
+    for labels, count in (([0, 1, 1, 0], 2), ([0, 0, 0, 0], 1), ([0, 1, -1, 1], 0), ([0, 1, 2, 1], 0), (None, 0)):
+        there = None if labels is None else np.array(labels)
+        assert present(ArraySource("made", images, there, ("a", "b"))) == count
 
 
 def test_scales_of_features_change_nothing_but_scales() -> None:

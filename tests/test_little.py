@@ -74,6 +74,7 @@ def test_words_for_flip_old_and_new() -> None:
         (["--flip", "auto"], ["--flip", "auto"]),
         (["--flip"], ["--flip", "yes"]),
         (["--flip", "False"], ["--flip", "no"]),
+        (["--flip=true"], ["--flip", "yes"]),
         (["--no-flip", "--epochs", "3"], ["--flip", "no", "--epochs", "3"]),
         (["--flip", "--epochs", "3"], ["--flip", "yes", "--epochs", "3"]),
     ):
@@ -115,6 +116,8 @@ def test_a_run_on_few_images_says_how_near_its_samples_lie(train: Callable[..., 
     (event,) = [e for e in RunFolder(out).read_events() if isinstance(e, Metrics)]
     assert event.values.keys() == {"nearest", "copies"} and "all 64 images" in event.protocol
     assert RunFolder(out).read_log()[-1].measured.keys() >= {"p", "r_t"}
+    page = (out / "report.html").read_text()
+    assert "Best Copies" in page and "Best Distance" not in page  # noise lies farthest, and is not the best
 
 
 def test_blocks_are_matched_by_the_size_of_their_maps() -> None:

@@ -14,7 +14,7 @@ from frugan.data.sources import open_source
 from frugan.gan.augment import MOST, Augment
 from frugan.reporting.records import Line, Warned
 from frugan.reporting.run_folder import RunFolder
-from frugan.training.diagnostics import SETTLED, WON, Diagnostics
+from frugan.training.diagnostics import LASTING, SETTLED, Diagnostics
 from frugan.utils.draws import Draws, Rows
 
 Told = list[tuple[str, str]]
@@ -93,13 +93,13 @@ def test_a_discriminator_that_wins_is_told_only_when_it_lasts(
     objective: Bce, won: dict[str, float], open_: dict[str, float] | None, digits: PackLoader, told: Told
 ) -> None:
     watch = Diagnostics(digits, objective, lambda kind, text: told.append((kind, text)))
-    for updates in range(0, WON, 50):
+    for updates in range(0, LASTING, 50):
         watch.line(line(updates, won))
-    watch.line(line(WON, won | (open_ or {})))
-    for updates in range(WON + 50, 2 * WON + 50, 50):
+    watch.line(line(LASTING, won | (open_ or {})))
+    for updates in range(LASTING + 50, 2 * LASTING + 50, 50):
         watch.line(line(updates, won))
     assert not told
-    for updates in range(2 * WON + 50, 3 * WON, 50):
+    for updates in range(2 * LASTING + 50, 3 * LASTING, 50):
         watch.line(line(updates, won))
     assert [kind for kind, _ in told] == ([] if open_ is None else ["discriminator won"])
 
@@ -137,11 +137,11 @@ def test_a_training_that_collapses_is_warned_of_also_when_it_was_broken_off(
 
 
 def test_augmentation_at_its_maximum_is_told_when_it_lasts(watch: Diagnostics, told: Told) -> None:
-    for updates in range(0, 3 * WON, 50):
+    for updates in range(0, 3 * LASTING, 50):
         watch.line(line(updates, {"p": 1.0}))  # diff, which is meant to be there always
         watch.line(line(updates, {"p": 0.7}))
     assert not told
-    for updates in range(0, WON + 50, 50):
+    for updates in range(0, LASTING + 50, 50):
         watch.line(line(updates, {"p": MOST}))
     assert [kind for kind, _ in told] == ["overfitting"] and "p 0.8" in told[0][1]
 

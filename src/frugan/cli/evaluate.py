@@ -87,7 +87,8 @@ def run(said: Any) -> None:
     classes = tuple(map(str, source.classes))
     if drawn is not None and trained != classes:
         drawn = None
-        console.tell(f"The classes of {source.name} are others than those of {said.run}: samples are not compared by class.")
+        there = f"The classes of {source.name} are others than those of {said.run}" if classes else f"{source.name} has no classes"
+        console.tell(f"{there}: samples are not compared by class.")
     asking = Options(said.metrics, said.weights, said.any_weights, min(said.samples, len(real)))
     evaluator = Evaluator(
         real, source.name, len(source.classes), asking, device.choose(said.device), console.tell, console.evaluating,
@@ -98,13 +99,14 @@ def run(said: Any) -> None:
     protocol = evaluator.protocol(count, what)
     if said.json:
         values = {f"{name}_by_other_weights" if name in unofficial else name: value for name, value in values.items()}
-        found: dict[str, Any] = {"metrics": values, "protocol": protocol, "official": not unofficial}
+        numbers = {name: None if isnan(value) else value for name, value in values.items()}  # JSON has no NaN
+        found: dict[str, Any] = {"metrics": numbers, "protocol": protocol, "official": not unofficial}
         if by_class:
             found["classes"] = {
                 name: {key: None if isnan(v[number]) else v[number] for key, v in by_class.items()}
                 for number, name in enumerate(classes)
             }
-        print(json.dumps(found))
+        print(json.dumps(found, allow_nan=False))
     else:
         console.evaluated(values, unofficial)
         if by_class:

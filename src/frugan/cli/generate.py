@@ -52,11 +52,12 @@ def run(options: Generate) -> None:
         raise UserError(f"--separate writes many files: --out {out} must be a folder.")
     if options.interpolate and options.separate:
         raise UserError("--interpolate writes a strip and a GIF: leave --separate out.")
+    asked = "".join(f"_{plain(name)}" for name in options.classes)  # so that no file of other classes is written over
     if options.interpolate:
         if len(options.classes) > 1:
             raise UserError(f"--interpolate keeps to one class: name one of {', '.join(options.classes)}.")
         images = generator.interpolate(options.interpolate, options.frames, of=next(iter(options.classes), None))
-        name = "-".join(map(str, options.interpolate))
+        name = "-".join(map(str, options.interpolate)) + asked
         strip, loop = (
             single or out / f"interpolation_{name}.png",
             (single or out / f"interpolation_{name}.gif").with_suffix(".gif"),
@@ -75,7 +76,7 @@ def run(options: Generate) -> None:
             pictures.save(pictures.single(image), out / f"seed_{options.seed}_{i:05d}{of}.png")
         print(f"{len(images)} images in {out}")
     else:
-        path = single or out / f"seed_{options.seed}.png"
+        path = single or out / f"seed_{options.seed}{asked}.png"
         pictures.save(pictures.grid(images, classes=len(classes)), path)
         print(path)
 

@@ -167,6 +167,9 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
     said: list[str] = []
     meant = {"true": "yes", "false": "no"}
     for argument in arguments:
+        if argument.lower() in ("--flip=true", "--flip=false"):
+            said.append("--flip")
+            argument = argument.split("=")[1]
         if said[-1:] == ["--flip"]:
             if argument.lower() in (*meant, "yes", "no", "auto"):
                 argument = meant.get(argument.lower(), argument.lower())

@@ -94,7 +94,9 @@ class Projected(Architecture):
     kind: ClassVar[str] = "projected"
     learns_features: ClassVar[bool] = True
     width_g: int = option(
-        32, "channels of the generator's largest maps but one; doubled with every halving, up to 8 times", least=2
+        32,
+        "channels of the generator's largest maps (residual: largest but one); doubled with every halving, up to 8 times",
+        least=2,
     )
     width_d: int = option(64, "channels of the discriminator's heads", least=2)
     norm_g: Norm = option("batch", "normalisation in the generator")

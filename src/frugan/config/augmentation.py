@@ -1,6 +1,6 @@
 """What D is shown instead of the images themselves."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from frugan.config.section import Section, option
@@ -25,4 +25,4 @@ class Augmentation(Section):
         """The same for so many images, without ``auto``."""
         if self.augment != "auto":
             return self
-        return Augmentation(**(vars(self) | {"augment": "ada" if images < FEW else "none"}))
+        return replace(self, augment="ada" if images < FEW else "none")

@@ -1,6 +1,6 @@
 """The classes of images, as a conditional generator knows them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from frugan.utils.errors import UserError, nearest
@@ -21,7 +21,7 @@ class Classes:
 
     def __post_init__(self) -> None:
         names, counts = self.names, self.counts
-        lists = isinstance(names, Sequence) and isinstance(counts, Sequence) and len(names) == len(counts)
+        lists = isinstance(names, (list, tuple)) and isinstance(counts, (list, tuple)) and len(names) == len(counts)
         if not lists or not all(isinstance(n, str) for n in names) or not all(type(c) is int and c >= 0 for c in counts):
             raise UserError("[classes] must hold names, and as many counts of images.")
         object.__setattr__(self, "names", tuple(names))

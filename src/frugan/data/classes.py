@@ -9,6 +9,14 @@ from frugan.utils.errors import UserError
 FEW = 20  # images of a class, below which a generator can hardly do more than repeat them
 
 
+def present(source: Source) -> int:
+    """How many classes have images; 0 if there are no labels, or not every image has one of the classes."""
+    labels = source.labels
+    if labels is None or not len(labels) or labels.min() < 0 or labels.max() >= len(source.classes):
+        return 0
+    return len(np.unique(labels))
+
+
 def classes_of(source: Source, conditional: bool, tell: Tell) -> Classes:
     """The classes of ``source`` that a ``conditional`` training learns; none if it is not. ``tell`` says which have few images.
 

@@ -40,7 +40,10 @@ def chosen(options: Options, labelled: bool, conditional: bool = False) -> list[
         if not labelled and name not in unlabelled:
             raise UserError(f"{name} needs images of at least two classes: use swd, or metrics of Inception's features.")
         if METRICS[name].conditional and not conditional:
-            raise UserError(f"{name} needs samples that were asked for by class: train with --conditional, or leave it out.")
+            raise UserError(
+                f"{name} needs samples of a run with --conditional, and real images of the classes that it learnt: leave it out of "
+                "--metrics."
+            )
     if not asked:
         raise UserError("--metrics names none: leave it out, or say for example swd,fid.")
     return [name for name in METRICS if name in asked]

@@ -134,7 +134,7 @@ def jobs(
     recipe: Recipe, device: torch.device, coupled: tuple[bool, bool], trace: Callable[[str, Levers], Growth],
     loads: Mapping[str, int] | None = None,
 ) -> list[Job]:  # fmt: skip
-    """Both phases, for the search, traced by ``trace`` .
+    """Both phases, for the search, traced by ``trace``.
 
     Args:
         recipe: what is trained.
@@ -147,7 +147,7 @@ def jobs(
         UserError: batch norm was asked to work on single samples.
     """
     batch, smallest = recipe.training.batch_size, 2 if any(coupled) else 1
-    if recipe.memory.whole_batch_norm == "yes":
+    if any(coupled) and recipe.memory.whole_batch_norm == "yes":
         smallest = batch  # what is cut is uncoupled
     found = []
     for phase in PHASES:

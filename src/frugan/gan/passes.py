@@ -100,7 +100,7 @@ class Passes:
         return levers.offloading(self.like.device, bool(layout and layout.uses("offload_activations")), network.parameters())
 
     def _discriminate(self, images: Tensor, rows: Rows) -> Tensor:
-        """Logits ``[n]`` in at least single precision."""
+        """Logits ``[n]``, or ``[n, heads]``, in at least single precision."""
         with self.autocast(), self._whole.passing(rows.scope):
             logits: Tensor = self.discriminator(images, rows)
         return logits.to(self.like.dtype)

@@ -1,4 +1,5 @@
-"""One phase of training, in micro-batches: with its base, `frugan.gan.passes`, the only place that calls networks and ``backward``.
+"""One phase of training, in micro-batches: with its base, `frugan.gan.passes`, the only place of an update that calls networks and
+``backward``.
 
 A phase adds the gradients of its network to ``.grad`` and returns what it measured; it neither loads, logs nor updates. Each
 micro-batch's terms are summed and divided by the size of the whole batch, so that micro-batches of any sizes add up to the
@@ -36,7 +37,7 @@ class Step(Passes):
 
     Args:
         generator: maps noise ``[n, latent_dim]``, and what it needs to know of the samples, to images ``[n, c, h, w]``.
-        discriminator: maps images, and the same, to logits ``[n]``.
+        discriminator: maps images, and the same, to logits ``[n]``, or ``[n, heads]``.
         objective: what is minimised, with its penalties.
         latent_dim: length of a noise vector.
         draws: where noise, masks and mirrorings come from.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from frugan.config.recipe import Recipe
 from frugan.gan.networks import Network, build
+from frugan.gan.networks.blocks import Map
 from frugan.utils.draws import Draws, Rows
 
 
@@ -43,7 +44,7 @@ def _rows(network: Network, x: Tensor, of: Rows, width: int) -> list[Row]:
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            views = isinstance(module, (nn.Flatten, nn.Unflatten)) or getattr(module, "inplace", False)
+            views = isinstance(module, (nn.Flatten, Map)) or getattr(module, "inplace", False)
             kept = 0 if views else output.numel() * width
             rows.append(Row(name, type(module).__name__, tuple(output.shape[1:]), own(module), kept))
 

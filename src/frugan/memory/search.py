@@ -1,8 +1,8 @@
 """The search for a plan: which layouts there are, what each would allocate and how long it would take, and the fastest that fits.
 
 Two small traces of each combination of levers say what micro-batches of any size allocate (`frugan.memory.growth`); nothing is run
-here. Combinations are looked at when they may be of use: where micro-batches alone are hardly slower than the whole batch, nothing
-is traced but these. Times come from arithmetic and traffic at fixed rates, not from a clock: the same command makes the same plan.
+here. Combinations are looked at when they may be of use: where micro-batches alone are exact and hardly slower than the
+whole batch, nothing is traced but these. Times are arithmetic at fixed rates, not a clock: the same command makes the same plan.
 """
 
 import math

@@ -180,7 +180,7 @@ class Console:
         for name, value in values.items():
             metric = METRICS[name]
             label = f"{name}, other weights" if name in unofficial else metric.label
-            table.add_row(label, shown(name, value), "higher" if metric.higher else "lower", metric.means)
+            table.add_row(label, shown(name, value), {True: "higher", False: "lower", None: ""}[metric.higher], metric.means)
         self.rich.print(table, soft_wrap=False)
         self.rich.print()
 

@@ -7,6 +7,7 @@ Add a kind of event by writing its dataclass here and putting it into `EVENTS`.
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
@@ -67,7 +68,7 @@ FIXED = Line(images=0).as_dict().keys()  # of a line, but for what was measured
 
 
 @dataclass(frozen=True, kw_only=True)
-class Event:
+class Event(ABC):
     """Something that happened between two lines, and ``log.jsonl`` has as it stands here.
 
     Attributes:
@@ -83,9 +84,9 @@ class Event:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
+    @abstractmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Self:
         """What ``found`` in ``log.jsonl`` says."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

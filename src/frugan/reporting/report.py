@@ -15,7 +15,7 @@ from typing import Any
 from frugan.config import recipes
 from frugan.config.recipe import Recipe
 from frugan.config.section import flag
-from frugan.evaluation.families import METRICS, shown
+from frugan.evaluation.families import METRICS, directed, shown
 from frugan.gan.levers import read_layout
 from frugan.reporting import page
 from frugan.reporting.records import number
@@ -127,7 +127,7 @@ def _glance(story: Story) -> Iterator[str]:
     for key, title in (("Loss_D", "Loss of D"), ("Loss_G", "Loss of G")):
         if key in story.curves and (last := story.curves[key].last) is not None:
             tiles.append((title, f"{last:.4g}", ""))
-    for measure in _measures([story])[:1]:
+    for measure in [m for m in _measures([story]) if directed(m[0])][:1]:
         if best := story.metrics[measure].best:
             tiles.append((f"Best {_label(measure)}", _value(measure, best[1]), f"after {best[0]:,.0f} images"))
     if (speed := number(story.last.speed)) is not None:
@@ -240,8 +240,9 @@ def _comparison(stories: Sequence[Story]) -> Iterator[str]:
             best = [curve.best[1] if curve.best else None for curve in curves]
             there = [value for value in best if value is not None]
             metric = METRICS.get(measure[0])
-            ahead = (max if metric.higher else min)(there) if metric and len(there) > 1 else math.nan
-            yield page.row(f"{_label(measure)}, best", [_value(measure, value) for value in best], [b == ahead for b in best])
+            if metric is None or metric.higher is not None:
+                ahead = (max if metric.higher else min)(there) if metric and len(there) > 1 else math.nan
+                yield page.row(f"{_label(measure)}, best", [_value(measure, value) for value in best], [b == ahead for b in best])
             yield page.row(f"{_label(measure)}, last", [_value(measure, curve.last) for curve in curves])
     yield "</tbody></table></div>\n</section>\n"
     yield from _quality(stories)
@@ -259,6 +260,9 @@ def _comparison(stories: Sequence[Story]) -> Iterator[str]:
 # Charts
 
 
+WAYS = {True: "Higher is better; ", False: "Lower is better; ", None: "To be read as: "}
+
+
 def _quality(stories: Sequence[Story]) -> Iterator[str]:
     """The metrics: what was measured alike is drawn together."""
     measures = _measures(stories)
@@ -266,9 +270,9 @@ def _quality(stories: Sequence[Story]) -> Iterator[str]:
         charts = []
         for measure in (m for m in measures if m[1] == how):
             metric = METRICS.get(measure[0])
-            note = f"{'Higher' if metric.higher else 'Lower'} is better; {metric.means}." if metric else ""
+            note = f"{WAYS[metric.higher]}{metric.means}." if metric else ""
             curves = {story.name: story.metrics[measure] for story in stories if measure in story.metrics}
-            chart = page.chart(_label(measure), note, curves, metric.digits if metric else None, best=metric is not None)
+            chart = page.chart(_label(measure), note, curves, metric.digits if metric else None, best=directed(measure[0]))
             charts.append(_coloured(chart, stories))
         yield page.charts("Metrics", charts, _epoch(stories), how)
 

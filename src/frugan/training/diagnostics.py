@@ -3,6 +3,7 @@
 Add one by writing a subclass of `Diagnostic` and putting it into `DIAGNOSTICS`.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 
 import torch
@@ -19,7 +20,7 @@ from frugan.reporting.run_folder import NEIGHBOURS
 SETTLED = 500  # updates before which a generator may make anything
 POOR = 0.4  # share of the data's variety
 ROUNDS = 2  # one after another, in which variety is that poor
-WON = 500  # updates without a break for which D is right about everything
+LASTING = 500  # updates without a break for which something is so in the log before it is told
 BLANK = 0.03  # of all pixels: more of them in blank grey than in real images
 UNEVEN = 1.5  # times the spread of brightness of real images
 LOOKED_AT = 50_000  # real images, and
@@ -98,29 +99,39 @@ class MissingClasses(Diagnostic):
         )
 
 
-class DiscriminatorWon(Diagnostic):
-    """D is right about everything, and G learns nothing from it."""
+class Lasting(Diagnostic):
+    """Something in the log's lines that is bad once it has been so for `LASTING` updates without a break."""
 
-    kind = "discriminator won"
+    said: str
 
     def __init__(self, data: Loader, objective: Objective) -> None:
         super().__init__(data, objective)
         self._since: int | None = None
 
     def line(self, line: Line) -> str | None:
-        """Whether it has been for long."""
-        if not self._won(line):
+        """Whether it has been so for long."""
+        if not self.is_so(line):
             self._since = None
         elif self._since is None:
             self._since = line.updates
-        elif line.updates - self._since >= WON:
-            return (
-                f"The discriminator has told all images apart for {WON} updates: the generator learns little from it. Try a lower "
-                "--lr-d, --label-smoothing, an R1 penalty (--r1 1), a smaller discriminator (--width-d), or --recipe r3."
-            )
-        return None
+        return self.said if self._since is not None and line.updates - self._since >= LASTING else None
 
-    def _won(self, line: Line) -> bool:
+    @abstractmethod
+    def is_so(self, line: Line) -> bool:
+        """Whether it is so now."""
+
+
+class DiscriminatorWon(Lasting):
+    """D is right about everything, and G learns nothing from it."""
+
+    kind = "discriminator won"
+    said = (
+        f"The discriminator has told all images apart for {LASTING} updates: the generator learns little from it. Try a lower "
+        "--lr-d, --label-smoothing, an R1 penalty (--r1 1), a smaller discriminator (--width-d), or --recipe r3."
+    )
+
+    def is_so(self, line: Line) -> bool:
+        """Whether D is right about everything."""
         measured = line.measured
         if not {"Loss_D", "Loss_G", "D(x)", "D(G(z)) before"} <= measured.keys():
             return False
@@ -146,28 +157,19 @@ class Memorising(Diagnostic):
         )
 
 
-class Overfitting(Diagnostic):
+class Overfitting(Lasting):
     """D overfits although its images are augmented as often as is safe."""
 
     kind = "overfitting"
+    said = (
+        f"D's images have been augmented as often as is safe (p {MOST}) for {LASTING} updates, and it still overfits: these "
+        "are few images for so long a training. Try more of them, fewer --epochs, a smaller --width-d, or --init-from a "
+        "run on images like these; and look for squares and borders in samples."
+    )
 
-    def __init__(self, data: Loader, objective: Objective) -> None:
-        super().__init__(data, objective)
-        self._since: int | None = None
-
-    def line(self, line: Line) -> str | None:
-        """Whether p has been at its maximum for long."""
-        if abs(line.measured.get("p", 0.0) - MOST) > 1e-3:
-            self._since = None
-        elif self._since is None:
-            self._since = line.updates
-        elif line.updates - self._since >= WON:
-            return (
-                f"D's images have been augmented as often as is safe (p {MOST}) for {WON} updates, and it still overfits: these "
-                "are few images for so long a training. Try more of them, fewer --epochs, a smaller --width-d, or --init-from a "
-                "run on images like these; and look for squares and borders in samples."
-            )
-        return None
+    def is_so(self, line: Line) -> bool:
+        """Whether p is at its maximum."""
+        return abs(line.measured.get("p", 0.0) - MOST) <= 1e-3
 
 
 class Leak(Diagnostic):
@@ -177,8 +179,7 @@ class Leak(Diagnostic):
 
     def __init__(self, data: Loader, objective: Objective) -> None:
         super().__init__(data, objective)
-        real = data.batch(0, min(64, len(data)))
-        self._grey, self._spread = blank(real), spread(real)
+        self._real: tuple[float, float] | None = None  # blank grey, and spread; once they are asked for
         self._augmented = False
         self._leaks = 0
 
@@ -189,10 +190,14 @@ class Leak(Diagnostic):
 
     def samples(self, images: Tensor, updates: int) -> str | None:
         """Whether they have more blank grey than real images, or differ much more in brightness, several times in a row."""
-        grey = blank(images) - self._grey
-        uneven = spread(images) / max(self._spread, 0.01)
-        leaks = self._augmented and updates >= SETTLED and (grey > BLANK or uneven > UNEVEN)
-        self._leaks = self._leaks + 1 if leaks else 0
+        if not self._augmented or updates < SETTLED:
+            self._leaks = 0
+            return None
+        if self._real is None:
+            real = self.data.batch(0, min(64, len(self.data)))
+            self._real = blank(real), spread(real)
+        grey, uneven = blank(images) - self._real[0], spread(images) / max(self._real[1], 0.01)
+        self._leaks = self._leaks + 1 if grey > BLANK or uneven > UNEVEN else 0
         if self._leaks < ROUNDS:
             return None
         seen = f"{grey:.0%} more of blank grey" if grey > BLANK else f"a brightness that varies {uneven:.1f} times as much"
@@ -270,13 +275,18 @@ def variety(images: Tensor) -> float:
 
 def blank(images: Tensor) -> float:
     """The share of squares of 2x2 pixels that are all of the grey that augmentation fills in (0 in [-1, 1])."""
-    away = (images.cpu().float() / 127.5 - 1).abs().amax(1, keepdim=True)
-    return float((max_pool2d(away, 2, 1) < 0.05).float().mean())
+    shares = []
+    for image in torch.split(
+        images.cpu(), 1
+    ):  # one by one: as floating point all would take four times what the plan has for pictures
+        away = (image.float() / 127.5 - 1).abs().amax(1, keepdim=True)
+        shares.append((max_pool2d(away, 2, 1) < 0.05).float().mean())
+    return float(torch.stack(shares).mean())
 
 
 def spread(images: Tensor) -> float:
     """The standard deviation of the images' mean brightness, in [0, 1]."""
-    return float((images.cpu().float() / 255).mean((1, 2, 3)).std())
+    return float(torch.stack([image.float().mean() / 255 for image in images.cpu()]).std())
 
 
 def _pieces(data: Loader, count: int) -> Iterable[tuple[int, Tensor]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from frugan.config.run import Run
 from frugan.data.loader import Loader
 from frugan.evaluation.evaluator import SEED, Evaluator
-from frugan.evaluation.families import better
+from frugan.evaluation.families import better, directed
 from frugan.evaluation.families.base import Options
 from frugan.gan.sampling import Recipe, natural
 from frugan.memory.spare import spare
@@ -99,8 +99,8 @@ class Evaluating:
         return None if values is None else Metrics(images=images, values=values, samples=self.count, protocol=self._protocol())
 
     def improves(self, found: Metrics) -> bool:
-        """Whether this is the best so far, by the first of the metrics."""
-        name = self.evaluator.metrics[0]
+        """Whether this is the best so far, by the first of the metrics of which more or less is better, if there is one."""
+        name = next(filter(directed, self.evaluator.metrics), "")
         value = found.values.get(name)
         if value is None or isnan(value) or (self.best is not None and not better(name, value, self.best)):
             return False

@@ -1,5 +1,7 @@
 """Whether images may be mirrored: asked of the images themselves, by a probe that learns to tell them from their mirror images."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ SIDE = 16  # pixels that images are brought to
 IMAGES = 2000  # that are looked at, at most
 FEWEST = 64  # of which something can be learnt
 BATCH = 64
+PIECE = 1 << 20  # numbers of images that are brought to `SIDE` at once
 UPDATES = 120
 RATE = 6e-3
 ROUNDING = 1e-4  # a score below it is none
@@ -98,7 +101,8 @@ def _asked(loader: Loader) -> tuple[str, str]:
     if len(loader) < FEWEST:
         return "no", f"{len(loader)} images are too few to ask whether they look the same mirrored"
     count = min(len(loader), IMAGES)
-    pieces = (loader.batch(first, min(BATCH, count - first)) for first in range(0, count, BATCH))
+    size = max(1, PIECE // math.prod(loader.shape))
+    pieces = (loader.batch(first, min(size, count - first)) for first in range(0, count, size))
     share = told_apart(torch.cat([small(piece) for piece in pieces]))
     told = f"a probe tells {share:.0%} of images from their mirror images (chance is 50%, safe is below {TOLD_APART:.0%})"
     return "yes" if share < TOLD_APART else "no", told

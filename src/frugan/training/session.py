@@ -10,7 +10,7 @@ import torch
 
 from frugan.config.recipe import Recipe
 from frugan.config.run import Run
-from frugan.data.opening import Loader, Source, Tell, classes_of, keepable, open_loader, opened
+from frugan.data.opening import Loader, Source, Tell, classes_of, keepable, open_loader, opened, present
 from frugan.memory import limit
 from frugan.reporting.console import Console
 from frugan.reporting.run_folder import RunFolder
@@ -32,7 +32,7 @@ def resolved(recipe: Recipe, where: torch.device, tell: Tell) -> tuple[Recipe, S
     memory = recipe.memory
     if memory.precision == "auto":
         memory = replace(memory, precision=device.fast_precision(where))  # type: ignore[arg-type]
-    network = recipe.network.resolved(len(source.classes) if source.labels is not None else 0)
+    network = recipe.network.resolved(present(source))
     augmentation = recipe.augmentation.settled(len(source))
     classes = classes_of(source, recipe.training.conditional, tell)
     return replace(recipe, data=data, memory=memory, network=network, augmentation=augmentation, classes=classes), source
@@ -83,13 +83,13 @@ class Session:
                 f"use --batch-size {min(64, len(loader))} or fewer."
             )
         folder = RunFolder(Path(run.out) if run.out else Path("runs") / f"{source.name}-{recipe.recipe}")
-        recipe = decided(recipe, loader, folder, console.tell)
         saved = folder.saved_plan()
+        _set_threads(run, saved.get("threads"), console.tell)  # before anything is computed
+        recipe = decided(recipe, loader, folder, console.tell)
         if run.allow_approximate and saved.get("precision") == "bf16":
             recipe = recipe.replace(precision="bf16")  # as it was planned
         if recipe.memory.offload_state == "auto" and saved.get("offload_state") == "yes":
             recipe = recipe.replace(offload_state="yes")
-        _set_threads(run, saved.get("threads"), console.tell)
         # Not the source, which may hold a million names.
         duration = duration_of(recipe.training, len(loader), began)
         return cls(recipe, run, where, source.name, len(source.classes), loader, folder, console, duration)

@@ -70,7 +70,7 @@ class Trainer:
             budget = plan.budget if plan.named else None
             with limit.held_to(budget, session.device, plan.reserved, plan.held):
                 state = begin(session)
-                session.duration.begin(state.images)
+                session.duration.begin(state.images)  # refuses before anything is written; the loop begins it anew, after features
                 loop = Loop(
                     session, budget, state, recovery(session, plan, state, observer.event), observer, signals, self.on_update
                 )

@@ -30,15 +30,20 @@ def register(family: type[Family[Any]]) -> None:
     METRICS.update(family.metrics)
 
 
-# The first metric of those that are asked for decides which checkpoint is the best.
+# The first metric of those that are asked for, and of which more or less is better, decides which checkpoint is the best.
 IN_ORDER: tuple[type[Family[Any]], ...] = (InceptionFamily, Dinov2Family, ClassifierFamily, PatchesFamily, NeighboursFamily)
 for _family in IN_ORDER:
     register(_family)
 
 
 def better(name: str, a: float, b: float) -> bool:
-    """Whether ``a`` is better than ``b`` by the metric ``name``."""
+    """Whether ``a`` is better than ``b`` by the metric ``name``, which has a direction."""
     return a > b if METRICS[name].higher else a < b
+
+
+def directed(name: str) -> bool:
+    """Whether more, or less, of the metric ``name`` is better."""
+    return name in METRICS and METRICS[name].higher is not None
 
 
 def shown(name: str, value: float) -> str:

@@ -26,14 +26,14 @@ class Metric:
 
     Args:
         label: its name for people. Only distances on Inception's features are called FID.
-        higher: whether more is better.
+        higher: whether more is better; None: neither, a value is right or not.
         digits: behind the point, for people.
         means: in a few words, what it says.
         conditional: whether it is of samples whose classes were asked for, and of no others.
     """
 
     label: str
-    higher: bool
+    higher: bool | None
     digits: int
     means: str
     conditional: bool = False

@@ -30,7 +30,7 @@ class NeighboursFamily(Family[Afar]):
     name = "neighbours"
     metrics: ClassVar = {
         "nearest": Metric(
-            "Distance to the nearest real image", True, 3, "about 1 for one more real image, far below 1 learnt by heart"
+            "Distance to the nearest real image", None, 3, "about 1 for one more real image, far below 1 learnt by heart"
         ),
         "copies": Metric("Copies", False, 3, "share of samples that are nearly a real image"),
     }
