@@ -141,7 +141,7 @@ def test_a_new_family_is_one_class(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "Frechet distance (mean colour)" in (run / "report.html").read_text()
     main(["evaluate", str(run), "--samples", "64", "--metrics", "frechet_mean_colour"])
     told = capsys.readouterr().out
-    assert "Frechet distance (mean colour)" in told and "on the mean colours of images" in told
+    assert "Frechet distance (mean colour)" in told and "on the mean colours" in told
     assert chosen(Options(), labelled=False) == ["swd"]  # it is not automatic
     with pytest.raises(UserError, match="did you mean 'frechet_mean_colour'"):
         chosen(Options("frechet_color"), labelled=False)
