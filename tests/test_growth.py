@@ -9,9 +9,9 @@ import torch
 from frugan.config import recipes
 from frugan.gan.levers import PHASES, named, variants
 from frugan.memory import host, limit
-from frugan.memory.growth import Growth, traced
+from frugan.memory.growth import LARGE, SMALL, Growth, traced
 from frugan.memory.layout import Layout
-from frugan.memory.trace import GRADIENTS, Timeline, trace
+from frugan.memory.trace import GRADIENTS, Calls, Timeline, trace
 from frugan.training.model import Model
 
 CPU = torch.device("cpu")
@@ -47,6 +47,46 @@ def test_no_lever_does_with_less_than_the_least(name: str, phase: str) -> None:
     least = model.growth(phase, ()).least(32)
     for levers in variants(recipe, phase, CPU, (model.generator.couples_samples, model.discriminator.couples_samples)):
         assert least <= model._trace(phase, Layout((32,), levers)).peak().bytes, levers
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_what_repeats_itself_and_is_not_run_again_allocates_what_it_would(name: str) -> None:
+    recipe = recipes.get(name).replace(image_size=16, channels=3, augment="diff")
+    with_calls, without = Model(recipe, CPU), Model(recipe, CPU)
+    without._calls = None  # type: ignore[assignment]
+    for model in (with_calls, without):
+        for count in (SMALL, LARGE):
+            model.warm(count)
+    coupled = with_calls.generator.couples_samples, with_calls.discriminator.couples_samples
+    for phase in PHASES:
+        for levers in variants(recipe, phase, CPU, coupled):
+            exact = [without._trace(phase, Layout((count,), levers)) for count in (SMALL, LARGE)]
+            known = [with_calls._trace(phase, Layout((count,), levers)) for count in (SMALL, LARGE)]
+            assert [t.levels() for t in known] == [t.levels() for t in exact], (phase, levers)
+            assert [t.flops for t in known] == [t.flops for t in exact]
+
+
+def test_a_call_on_the_like_is_not_run_again_unless_it_draws_changes_or_decides() -> None:
+    calls = Calls()
+    weight = torch.ones(2, 3)
+    aten = torch.ops.aten
+
+    def run(func: object, *arguments: object, **named: object) -> tuple[object, list[int]]:
+        return calls.run(func, arguments, named)
+
+    (first, moves), (second, again) = (run(aten.mm.default, weight, weight.T) for _ in range(2))
+    assert torch.equal(first, torch.full((2, 2), 3.0)) and torch.equal(second, torch.zeros(2, 2)) and moves == again
+    (third, _) = run(aten.mm.default, weight.T, weight)
+    assert torch.equal(third, torch.full((3, 3), 2.0)), "another shape"
+    for _ in range(2):
+        assert torch.equal(run(aten.gt.Scalar, weight, 0.5)[0], torch.ones(2, 3, dtype=torch.bool))
+        assert run(aten.add_.Tensor, weight, weight)[0] is weight
+        assert bool(run(aten.rand_like.default, weight)[0].any())
+        assert run(aten._unsafe_view.default, weight, [3, 2])[0].data_ptr() == weight.data_ptr()
+    assert bool(run(aten.add.Scalar, weight, 1)[0].any()) and bool(run(aten.add.Scalar, weight, 1.0)[0].any())
+    assert not bool(run(aten.add.Scalar, weight, 1)[0].any())
+    calls.forget()
+    assert bool(run(aten.mm.default, weight, weight.T)[0].all())
 
 
 def test_a_growth_comes_back_from_json_as_it_was() -> None:

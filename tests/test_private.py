@@ -17,7 +17,7 @@ from torch.utils import flop_counter
 import frugan
 from frugan.memory import Engine, private
 from frugan.memory.search import Search
-from frugan.memory.trace import allocations, trace
+from frugan.memory.trace import Calls, allocations, trace
 
 SOURCES = Path(frugan.__file__).parent
 
@@ -106,6 +106,13 @@ def test_where_nobody_tells_sums_in_place_count_as_copies(name: str, take_away: 
     assert trace(meeting, {}).fresh == before + 4000
 
 
+def test_where_nobody_tells_what_changes_its_arguments_every_call_is_run(take_away: Callable[[str], None]) -> None:
+    calls, ones = Calls(), torch.ones(2, 2)
+    take_away("schema")
+    for _ in range(2):
+        assert bool(calls.run(torch.ops.aten.mm.default, (ones, ones), {})[0].all())
+
+
 def test_where_the_allocator_cannot_be_watched_a_fifth_is_added(take_away: Callable[[str], None]) -> None:
     timeline = trace(lambda: torch.ones(1000) + 1, {})
     search = Search([], torch.device("cpu"))
@@ -130,7 +137,7 @@ def test_every_part_is_really_used(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.ones(2)
     private.address(tensor), private.is_view(tensor), private.in_backward(), private.batch_norm(), private.can_record()
     private.flops(torch.ops.aten.mm.default, tensor[None], tensor[:, None], result=tensor)
-    private.unwrapped(Adam.zero_grad), private.load_forward_mode()
+    private.unwrapped(Adam.zero_grad), private.load_forward_mode(), private.changes(torch.ops.aten.mm.default)
     assert asked == private.PARTS.keys() and source.count("torch.autograd._") == 2
 
 
@@ -178,7 +185,6 @@ ALLOWED = {
         "memory/trace.py",
         "torch.utils._python_dispatch.TorchDispatchMode",
     ): "torch has no other name for it, and nothing goes without",
-    ("memory/trace.py", "torch.utils._pytree.tree_leaves"): "the same",
     ("utils/signals.py", "os._exit"): "Python's, and documented",
     ("cli/__init__.py", "os._exit"): "the same",
     ("cli/__init__.py", "atexit._run_exitfuncs"): "Python's, and tested by Python itself",

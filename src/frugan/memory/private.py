@@ -39,6 +39,7 @@ PARTS = {
     "batch_norm": "torch.nn.modules.batchnorm._BatchNorm",
     "view": "torch.Tensor._is_view",
     "address": "torch.UntypedStorage._cdata",
+    "schema": "torch.ops.aten.add.Tensor._schema",
     "jvp": "torch._decomp.decompositions_for_jvp.decomposition_table_for_jvp",
 }
 
@@ -108,6 +109,11 @@ def address(tensor: Tensor) -> int:
     """What tells the storage of a tensor, fake ones too, from all others that are alive."""
     storage = tensor.untyped_storage()
     return int(storage._cdata) if part("address") else id(storage)  # its object lives as long as the storage
+
+
+def changes(operator: Any) -> bool:
+    """Whether ``operator`` changes what it is given; yes where nobody can tell."""
+    return bool(operator._schema.is_mutable) if part("schema") else True
 
 
 def is_view(tensor: Tensor) -> bool:

@@ -1,22 +1,23 @@
 """What a computation allocates: every storage that comes and goes while it runs once, on few samples.
 
 A dispatch mode sees every operator, forward and backward, and what the allocator gives out inside it (its workspace). Two such
-runs, of two sizes, tell what any size would allocate (`frugan.memory.growth`).
+runs, of two sizes, tell what any size would allocate (`frugan.memory.growth`). Where numbers do not matter, an operator that has
+run on arguments of the same shapes is not run again: it is known what it allocates (`Calls`).
 
-torch's dispatch modes and trees of tensors, which have no other name than one with an underscore, are used here as they are:
-without them nothing could be followed, and nothing planned.
+torch's dispatch modes, which have no other name than one with an underscore, are used here as they are: without them nothing could
+be followed, and nothing planned.
 """
 
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from frugan.memory import private
 from frugan.utils.accelerator import accelerator
@@ -165,6 +166,92 @@ class Timeline:
         return Moment(most, dict(parts), most - sum(parts.values()), index)
 
 
+class Calls:
+    """What calls gave and allocated on the CPU, by operator and by all that is known of their arguments but the numbers in them.
+
+    The next such call is not run: it gives zeros. So where nothing is decided by numbers, whatever repeats itself takes no time.
+    Calls that draw, change what they are given, or give numbers that could decide something (whole ones, truths) always run. Not
+    for forward mode, whose zeros that are nowhere look like any others.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[Any, list[int]] | None] = {}
+
+    def forget(self) -> None:
+        """Lets go of everything: it was met for the first time, and libraries had to get ready for it."""
+        self._known.clear()
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[int]]:
+        """What ``func`` gives, or zeros in its place, and what it allocates and frees."""
+        key = None
+        if not (private.changes(func) or torch.Tag.nondeterministic_seeded in func.tags):
+            key = func, _described(args), _described(kwargs)
+            with suppress(TypeError):  # something that cannot be looked up, such as a generator
+                if known := self._known.get(key):
+                    return _zeros(known[0]), list(known[1])
+        inside: list[int] = []
+        with private.recording(inside):
+            result = func(*args, **kwargs)
+        with suppress(TypeError):
+            if key is not None and key not in self._known:
+                self._known[key] = (_described(result), list(inside)) if _is_new(result, (args, kwargs)) else None
+        return result, inside
+
+
+@dataclass(frozen=True, slots=True)
+class _Like:
+    """All of a tensor but its numbers."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _described(value: Any) -> Any:
+    """``value`` with what its tensors are like in their place, hashable if all the rest is; numbers of two types are two."""
+    if isinstance(value, Tensor):
+        return _Like(tuple(value.shape), value.stride(), value.dtype, value.device)
+    if isinstance(value, (list, tuple)):
+        return tuple(_described(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, _described(v)) for k, v in sorted(value.items()))
+    return value if value is None else (type(value), value)
+
+
+def _zeros(described: Any) -> Any:
+    """Zeros for everything that `_described` says is a tensor."""
+    if isinstance(described, _Like):
+        like = described
+        return torch.empty_strided(like.shape, like.stride, dtype=like.dtype, device=like.device).zero_()
+    return tuple(_zeros(d) for d in described) if isinstance(described, tuple) else described
+
+
+def _is_new(result: Any, given: Any) -> bool:
+    """Whether all of ``result`` is tensors of broken numbers, or nothing, each in a storage of its own."""
+    parts = result if isinstance(result, tuple) else (result,)
+    tensors = [t for t in parts if isinstance(t, Tensor)]
+    if len(tensors) != sum(part is not None for part in parts) or not all(t.is_floating_point() for t in tensors):
+        return False
+    whole = all(
+        t.untyped_storage().nbytes() == t.element_size() * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)))
+        for t in tensors if t.numel()
+    )  # fmt: skip
+    places, taken = [private.address(t) for t in tensors], {private.address(t) for t in tensors_in(given)}
+    return whole and len(set(places)) == len(places) and taken.isdisjoint(places)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in what an operator takes or gives, however deep in lists, tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [t for v in value for t in tensors_in(v)]
+
+
 def highest(moves: Iterable[int]) -> int:
     """The most that is live while allocations (> 0) and frees (< 0) happen in turn."""
     live = most = 0
@@ -185,9 +272,10 @@ def allocations(computation: Callable[[], Any]) -> list[int]:
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records a `Timeline` of what happens on ``device`` while it is active; what lies on the host beside it has no bytes there."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, calls: Calls | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.timeline = Timeline()
+        self._calls = calls
         self.device = device
         self._there = accelerator(device)
         self._known: dict[int, weakref.ref[Any]] = {}  # by address; the reference says when it is gone
@@ -203,7 +291,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.is_view or func.namespace == "prim":
             return func(*args, **kwargs)
         result, inside, apart = self._watched(func, args, kwargs)
-        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
+        made = tensors_in(result)
+        tensors = [*tensors_in(args), *tensors_in(kwargs), *made]
         here = [t.numel() * t.element_size() for t in tensors if t.device.type == self.device.type]
         outside = [t.numel() * t.element_size() for t in tensors if t.device.type != self.device.type]
         event = Event(
@@ -211,7 +300,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             crossed=max(outside, default=0) if here else 0, random=torch.Tag.nondeterministic_seeded in func.tags,
         )  # fmt: skip
         self.timeline.events.append(event)  # before the storages: what the result replaces goes afterwards
-        event.storages += [n for t in tree_leaves(result) if isinstance(t, Tensor) and (n := self._meet(t)) is not None]
+        event.storages += [n for t in made if (n := self._meet(t)) is not None]
         if self._there:  # what it kept first, then what it needed besides: the order in which convolutions ask
             event.inside = [*(self.timeline.sizes[s] for s in event.storages), *([apart, -apart] if apart > 0 else [])]
         if func.overloadpacket.__name__ == "_efficientzerotensor":  # zeros of forward-mode, which are nowhere
@@ -233,6 +322,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _watched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[int], int]:
         """The result of ``func``, what it allocated and freed on the CPU, and what it needed besides its results elsewhere."""
         inside: list[int] = []
+        if self._there is None and self._calls is not None:
+            return *self._calls.run(func, args, kwargs), 0
         if self._there is None:
             with private.recording(inside):
                 result = func(*args, **kwargs)
@@ -302,6 +393,7 @@ def trace(
     made: Mapping[str, Callable[[], Tensors]] | None = None,
     ignore: Tensors = (),
     device: torch.device = CPU,
+    calls: Calls | None = None,
 ) -> Timeline:
     """What ``computation`` allocates.
 
@@ -311,8 +403,9 @@ def trace(
         made: asked at the end, tensors that ``computation`` made, by what they are for; the rest are activations.
         ignore: tensors that are there before and do not count.
         device: whose memory is looked at.
+        calls: what is known of calls on the CPU, if nothing in ``computation`` is decided by numbers.
     """
-    tracer = Tracer(device)
+    tracer = Tracer(device, calls)
     tracer.hold("", ignore)
     tracer.timeline = Timeline()
     for label, tensors in held.items():

@@ -16,7 +16,7 @@ from frugan.gan.optim import Ema, FrugalAdam
 from frugan.memory import limit
 from frugan.memory.growth import SMALL, Growth, traced
 from frugan.memory.layout import Layout, Lever
-from frugan.memory.trace import GRADIENTS, GRANULE, Timeline, trace
+from frugan.memory.trace import GRADIENTS, GRANULE, Calls, Timeline, trace
 
 
 class Model:
@@ -39,6 +39,7 @@ class Model:
         self._first = 0
         self._granule = 1 if device.type == "cpu" else GRANULE
         self._met = False
+        self._calls = Calls()
 
     def held(self) -> dict[str, list[Tensor | None]]:
         """What is there all the time, by what it is for."""
@@ -56,7 +57,7 @@ class Model:
         """What a micro-batch of ``phase`` allocates with ``levers``; it finds gradients of an earlier one."""
         if not self._met:
             self.warm()
-        return traced(lambda count: self._trace(phase, Layout((count,), levers)), self._granule)
+        return traced(lambda count: self._trace(phase, Layout((count,), levers)), self._granule, self._calls.forget)
 
     def warm(self, count: int = SMALL) -> None:
         """Does all that a training does on ``count`` samples: libraries load what they need, and masks are drawn ahead."""
@@ -87,7 +88,8 @@ class Model:
             parameter.grad = torch.zeros_like(parameter)
         held: dict[str, list[Tensor | None]] = {GRADIENTS: [p.grad for p in learning], "noise": [*self.step.draws.kept()]}
         made = {GRADIENTS: lambda: [p.grad for p in learning]}
-        return trace(lambda: self.run(phase, layout), held | self.held(), made, device=self.device)
+        calls = None if layout.uses("penalty") else self._calls  # forward mode
+        return trace(lambda: self.run(phase, layout), held | self.held(), made, device=self.device, calls=calls)
 
     def run(self, phase: str, layout: Layout, optimizer: FrugalAdam | None = None) -> None:
         """Computes ``phase`` once, with an update by ``optimizer`` if one is given; gradients are gone afterwards."""
