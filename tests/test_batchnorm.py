@@ -15,6 +15,7 @@ from frugan.config.architectures import Architecture, Dcgan, Mlp, Projected, Ups
 from frugan.config.objectives import Bce, Objective, RpGan
 from frugan.config.recipe import Recipe
 from frugan.data.loader import Batch
+from frugan.gan.augment import Augment
 from frugan.gan.levers import jobs, named
 from frugan.gan.networks import build
 from frugan.gan.step import Step
@@ -48,14 +49,26 @@ def away_from_the_start(*networks: nn.Module) -> None:
             p.add_(torch.randn_like(p), alpha=0.1)
 
 
-def outcome(options: Architecture, objective: Objective, sizes: Iterable[int], levers: Iterable[str] = ()) -> dict[str, Tensor]:
-    """Gradients, running statistics and measurements of both phases."""
-    generator, discriminator = build(options, 12, 2)
+def outcome(
+    options: Architecture,
+    objective: Objective,
+    sizes: Iterable[int],
+    levers: Iterable[str] = (),
+    *,
+    classes: int = 0,
+    seen: float = 0,
+) -> dict[str, Tensor]:
+    """Gradients, running statistics and measurements of both phases; ``seen``: the chance of augmentations."""
+    generator, discriminator = build(options, 12, 2, classes=classes)
     away_from_the_start(generator, discriminator)
     layout = Layout(tuple(sizes), named(levers))
     images = torch.randint(0, 256, (sum(layout.sizes), 2, 12, 12), dtype=torch.uint8)
-    batch = Batch(lambda row, n: images[row - 7 : row - 7 + n])
-    step = Step(generator, discriminator, objective, options.latent_dim, Draws(3), flip=True)
+    labels = torch.arange(sum(layout.sizes)) % max(1, classes)
+    batch = Batch(lambda row, n: images[row - 7 : row - 7 + n], lambda row, n: labels[row - 7 : row - 7 + n] if classes else None)
+    augment = Augment("color,translation", seen) if seen else None
+    step = Step(
+        generator, discriminator, objective, options.latent_dim, Draws(3), flip=True, conditional=bool(classes), augment=augment
+    )
     found = {}
     for name, phase in (("d", step.discriminator_phase), ("g", step.generator_phase)):
         found |= {f"{name}/{k}": v for k, v in phase(batch, 7, layout).items()}
@@ -63,7 +76,7 @@ def outcome(options: Architecture, objective: Objective, sizes: Iterable[int], l
             found |= {f"{name}/{part}.{k}": p.grad.clone() for k, p in network.named_parameters() if p.grad is not None}
             found |= {f"{name}/{part}.{k}": b.clone() for k, b in network.named_buffers()}
             network.zero_grad()
-    return found | {"score": step.score_generated(7, layout)}
+    return found | {"score": step.score_generated(7, layout, batch.labels)}
 
 
 def assert_equal(whole: dict[str, Tensor], parts: dict[str, Tensor], tolerance: float = 1e-10) -> None:
@@ -80,12 +93,14 @@ def assert_equal(whole: dict[str, Tensor], parts: dict[str, Tensor], tolerance: 
     objective=st.sampled_from([Bce(label_smoothing=0.1), RpGan(r1=0, r2=0)]),
     sizes=micro_batches(7),
     levers=st.sets(st.sampled_from(["separate_terms", "recompute_generator", "checkpoint_blocks"])),
+    classes=st.sampled_from([0, 3]),
+    seen=st.sampled_from([0, 0.6]),
 )
 def test_any_cut_gives_the_gradients_and_running_statistics_of_the_whole_batch(
-    network: str, objective: Objective, sizes: list[int], levers: set[str]
+    network: str, objective: Objective, sizes: list[int], levers: set[str], classes: int, seen: float
 ) -> None:
-    whole = outcome(NETWORKS[network], objective, [7])
-    assert_equal(whole, outcome(NETWORKS[network], objective, sizes, {*levers, EXACT}))
+    whole = outcome(NETWORKS[network], objective, [7], classes=classes, seen=seen)
+    assert_equal(whole, outcome(NETWORKS[network], objective, sizes, {*levers, EXACT}, classes=classes, seen=seen))
 
 
 def test_without_it_micro_batches_train_otherwise() -> None:

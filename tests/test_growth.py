@@ -9,9 +9,10 @@ import torch
 from frugan.config import recipes
 from frugan.gan.levers import PHASES, named, variants
 from frugan.memory import host, limit
+from frugan.memory.calls import Calls
 from frugan.memory.growth import LARGE, SMALL, Growth, traced
 from frugan.memory.layout import Layout
-from frugan.memory.trace import GRADIENTS, Calls, Timeline, trace
+from frugan.memory.trace import GRADIENTS, Timeline, trace
 from frugan.training.model import Model
 
 CPU = torch.device("cpu")

@@ -16,8 +16,9 @@ from torch.utils import flop_counter
 
 import frugan
 from frugan.memory import Engine, private
+from frugan.memory.calls import Calls
 from frugan.memory.search import Search
-from frugan.memory.trace import Calls, allocations, trace
+from frugan.memory.trace import allocations, trace
 
 SOURCES = Path(frugan.__file__).parent
 

@@ -159,9 +159,10 @@ class FeatureStep:
         return total
 
     def rehearse(self, data: Batch, count: int) -> None:
-        """Adds gradients for ``count`` images, all taken to be of one class: what learning allocates."""
+        """Adds gradients for ``count`` images, all taken to be of one class: what learning allocates where it allocates most."""
         data = Batch(data.images, lambda _, n: torch.zeros(n, dtype=torch.long))
-        self.gradients(data, Course(1, count, count, 0), 0, count)
+        widest = max(range(16), key=lambda update: self._averaged("learn", update))
+        self.gradients(data, Course(1, count, count, 0), widest, count)
 
     def update(self, done: float) -> None:
         """An update by the gradients there are, after ``done`` of the course (0 to 1)."""
@@ -187,12 +188,14 @@ class FeatureStep:
         """Scales every channel of every level to a root mean square of 1 over the first ``count`` images.
 
         Rectifiers commute with positive scales: what one convolution's outputs lose, the next one's weights gain, and the encoder
-        computes the same but for its scales, which heads without normalisation need to be alike.
+        computes the same but for its scales, which heads without normalisation need to be alike. Whole images are looked at: as
+        many at a time as ``micro_batch`` pieces of them are large.
         """
+        some = max(1, micro_batch * SIDE**2 // max(SIDE, self.size) ** 2)
         for depth, level in enumerate(self.levels):
             total: Tensor | float = 0.0
-            for first in range(0, count, micro_batch):
-                x = self._layout(normalise(data.images(first, min(micro_batch, count - first)), None, self.step.like))
+            for first in range(0, count, some):
+                x = self._layout(normalise(data.images(first, min(some, count - first)), None, self.step.like))
                 with self.autocast():
                     x = self.encoder[: depth + 1](x)
                 total = total + x.to(self.step.like.dtype).square().mean((2, 3)).sum(0)
@@ -226,8 +229,7 @@ class FeatureStep:
         device = self.step.like.device
         drawn = self.draws.uniform(purpose, row, len(images), 4)
         images = images.to(device)
-        scales = max(1, (self.size // SIDE).bit_length())
-        by = 1 << int(scales * float(self.draws.uniform(f"{purpose}/scale", update, 1)))
+        by = self._averaged(purpose, update)
         window, room = self.size, self.size // SHIFT
         begin = ((2 * room + 1) * drawn[:, :2]).long() - room
         if self.size > SIDE:
@@ -244,6 +246,11 @@ class FeatureStep:
             pieces = rotated(pieces, turns)
         x = normalise(pieces, None, self.step.like)
         return self._layout(avg_pool2d(x, by) if by > 1 else x), turns
+
+    def _averaged(self, purpose: str, update: int) -> int:
+        """By how much images are averaged, so that pieces of them show more: a power of two."""
+        scales = max(1, (self.size // SIDE).bit_length())
+        return 1 << int(scales * float(self.draws.uniform(f"{purpose}/scale", update, 1)))
 
     def _layout(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=torch.channels_last) if self.step.channels_last else images

@@ -240,3 +240,15 @@ class Ema(AveragedModel):
         decay = 0.5 ** (batch / half_life) if half_life else 0.0
         self.multi_avg_fn = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         self.update_parameters(network)
+
+
+def warm_up_update(device: torch.device) -> None:
+    """Updates and averages a network of two numbers, so that what only an update loads on ``device`` is there and counted."""
+    network = nn.Linear(1, 1, device=device)
+    optimizer, ema = FrugalAdam(network.parameters(), 0.0, (0.5, 0.9)), Ema(network, 1.0, device)
+    for images in (1, 2):
+        network(torch.ones(1, 1, device=device)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(network, 1, images)
+    all(bool(p.isfinite().all()) for p in ema.parameters())

@@ -11,7 +11,6 @@ be followed, and nothing planned.
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from frugan.memory import private
+from frugan.memory.calls import Calls, tensors_in
 from frugan.utils.accelerator import accelerator
 
 OTHER = "activations"  # what no label says otherwise of
@@ -164,92 +164,6 @@ class Timeline:
             parts[self.labels.get(storage, OTHER)] += self.sizes[storage]
         most = most if levels else sum(parts.values())
         return Moment(most, dict(parts), most - sum(parts.values()), index)
-
-
-class Calls:
-    """What calls gave and allocated on the CPU, by operator and by all that is known of their arguments but the numbers in them.
-
-    The next such call is not run: it gives zeros. So where nothing is decided by numbers, whatever repeats itself takes no time.
-    Calls that draw, change what they are given, or give numbers that could decide something (whole ones, truths) always run. Not
-    for forward mode, whose zeros that are nowhere look like any others.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[Any, tuple[Any, list[int]] | None] = {}
-
-    def forget(self) -> None:
-        """Lets go of everything: it was met for the first time, and libraries had to get ready for it."""
-        self._known.clear()
-
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[int]]:
-        """What ``func`` gives, or zeros in its place, and what it allocates and frees."""
-        key = None
-        if not (private.changes(func) or torch.Tag.nondeterministic_seeded in func.tags):
-            key = func, _described(args), _described(kwargs)
-            with suppress(TypeError):  # something that cannot be looked up, such as a generator
-                if known := self._known.get(key):
-                    return _zeros(known[0]), list(known[1])
-        inside: list[int] = []
-        with private.recording(inside):
-            result = func(*args, **kwargs)
-        with suppress(TypeError):
-            if key is not None and key not in self._known:
-                self._known[key] = (_described(result), list(inside)) if _is_new(result, (args, kwargs)) else None
-        return result, inside
-
-
-@dataclass(frozen=True, slots=True)
-class _Like:
-    """All of a tensor but its numbers."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-
-def _described(value: Any) -> Any:
-    """``value`` with what its tensors are like in their place, hashable if all the rest is; numbers of two types are two."""
-    if isinstance(value, Tensor):
-        return _Like(tuple(value.shape), value.stride(), value.dtype, value.device)
-    if isinstance(value, (list, tuple)):
-        return tuple(_described(v) for v in value)
-    if isinstance(value, dict):
-        return tuple((k, _described(v)) for k, v in sorted(value.items()))
-    return value if value is None else (type(value), value)
-
-
-def _zeros(described: Any) -> Any:
-    """Zeros for everything that `_described` says is a tensor."""
-    if isinstance(described, _Like):
-        like = described
-        return torch.empty_strided(like.shape, like.stride, dtype=like.dtype, device=like.device).zero_()
-    return tuple(_zeros(d) for d in described) if isinstance(described, tuple) else described
-
-
-def _is_new(result: Any, given: Any) -> bool:
-    """Whether all of ``result`` is tensors of broken numbers, or nothing, each in a storage of its own."""
-    parts = result if isinstance(result, tuple) else (result,)
-    tensors = [t for t in parts if isinstance(t, Tensor)]
-    if len(tensors) != sum(part is not None for part in parts) or not all(t.is_floating_point() for t in tensors):
-        return False
-    whole = all(
-        t.untyped_storage().nbytes() == t.element_size() * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)))
-        for t in tensors if t.numel()
-    )  # fmt: skip
-    places, taken = [private.address(t) for t in tensors], {private.address(t) for t in tensors_in(given)}
-    return whole and len(set(places)) == len(places) and taken.isdisjoint(places)
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in what an operator takes or gives, however deep in lists, tuples and dictionaries."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return []
-    return [t for v in value for t in tensors_in(v)]
 
 
 def highest(moves: Iterable[int]) -> int:

@@ -6,7 +6,10 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from frugan.gan.features import Course, FeatureStep, feature_step
 from frugan.memory import limit
@@ -18,6 +21,8 @@ from frugan.utils import checkpoint
 from frugan.utils.errors import UserError
 from frugan.utils.files import cache_folder
 from frugan.utils.signals import Signals, Stopped
+
+T = TypeVar("T")
 
 VERSION = 1  # of the encoder and of how it learns
 LAST = 50  # updates of which the mean loss is told
@@ -60,44 +65,61 @@ def learn_features(
             tell(f"Features of these images are learnt first, from {'labels and rotations' if task == 'both' else task}.")
         learner.begin()
         loss, fitted = _learnt(session, learner, course, micro_batch, signals)
-        told = {"loss": loss, "accuracy": learner.examine(loader.pieces(0, course.held_out), course, fitted)}
-        learner.calibrate(loader.pieces(0, course.batch), course.batch, fitted)
+        held_out, begun = loader.pieces(0, course.held_out), loader.pieces(0, course.batch)
+        right, fitted = _fitted(session.device, lambda count: learner.examine(held_out, course, count), fitted)
+        told = {"loss": loss, "accuracy": right}
+        as_learnt = {name: tensor.clone() for name, tensor in learner.encoder.state_dict().items()}
+
+        def calibrate(count: int) -> None:
+            learner.encoder.load_state_dict(as_learnt)  # where it ran out of memory, some levels are scaled already
+            learner.calibrate(begun, course.batch, count)
+
+        _, fitted = _fitted(session.device, calibrate, fitted)
         if fitted == micro_batch:  # else it is not to the last bit what would be learnt where memory suffices
             _keep(learner, file, told)
     event = FeaturesLearnt(images=0, task=task, updates=course.updates, seconds=time.monotonic() - began, found=found, **told)
     note(event)
-    right = ", ".join(f"right about the {name} of {share:.1%} of images held out" for name, share in event.accuracy.items())
-    tell(f"Features: {'random' if not course.updates else 'known' if found else f'{event.seconds:.0f} s'}{right and f'; {right}'}.")
+    about = ", ".join(f"right about the {name} of {share:.1%} of images held out" for name, share in event.accuracy.items())
+    tell(f"Features: {'random' if not course.updates else 'known' if found else f'{event.seconds:.0f} s'}{about and f'; {about}'}.")
     limit.release(session.device)
 
 
 def _learnt(session: Session, learner: FeatureStep, course: Course, micro_batch: int, signals: Signals) -> tuple[float, int]:
     """Goes the whole course; the mean loss at its end (NaN if it has no update), and the largest micro-batch that fitted."""
     loader, device, began = session.loader, session.device, time.monotonic()
-    losses: list[Any] = []
+    losses: list[Tensor] = []
     with learner.learning():
         for update in range(course.updates):
             if signals.received is not None:
                 raise Stopped(signals.received, 0)
             data = loader.pieces(course.first(update), course.batch)
-            while True:
-                try:
-                    losses.append(learner.gradients(data, course, update, micro_batch))
-                    break
-                except limit.SHORTAGE as error:
-                    if micro_batch == 1 or not limit.is_out_of_memory(error):
-                        raise
-                # Outside the except block: while the error is alive, so are the tensors of the frames it went through.
-                learner.optimizer.zero_grad(set_to_none=True)
-                limit.release(device)
-                micro_batch = -(-micro_batch // 2)
+
+            def compute(count: int, data: Any = data, update: int = update) -> Tensor:
+                learner.optimizer.zero_grad(set_to_none=True)  # of a part that had been computed when memory ran out
+                return learner.gradients(data, course, update, count)
+
+            loss, micro_batch = _fitted(device, compute, micro_batch)
+            losses.append(loss)
             learner.update(update / course.updates)
             losses = losses[-LAST:]
             session.console.features(update + 1, course.updates, time.monotonic() - began)
-    loss = sum(map(float, losses)) / len(losses) if losses else math.nan
-    if losses and not math.isfinite(loss):
+    mean = sum(map(float, losses)) / len(losses) if losses else math.nan
+    if losses and not math.isfinite(mean):
         raise UserError("the features of D cannot be learnt, their loss is not finite: lower --feature-rate.")
-    return loss, micro_batch
+    return mean, micro_batch
+
+
+def _fitted(device: torch.device, work: Callable[[int], T], micro_batch: int) -> tuple[T, int]:
+    """What ``work`` gives in micro-batches of at most ``micro_batch``, or of half as many until memory suffices; and how many."""
+    while True:
+        try:
+            return work(micro_batch), micro_batch
+        except limit.SHORTAGE as error:
+            if micro_batch == 1 or not limit.is_out_of_memory(error):
+                raise
+        # Outside the except block: while the error is alive, so are the tensors of the frames it went through.
+        limit.release(device)
+        micro_batch = -(-micro_batch // 2)
 
 
 def _fitting(session: Session, held: int, most: int) -> int:

@@ -12,11 +12,11 @@ from frugan.config.recipe import Recipe
 from frugan.gan import networks, sampling
 from frugan.gan.build import Batch, average, freeze, lay_out, make_step, optimizers, phases
 from frugan.gan.features import feature_step
-from frugan.gan.optim import Ema, FrugalAdam
 from frugan.memory import limit
+from frugan.memory.calls import Calls
 from frugan.memory.growth import SMALL, Growth, traced
 from frugan.memory.layout import Layout, Lever
-from frugan.memory.trace import GRADIENTS, GRANULE, Calls, Timeline, trace
+from frugan.memory.trace import GRADIENTS, GRANULE, Timeline, trace
 
 
 class Model:
@@ -63,7 +63,7 @@ class Model:
         """Does all that a training does on ``count`` samples: libraries load what they need, and masks are drawn ahead."""
         self._met = True
         for phase in self.phases.values():
-            self.run(phase.name, Layout((count,)), phase.optimizer)
+            self.run(phase.name, Layout((count,)), update=True)
         if self.average:
             self.average.update(self.generator, count, count)
         self.step.score_generated(self._first, Layout((count,)), self._labels)
@@ -72,15 +72,6 @@ class Model:
                 learner.rehearse(self._batch(), count)
                 learner.update(0.0)
         sampling.to_images(self._sampled(), self.step.latents("latent/g", 0, count), count, self._classes(count))
-
-    def multiply(self, rows: int = 16) -> None:
-        """Runs every dense layer on enough rows for the library of matrix products to make the buffers that it keeps."""
-        for network in (self.generator, self.discriminator):
-            for layer in (m for m in network.modules() if isinstance(m, nn.Linear)):
-                with self.step.autocast():
-                    product = layer(torch.zeros(rows, layer.in_features, device=self.device, requires_grad=True))
-                product.sum().backward()
-            network.zero_grad(set_to_none=True)
 
     def _trace(self, phase: str, layout: Layout) -> Timeline:
         learning = _learning(self.phases[phase].network)
@@ -91,13 +82,13 @@ class Model:
         calls = None if layout.uses("penalty") else self._calls  # forward mode
         return trace(lambda: self.run(phase, layout), held | self.held(), made, device=self.device, calls=calls)
 
-    def run(self, phase: str, layout: Layout, optimizer: FrugalAdam | None = None) -> None:
-        """Computes ``phase`` once, with an update by ``optimizer`` if one is given; gradients are gone afterwards."""
+    def run(self, phase: str, layout: Layout, *, update: bool = False) -> None:
+        """Computes ``phase`` once, and if asked for its optimizer's update; gradients are gone afterwards."""
         self._first += 1 << 20  # rows that were not drawn before
         try:
             self.phases[phase].compute(self._batch(), self._first, layout)
-            if optimizer:
-                optimizer.step()
+            if update:
+                self.phases[phase].optimizer.step()
         finally:
             for parameter in [*self.generator.parameters(), *self.discriminator.parameters()]:
                 parameter.grad = None
@@ -169,18 +160,6 @@ class Model:
 
     def _classes(self, count: int) -> Tensor | None:
         return torch.zeros(count, dtype=torch.int64) if self.recipe.classes else None
-
-
-def warm_up_update(device: torch.device) -> None:
-    """Updates and averages a network of two numbers, so that what only an update loads on ``device`` is there and counted."""
-    network = nn.Linear(1, 1, device=device)
-    optimizer, ema = FrugalAdam(network.parameters(), 0.0, (0.5, 0.9)), Ema(network, 1.0, device)
-    for images in (1, 2):
-        network(torch.ones(1, 1, device=device)).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update(network, 1, images)
-    all(bool(p.isfinite().all()) for p in ema.parameters())
 
 
 class _Undrawn(TorchFunctionMode):

@@ -66,6 +66,9 @@ def plan_of(session: Session, evaluation: int) -> tuple[Plan, Recipe]:
                 return replace(plan, planned=begun.planned), recipe
             session.console.tell("The plan this run was started with does not fit any more; planning anew.")
     planner, plan = find(recipe, session.device, let_go=loader.let_go, **options)
+    if not plan.named and session.device.type == "cpu":  # what planning has left in this process, where it planned here
+        left = limit.baseline(session.device) + planner.facts.loaded_each
+        plan = replace(plan, framework=max(plan.framework, left))
     return plan, planner.recipe
 
 

@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 import torch
 
 from frugan.config.recipe import Recipe
+from frugan.gan.optim import warm_up_update
 from frugan.memory import limit
 from frugan.memory.growth import Growth
 from frugan.memory.host import Freed
 from frugan.memory.layout import Layout
 from frugan.memory.search import Levers
-from frugan.training.model import Model, warm_up_update
 from frugan.training.tracing import Facts, InProcess, Maker, Subprocess
 from frugan.utils.errors import UserError
 from frugan.utils.files import cache_folder, write_text
@@ -114,9 +114,8 @@ class Traces:
 
     def seconds(self, layouts: Mapping[str, Layout], freed: Freed) -> float:
         """About how long an update takes here with ``layouts``: the first micro-batch of each phase is run and timed."""
-        model = Model(self.recipe, self.device)
         limit.set_freed(freed, self.device)
-        total = sum(model.seconds(name, layout) for name, layout in layouts.items())
+        total = InProcess(self.recipe, self.device).seconds(layouts)
         limit.set_freed("return", self.device)
         self.close()
         return total

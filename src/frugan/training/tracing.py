@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -22,11 +23,13 @@ from frugan.config.recipe import Recipe
 from frugan.gan.levers import named
 from frugan.gan.penalties import penalties
 from frugan.memory import host, limit
-from frugan.memory.growth import LARGE, SMALL, Growth
+from frugan.memory.growth import LARGE, Growth
 from frugan.memory.layout import Layout
 from frugan.reporting.pictures import warm_up
 from frugan.training.model import Model
 from frugan.utils.errors import UserError
+
+ENOUGH = 8  # samples from which on libraries use the kernels, and keep the buffers, that they do for more
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,10 @@ class InProcess:
         found: Growth = getattr(self._model(), what)(*arguments)
         return found.as_dict()
 
+    def seconds(self, layouts: Mapping[str, Layout]) -> float:
+        """How long phases take here with ``layouts``, together."""
+        return sum(self._model().seconds(phase, layout) for phase, layout in layouts.items())
+
     def _facts(self) -> Facts:
         if self.device.type != "cpu":  # what is loaded there is seen in what the driver says is taken
             model = self._model()
@@ -94,11 +101,10 @@ class InProcess:
         with ThreadPoolExecutor(1) as plots:
             drawn = plots.submit(warm_up)
             model = self._model()
-            model.warm(SMALL)
-            model.multiply()
+            model.warm(ENOUGH)
             drawn.result()
         tensors = sum(_bytes(model).values())
-        for size in (SMALL, LARGE):
+        for size in (ENOUGH, LARGE):
             if size == LARGE:
                 model.warm(size)
             found.append((limit.at_rest(self.device) - tensors, host.status("VmData") - tensors))
