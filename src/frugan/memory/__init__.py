@@ -6,7 +6,8 @@ bottom:
 - `layout`: how a phase computes its batch, by micro-batches and levers, and what each guarantees; `plan`: what was decided.
 - `limit`: the memory of this process: how much it is, was at most, and may be.
 - `levers`: the same gradients in less memory; `batchnorm`: under batch norm too.
-- `trace`: what a computation allocates; `calls`: what need not be run for that; `growth`: what it would with any number of samples, from two small traces.
+- `trace`: what a computation allocates; `calls`: what need not be run for that; `growth`: what it would with any number of
+  samples, from two small traces.
 - `pool`: where tensors of the CPU lie; `segments`: what an accelerator holds for tensors.
 - `search`: the fastest layout that fits; `budget`: the plan of all phases within a budget, or the smallest that would do.
 - `spare`: does without what memory does not suffice for.
