@@ -1,6 +1,8 @@
 """A training on zeros and few samples: what its phases allocate."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -72,6 +74,16 @@ class Model:
                 learner.rehearse(self._batch(), count)
                 learner.update(0.0)
         sampling.to_images(self._sampled(), self.step.latents("latent/g", 0, count), count, self._classes(count))
+
+    @contextmanager
+    def unpenalised(self) -> Iterator[None]:
+        """While open, D's phase has no penalties."""
+        kept = self.step.penalties
+        self.step.penalties = {where: [] for where in kept}
+        try:
+            yield
+        finally:
+            self.step.penalties = kept
 
     def _trace(self, phase: str, layout: Layout) -> Timeline:
         learning = _learning(self.phases[phase].network)

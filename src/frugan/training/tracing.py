@@ -101,9 +101,14 @@ class InProcess:
         with ThreadPoolExecutor(1) as plots:
             drawn = plots.submit(warm_up)
             model = self._model()
-            model.warm(ENOUGH)
+            with model.unpenalised():
+                model.warm(ENOUGH)
             drawn.result()
         tensors = sum(_bytes(model).values())
+        alone = limit.at_rest(self.device)
+        if penalised := bool(penalties(self.recipe.objective)):
+            model.run("D", Layout((ENOUGH,)))
+        doubled = limit.at_rest(self.device) - alone  # what double backward loads
         for size in (ENOUGH, LARGE):
             if size == LARGE:
                 model.warm(size)
@@ -112,9 +117,9 @@ class InProcess:
             (max(0, b[0] - a[0]), b[1] - b[0] - a[1] + a[0]) for a, b in pairwise(found)
         )
         loads = {}
-        if penalties(self.recipe.objective) and not model.discriminator.couples_samples:  # torch's formulas of forward mode
-            model.run("D", Layout((LARGE,), named(["penalty"])))
-            loads["penalty"] = max(0, limit.at_rest(self.device) - tensors - found[-1][0])
+        if penalised and not model.discriminator.couples_samples:  # torch's formulas of forward mode, in place of those
+            model.run("D", Layout((ENOUGH,), named(["penalty"])))
+            loads["penalty"] = max(0, limit.at_rest(self.device) - tensors - found[-1][0] - doubled)
         return Facts(
             model.generator.couples_samples, model.discriminator.couples_samples, _bytes(model), loaded, reserved,
             loaded_each, max(0, reserved_each), loads,
