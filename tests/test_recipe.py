@@ -17,6 +17,7 @@ from frugan.config.run import Run
 from frugan.config.section import Kinded
 from frugan.gan import networks
 from frugan.gan.losses import LOSSES
+from frugan.gan.penalties import PENALTIES
 from frugan.utils.errors import UserError
 
 names = st.sampled_from(sorted(recipes.RECIPES))
@@ -30,7 +31,9 @@ def test_toml_there_and_back(name: str, objective: str, lr: float, size: int | N
 
 def test_registries_agree() -> None:
     assert all((Path(networks.__path__[0]) / f"{kind}.py").exists() for kind in Architecture.kinds)
-    assert set(Objective.kinds.values()) == set(LOSSES)
+    assert set(Objective.kinds.values()) == set(LOSSES), "each kind of objective has its entry in LOSSES of gan/losses.py"
+    weights = {f.name for kind in Objective.kinds.values() for f in fields(kind) if f.metadata["help"].startswith("weight of")}
+    assert weights == {key for key, *_ in PENALTIES}, "each weight of a penalty has its entry in PENALTIES of gan/penalties.py"
     assert all(recipes.get(name).recipe == name for name in recipes.RECIPES)
 
 

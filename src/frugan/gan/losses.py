@@ -23,7 +23,8 @@ class Loss:
     Args:
         discriminator: (options, logits of real images ``[n]``, logits of generated images ``[n]``) to terms ``[n]``.
         generator: (options, logits of generated images ``[n]``, logits of real images ``[n]`` or None) to terms ``[n]``.
-        paired: whether the generator's loss needs the logits of real images.
+        paired: whether real and generated images are compared. If not, D's terms are a part for each side, which may come with
+            zeros in the place of the other's logits, and G's come without those of real images.
         probability: whether the sigmoid of a logit is D's probability that the image is real.
         centred: whether a logit above 0 says that the image is real; if not, logits only mean something beside one another.
     """

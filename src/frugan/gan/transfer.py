@@ -77,8 +77,10 @@ def take_weights(
     return report
 
 
-def _by_class(own: Tensor, there: Tensor, before: Sequence[str], now: Sequence[str]) -> Tensor:
-    """``own``, one row a class of those ``now``, with the rows that ``there`` has of those of ``before``."""
+def _by_class(own: Tensor, there: Tensor, before: Sequence[str], now: Sequence[str]) -> Tensor | None:
+    """``own``, one row a class of those ``now``, with the rows of ``there`` that are of one of these; None: no class is in both."""
+    if set(before).isdisjoint(now):
+        return None
     rows = own.clone()
     for number, name in enumerate(now):
         if name in before:

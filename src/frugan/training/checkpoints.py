@@ -13,6 +13,8 @@ from frugan.training.state import State
 from frugan.utils import checkpoint
 from frugan.utils.errors import UserError
 
+STARTED_FROM = ("ema/module.", "generator/", "discriminator/")  # what a run takes from another
+
 
 def begin(session: Session) -> State:
     """The state of a run as it stands: new, from another run's weights, or from the newest checkpoint.
@@ -28,9 +30,11 @@ def begin(session: Session) -> State:
         loaded = other.load_newest() if other.path.is_dir() else None
         if loaded is None:
             raise UserError(f"--init-from {training.init_from}: there is no checkpoint in it.")
-        weights = loaded[0]
+        tensors, numbers = loaded
+        weights = {name: tensor for name, tensor in tensors.items() if name.startswith(STARTED_FROM)}
+        del loaded, tensors  # moments, which are most of it
         with suppress(UserError):  # of a version that had other settings
-            origin = Recipe.from_toml(str(loaded[1].get("recipe")), training.init_from)
+            origin = Recipe.from_toml(str(numbers.get("recipe")), training.init_from)
     state = State(session.recipe, session.device, weights, session.console.tell, origin)
     if resuming:
         _resume(session, state)

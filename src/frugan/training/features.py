@@ -81,7 +81,6 @@ def learn_features(
     note(event)
     about = ", ".join(f"right about the {name} of {share:.1%} of images held out" for name, share in event.accuracy.items())
     tell(f"Features: {'random' if not course.updates else 'known' if found else f'{event.seconds:.0f} s'}{about and f'; {about}'}.")
-    limit.release(session.device)
 
 
 def _learnt(session: Session, learner: FeatureStep, course: Course, micro_batch: int, signals: Signals) -> tuple[float, int]:

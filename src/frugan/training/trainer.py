@@ -82,6 +82,7 @@ class Trainer:
                     session.console.tell(f"Going on from {state.images:,} images.")
                 if not session.duration.over(state.images):
                     learn_features(session, state, plan.layouts["G"].micro_batch, plan.held, signals, observer.event)
+                    limit.release(session.device)
                     loop.run()
                     loop.finish()
                     if found := peak(session, plan, state.images):
