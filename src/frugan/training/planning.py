@@ -67,7 +67,7 @@ def plan_of(session: Session, evaluation: int) -> tuple[Plan, Recipe]:
             session.console.tell("The plan this run was started with does not fit any more; planning anew.")
     planner, plan = find(recipe, session.device, let_go=loader.let_go, **options)
     if not plan.named and session.device.type == "cpu":  # what planning has left in this process, where it planned here
-        left = limit.baseline(session.device) + planner.facts.loaded_each
+        left = limit.at_rest(session.device) + planner.facts.loaded_each  # with the code that ran, as training runs it too
         plan = replace(plan, framework=max(plan.framework, left))
     return plan, planner.recipe
 
