@@ -65,12 +65,18 @@ def cells(options: Options) -> Iterator[tuple[str, int, Path]]:
 
 
 def main(options: Options) -> None:
-    table = Table(title=f"MiB, {options.images} images, batches of {options.batch}, {options.processes} processes each")
+    table = Table(
+        title=f"MiB, {options.images} images, batches of {options.batch}, {options.processes} processes each"
+        if not options.quick
+        else "MiB, one process each"
+    )
     for heading in ("recipe", "images", "data"):
         table.add_column(heading)
     for heading in ("named", "held at most", "trained within it", "90% refused"):
         table.add_column(heading, justify="right")
     processes = 1 if options.quick else options.processes
+    if missing := [str(path) for path in options.data if not path.exists()]:
+        sys.exit(f"there is no {', nor '.join(missing)}: name archives of images by --data.")
     for recipe, size, archive in cells(options):
         with tempfile.TemporaryDirectory() as folder:
             data = unpacked(archive, options.images, Path(folder))

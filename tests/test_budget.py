@@ -27,6 +27,7 @@ from frugan.memory import Engine
 from frugan.memory.layout import CHECKPOINT_BLOCKS, Layout
 from frugan.memory.search import Search
 from frugan.memory.trace import allocations, highest
+from frugan.reporting.records import MemoryMeasured
 from frugan.reporting.run_folder import RunFolder
 from frugan.training.model import Model
 from frugan.training.planner import Planner
@@ -254,6 +255,9 @@ print("torch._dynamo" in sys.modules, hash(str(frugan.load(run).generate(4).toli
             plans[0].write_text(plans[0].read_text()[:-20])
     assert [imports for imports, _ in said] == ["False", "False", "False"]  # which holds 150 MiB
     assert len({images for _, images in said}) == 1
+    for name in ("traced", "remembered"):  # what planning leaves in the process is in the prediction
+        (peak,) = (e for e in RunFolder(tmp_path / name).read_events() if isinstance(e, MemoryMeasured))
+        assert peak.measured <= 1.03 * peak.predicted, name
     saved = [json.loads((tmp_path / name / "plan.json").read_text())["layouts"] for name in ("traced", "remembered")]
     assert saved[0] == saved[1]
 
@@ -262,6 +266,9 @@ def test_traces_of_another_machine_or_version_are_not_used(monkeypatch: pytest.M
     recipe = recipes.mlp().replace(image_size=16, channels=1, batch_size=8)
     usual = fingerprint(recipe, CPU)
     assert fingerprint(recipe.replace(seed=3, epochs=9, batch_size=64, accumulation_steps=2, lr_g=1.0), CPU) == usual
+    learnt = [replace(recipe, classes=Classes(names, (5,) * len(names))) for names in (("a", "b"), ("c", "d"), ("a", "b", "c"))]
+    two, alike, three = (fingerprint(one, CPU) for one in learnt)
+    assert two == alike and len({usual, two, three}) == 3  # the number of classes is what counts
     others = {fingerprint(recipe.replace(**change), CPU) for change in ({"precision": "bf16"}, {"image_size": 32}, {"width_g": 8})}
     for owner, name, value in (
         (torch, "__version__", "2.99"), (torch, "get_num_threads", lambda: 77), (os, "cpu_count", lambda: 77),

@@ -206,6 +206,9 @@ def test_fine_tuning_with_classes_from_a_run_without_and_the_other_way(
     assert "Of 2 classes 1 are not known there: ants." in capsys.readouterr().out
     before, after = (final_state(run)[0] for run in (conditional, changed))
     assert torch.allclose(after["generator/entry.classes"][1], before["ema/module.entry.classes"][2], atol=1e-6)  # of mice
+    strange = animals("strange", owls=20, rats=20)
+    train(tmp_path / "none", strange, init_from=str(conditional), conditional=True, epochs=1, quiet=False)
+    assert "tensors of the generator fit; new are entry.classes [2, 8]." in capsys.readouterr().out
     train(tmp_path / "back", others, init_from=str(conditional), epochs=1, quiet=False)
     assert "tensors of the generator fit." in capsys.readouterr().out
 

@@ -20,6 +20,7 @@ from frugan.utils.errors import UserError
 
 Key = tuple[int, int]  # the octaves of the maps that come into a block and that come out of it
 NETWORKS = ("generator", "discriminator")
+PREFIXES = ("ema/module.", "generator/", "discriminator/")  # of what is taken from a captured state
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def take_weights(
     Returns:
         For each network what it took.
     """
-    averaged = any(name.startswith("ema/") for name in tensors)
+    averaged, plain, judging = PREFIXES
+    first = averaged if any(name.startswith(averaged) for name in tensors) else plain
     networks = dict(zip(NETWORKS, (generator, discriminator), strict=True))
     moved: dict[str, dict[int, int]] = {}
     if other and differs(recipe, other):
@@ -64,7 +66,7 @@ def take_weights(
                 continue  # no chain of blocks: its names say what belongs together
             moved[name] = matched(_keys(here[name], recipe, name), _keys(there[name], other, name), name)
     report = {}
-    for name, prefix in zip(NETWORKS, ("ema/module." if averaged else "generator/", "discriminator/"), strict=True):
+    for name, prefix in zip(NETWORKS, (first, judging), strict=True):
         own = networks[name].state_dict()
         there_by_name = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         found = {k: there_by_name.get(_renamed(k, moved[name]) if name in moved else k) for k in own}

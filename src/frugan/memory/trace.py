@@ -236,9 +236,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _watched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[int], int]:
         """The result of ``func``, what it allocated and freed on the CPU, and what it needed besides its results elsewhere."""
         inside: list[int] = []
-        if self._there is None and self._calls is not None:
-            return *self._calls.run(func, args, kwargs), 0
         if self._there is None:
+            if self._calls is not None:
+                return *self._calls.run(func, args, kwargs), 0
             with private.recording(inside):
                 result = func(*args, **kwargs)
             return result, inside, 0

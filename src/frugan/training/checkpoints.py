@@ -5,6 +5,7 @@ from pathlib import Path
 
 from frugan.config.recipe import Recipe
 from frugan.gan import sampling
+from frugan.gan.transfer import PREFIXES
 from frugan.memory import limit
 from frugan.reporting.run_folder import RunFolder
 from frugan.training.messages import diverged
@@ -12,8 +13,6 @@ from frugan.training.session import Session
 from frugan.training.state import State
 from frugan.utils import checkpoint
 from frugan.utils.errors import UserError
-
-STARTED_FROM = ("ema/module.", "generator/", "discriminator/")  # what a run takes from another
 
 
 def begin(session: Session) -> State:
@@ -31,7 +30,7 @@ def begin(session: Session) -> State:
         if loaded is None:
             raise UserError(f"--init-from {training.init_from}: there is no checkpoint in it.")
         tensors, numbers = loaded
-        weights = {name: tensor for name, tensor in tensors.items() if name.startswith(STARTED_FROM)}
+        weights = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIXES)}
         del loaded, tensors  # moments, which are most of it
         with suppress(UserError):  # of a version that had other settings
             origin = Recipe.from_toml(str(numbers.get("recipe")), training.init_from)

@@ -276,9 +276,7 @@ def variety(images: Tensor) -> float:
 def blank(images: Tensor) -> float:
     """The share of squares of 2x2 pixels that are all of the grey that augmentation fills in (0 in [-1, 1])."""
     shares = []
-    for image in torch.split(
-        images.cpu(), 1
-    ):  # one by one: as floating point all would take four times what the plan has for pictures
+    for image in torch.split(images.cpu(), 1):  # all at once would take four times what the plan has for pictures
         away = (image.float() / 127.5 - 1).abs().amax(1, keepdim=True)
         shares.append((max_pool2d(away, 2, 1) < 0.05).float().mean())
     return float(torch.stack(shares).mean())

@@ -24,7 +24,7 @@ from frugan.utils.signals import Signals, Stopped
 
 T = TypeVar("T")
 
-VERSION = 1  # of the encoder and of how it learns
+VERSION = 2  # of the encoder and of how it learns, to the last bit
 LAST = 50  # updates of which the mean loss is told
 
 

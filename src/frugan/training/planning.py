@@ -61,15 +61,23 @@ def plan_of(session: Session, evaluation: int) -> tuple[Plan, Recipe]:
     if "layouts" in saved:
         begun = Plan.from_dict(saved, LEVERS.values())
         if all(sum(layout.sizes) == session.batch for layout in begun.layouts.values()):
-            plan = Planner(recipe, session.device, **options).with_layouts(begun.layouts, begun.freed)
+            planner = Planner(recipe, session.device, **options)
+            plan = planner.with_layouts(begun.layouts, begun.freed)
             if plan is not None:
-                return replace(plan, planned=begun.planned), recipe
+                return replace(_in_this_process(plan, planner), planned=begun.planned), recipe
             session.console.tell("The plan this run was started with does not fit any more; planning anew.")
     planner, plan = find(recipe, session.device, let_go=loader.let_go, **options)
-    if not plan.named and session.device.type == "cpu":  # what planning has left in this process, where it planned here
-        left = limit.at_rest(session.device) + planner.facts.loaded_each  # with the code that ran, as training runs it too
-        plan = replace(plan, framework=max(plan.framework, left))
-    return plan, planner.recipe
+    return _in_this_process(plan, planner), planner.recipe
+
+
+def _in_this_process(plan: Plan, planner: Planner) -> Plan:
+    """``plan`` with what planning has left in this process, if it was made here, as on the CPU without a named budget.
+
+    The code that planning ran is counted: training runs it too.
+    """
+    if plan.named or planner.device.type != "cpu":
+        return plan
+    return replace(plan, framework=max(plan.framework, limit.at_rest(planner.device) + planner.facts.loaded_each))
 
 
 def plan_for(

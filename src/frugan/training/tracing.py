@@ -105,14 +105,14 @@ class InProcess:
                 model.warm(ENOUGH)
             drawn.result()
         tensors = sum(_bytes(model).values())
-        alone = limit.at_rest(self.device)
+        doubled = 0  # bytes that double backward loads
         if penalised := bool(penalties(self.recipe.objective)):
+            doubled -= limit.at_rest(self.device)
             model.run("D", Layout((ENOUGH,)))
-        doubled = limit.at_rest(self.device) - alone  # what double backward loads
-        for size in (ENOUGH, LARGE):
-            if size == LARGE:
-                model.warm(size)
-            found.append((limit.at_rest(self.device) - tensors, host.status("VmData") - tensors))
+            doubled += limit.at_rest(self.device)
+        found.append((limit.at_rest(self.device) - tensors, host.status("VmData") - tensors))
+        model.warm(LARGE)
+        found.append((limit.at_rest(self.device) - tensors, host.status("VmData") - tensors))
         (loaded, reserved), (loaded_each, reserved_each) = (
             (max(0, b[0] - a[0]), b[1] - b[0] - a[1] + a[0]) for a, b in pairwise(found)
         )
