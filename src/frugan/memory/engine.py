@@ -8,25 +8,30 @@ with engine:
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+import pickle
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from typing import Any, Self
+from functools import partial
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from frugan.memory import levers, limit
-from frugan.memory.budget import Beside, BudgetPlanner, Process
-from frugan.memory.growth import SMALL, Growth, traced
+from frugan.memory.budget import SIZES, Beside, BudgetPlanner, Process, TooLittle
+from frugan.memory.growth import SMALL, Growth, Outline, traced
 from frugan.memory.layout import CHECKPOINT_BLOCKS, WHOLE_BATCH_NORM, Layout, split
 from frugan.memory.optimizer import state_of, tried
+from frugan.memory.plan import Plan
 from frugan.memory.recover import Change, Recovery
 from frugan.memory.search import Choice, Job, Levers, Search
 from frugan.memory.trace import GRADIENTS, GRANULE, Timeline, trace
 from frugan.utils.errors import UserError
 
 STEP = "the step"
+T = TypeVar("T")
 
 
 class Engine(AbstractContextManager["Engine"]):
@@ -105,49 +110,45 @@ class Engine(AbstractContextManager["Engine"]):
         # The first meets what libraries load, and the second what they load for one more size: what the training's own will take.
         self._trace(tensors, (), SMALL)
         first, data = limit.at_rest(self.device), limit.addresses()
-        growths: dict[Levers, Growth] = {(): self._growth(tensors, ())}
+        growths = Growths(partial(self._growth, tensors))
+        self.draws = growths(()).random
         size_loads = max(0, limit.at_rest(self.device) - first) if cpu else 0
         reserved = max(0, limit.addresses() - data - size_loads) if cpu else 0
-        self.draws = growths[()].random
         usable = self._usable()
         variants: list[Levers] = list(dict.fromkeys([(), *((lever,) for lever in usable), usable]))
-
-        def growth(used: Levers) -> Growth:
-            if used not in growths:
-                growths[used] = self._growth(tensors, used)
-            return growths[used]
-
-        job = Job(STEP, self.batch, variants, growth, self.coupled, smallest, draws=self.draws)
+        job = Job(STEP, self.batch, variants, growths, self.coupled, smallest, draws=self.draws)
         state = sum(t.untyped_storage().nbytes() for t in self._held() if t.device.type == self.device.type)
-        # The state is there already, and is part of every timeline.
-        process = Process(limit.at_rest(self.device) - state + size_loads, begun=before)
         besides = {"update": Beside(update, {})} if update else {}
-        search = Search([job], self.device)
-        planner = BudgetPlanner(
-            search, self.device, self.budget, lambda: process, lambda: limit.spare(self.device), besides=lambda _: besides
-        )
-        plan = planner.plan()
-        choice = self.choice = planner.choice
-        self.predicted = plan.predicted
+
+        def plan() -> tuple[Plan, Choice]:
+            # The state is there already, and is part of every timeline.
+            process = Process(limit.at_rest(self.device) - state + size_loads, size_loads, begun=before)
+            planner = BudgetPlanner(
+                Search([job], self.device), self.device, self.budget, lambda: process, lambda: limit.spare(self.device),
+                besides=lambda _: besides,
+            )  # fmt: skip
+            return planner.plan(), planner.choice
+
+        found, choice = growths.settled(plan)
+        self.choice = choice
+        self.predicted = found.predicted
         self._loads = reserved
-        self._more = self.predicted - plan.framework - state
+        self._more = self.predicted - found.framework - state
+        outlines = growths.outlines
         self.recovery = Recovery(
             [self.module], self.device, {STEP: choice.chosen[STEP].layout}, choice.freed, coupled=self.coupled or self.draws,
-            levers={STEP: usable}, smallest={STEP: smallest},
-            changed=self.changed, needs=lambda _, layout: self._known(search, job, layout, growths),
+            levers={STEP: usable}, smallest={STEP: smallest}, changed=self.changed, needs=lambda _, x: _needs(outlines, x),
         )  # fmt: skip
+        if cpu:
+            for candidate in (*choice.chosen.values(), *choice.refused.values()):
+                candidate.forget_trace()
         return choice
-
-    @staticmethod
-    def _known(search: Search, job: Job, layout: Layout, growths: dict[Levers, Growth]) -> int | None:
-        """What ``layout`` allocates, if it has been traced: where memory has run out is no place to do that."""
-        return search.exact(job, layout).moment.bytes if layout.levers in growths else None
 
     def __enter__(self) -> Self:
         if self.choice is None:
             raise UserError("the engine has no plan yet: call plan() with a few samples first.")
         self._open.enter_context(limit.as_before())
-        self._open.enter_context(limit.held_to(self.budget, self.device, 2 * self._loads, self._more))
+        self._open.enter_context(limit.held_to(self.budget, self.device, SIZES * self._loads, self._more))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -241,6 +242,53 @@ class Engine(AbstractContextManager["Engine"]):
                     buffer.copy_(value)
             for parameter, gradient in zip(learning, own, strict=True):
                 parameter.grad = gradient
+
+
+class Growths:
+    """What micro-batches allocate, by levers; kept so that it takes little: read, what a deep network does takes 100 MiB.
+
+    Args:
+        make: of levers that are asked for the first time.
+    """
+
+    def __init__(self, make: Callable[[Levers], Growth]) -> None:
+        self.make = make
+        self.outlines: dict[Levers, Outline] = {}
+        self._packed: dict[Levers, bytes] = {}
+
+    def __call__(self, levers: Levers) -> Growth:
+        """Of a micro-batch with ``levers``."""
+        if levers not in self._packed:
+            made = self.make(levers)
+            self.outlines[levers] = made.outline
+            self._packed[levers] = zlib.compress(pickle.dumps(made), 1)
+        known: Growth = pickle.loads(zlib.decompress(self._packed[levers]))
+        return known
+
+    def settled(self, plan: Callable[[], T]) -> T:
+        """What ``plan`` gives once it makes no more of them: what running them has left in the process has a part in it.
+
+        Raises:
+            UserError: nothing fits.
+        """
+        while True:
+            known = len(self._packed)
+            try:
+                found = plan()
+            except TooLittle:
+                if known == len(self._packed):
+                    raise
+            else:
+                if known == len(self._packed):
+                    return found
+                del found
+
+
+def _needs(outlines: Mapping[Levers, Outline], layout: Layout) -> int | None:
+    """What ``layout`` allocates, if its levers have been traced: where memory has run out is no place to do that."""
+    if layout.levers not in outlines:
+        return None
+    return outlines[layout.levers].peaks([layout.micro_batch], several=len(layout.sizes) > 1)[0]
 
 
 def fitted(layout: Layout, count: int, smallest: int = 1) -> Layout:

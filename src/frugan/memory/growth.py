@@ -6,6 +6,7 @@ and for what operators need inside. From them the timeline of any layout is made
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -18,7 +19,7 @@ SMALL, LARGE = 2, 3  # samples of the two traces; a single one is computed by ot
 Line = tuple[float, float]  # at no sample, and for each
 
 
-@dataclass
+@dataclass(slots=True)
 class Step:
     """One `Event`, as lines."""
 
@@ -121,9 +122,13 @@ class Growth:
         return timeline
 
     def peaks(self, counts: Sequence[int], *, several: bool) -> list[int]:
-        """The most that is live at micro-batches of each of ``counts``: of ``several``, or of one alone."""
-        rows = self._rows(several)
-        return [int(np.ceil((rows[:, 0] + rows[:, 1] * count).max())) for count in counts]
+        """See `Outline`."""
+        return self.outline.peaks(counts, several=several)
+
+    @cached_property
+    def outline(self) -> "Outline":
+        """What is live from moment to moment."""
+        return Outline(*(np.array(self._levels(several), float).reshape(-1, 2) for several in (False, True)))
 
     def least(self, count: int) -> int:
         """Bytes without which no lever computes ``count`` samples at once: what is always there, and the two largest storages that
@@ -141,13 +146,6 @@ class Growth:
             live.update(s for s in step.storages if s not in held)
             most = max(most, sum(sorted(at(self.sizes[s], count) for s in live)[-2:]))
         return int(sum(at(self.sizes[s], count) for s in held if self.labels.get(s) != GRADIENTS) + most)
-
-    def _rows(self, several: bool) -> np.ndarray[Any, Any]:
-        key = "_several" if several else "_alone"
-        if key not in self.__dict__:
-            self.__dict__[key] = np.array(self._levels(several), float).reshape(-1, 2)
-        found: np.ndarray[Any, Any] = self.__dict__[key]
-        return found
 
     def _levels(self, several: bool) -> list[Line]:
         """For each moment what is live, of a micro-batch that finds gradients (``several``) or of one alone."""
@@ -201,6 +199,19 @@ class Growth:
             for storages, inside, flops, moved, crossed, random, into in known["steps"]
         ]  # fmt: skip
         return cls({s: (a, b) for s, a, b in known["sizes"]}, dict(known["labels"]), known["held"], steps, known["granule"])
+
+
+@dataclass
+class Outline:
+    """What is live from moment to moment of a `Growth`, a line for each: of a micro-batch alone, and of one of several."""
+
+    alone: np.ndarray[Any, Any]
+    several: np.ndarray[Any, Any]
+
+    def peaks(self, counts: Sequence[int], *, several: bool) -> list[int]:
+        """The most that is live at micro-batches of each of ``counts``: of ``several``, or of one alone."""
+        rows = self.several if several else self.alone
+        return [int(np.ceil((rows[:, 0] + rows[:, 1] * count).max())) for count in counts]
 
 
 def alike(low: Timeline, high: Timeline) -> bool:

@@ -110,6 +110,11 @@ class Candidate:
         found = self.exact or self
         return self.loads + (found.held if freed == "reuse" else found.least)
 
+    def forget_trace(self) -> None:
+        """Keeps of what its timeline said the numbers alone."""
+        if self.exact:
+            self.exact.forget_timeline()
+
     @property
     def loads(self) -> int:
         """Bytes besides tensors that come with its levers."""
@@ -137,6 +142,11 @@ class Exact:
     def least(self) -> int:
         """The same where it goes back."""
         return self._holds("return")
+
+    def forget_timeline(self) -> None:
+        """Keeps the numbers alone."""
+        found = self.held, self.least
+        self.timeline, self._holds = Timeline(), dict(zip(("reuse", "return"), found, strict=True)).__getitem__
 
 
 @dataclass(frozen=True)
