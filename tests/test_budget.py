@@ -126,7 +126,10 @@ def test_features_are_learnt_within_the_smallest_budget(few: Path, tmp_path: Pat
 
 def test_a_training_within_a_budget_is_the_training_without(few: Path, tmp_path: Path) -> None:
     plain, planned = tmp_path / "plain", tmp_path / "planned"
-    asked = f"train {few} --norm-g none --norm-d none --image-size 144 --batch-size 64 --epochs 1 --device cpu --quiet".split()
+    narrow = "--width-g 32 --width-d 32"
+    asked = (
+        f"train {few} {narrow} --norm-g none --norm-d none --image-size 144 --batch-size 64 --epochs 1 --device cpu --quiet".split()
+    )
     assert frugan(*asked, "--out", plain).returncode == 0
     refused = frugan(*asked, "--out", planned, "--memory", "1MiB").stderr
     smallest = re.search(r"the smallest that works is --memory (\d+MiB)", refused)[1]  # type: ignore[index]
@@ -184,7 +187,7 @@ def test_the_plan_says_where_the_bytes_go(few: Path, tmp_path: Path, capsys: pyt
 
 
 def test_approximate_ways_are_taken_only_if_allowed_and_said(few: Path, tmp_path: Path) -> None:
-    levers = "--accumulation-steps 1 --checkpoint-blocks no --separate-terms no --recompute-generator no"
+    levers = "--width-g 32 --width-d 32 --accumulation-steps 1 --checkpoint-blocks no --separate-terms no --recompute-generator no"
     common = f"train {few} --norm-g none --norm-d none --image-size 128 --batch-size 64 --epochs 1 --device cpu {levers}".split()
     refused = frugan(*common, "--memory", "1MiB", "--allow-approximate", "--out", tmp_path / "no").stderr
     rounded = int(re.search(r"the smallest that works is --memory (\d+)MiB", refused)[1])  # type: ignore[index]

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -262,6 +264,41 @@ def test_memory_for_moments_is_kept_until_the_optimizer_makes_them() -> None:
         engine.step(torch.ones(2, 512, dtype=torch.float64))
     assert not engine._reserved
     assert sum(v.nbytes for v in engine.optimizer.state[model[0].weight].values()) >= two
+
+
+DEEP = """
+import torch
+from torch import nn
+from frugan.memory import Engine, limit
+from frugan.memory.layout import WHOLE_BATCH_NORM
+
+layers = [nn.Conv2d(3, 16, 3, padding=1)]
+for _ in range(30):
+    layers += [nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.Conv2d(16, 16, 3, padding=1)]
+model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+images = torch.randn(48, 3, 16, 16)
+
+def planned(memory):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = Engine(model, lambda m, x: m(x).square().mean(1), optimizer, batch=48, memory=memory)
+    engine.plan(images[:2])
+    return engine
+
+budget = planned(None).predicted - (16 << 20)
+engine = planned(str(budget))
+with engine:
+    for _ in range(2):
+        engine.step(images)
+    print(engine.choice.chosen["the step"].layout.uses(WHOLE_BATCH_NORM.name), engine.predicted, limit.peak(engine.device), budget)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is only limited on Linux")
+def test_what_tracing_a_deep_model_leaves_in_the_process_is_part_of_the_plan() -> None:
+    done = subprocess.run([sys.executable, "-c", DEEP], capture_output=True, text=True, check=True)
+    uncoupled, predicted, peak, budget = done.stdout.split()  # and nothing was changed on the way
+    assert uncoupled == "True" and int(peak) <= int(budget)
+    assert abs(int(predicted) / int(peak) - 1) < 0.03
 
 
 def test_what_an_engine_cannot_do_is_one_sentence() -> None:
