@@ -273,18 +273,18 @@ from frugan.memory import Engine, limit
 from frugan.memory.layout import WHOLE_BATCH_NORM
 
 layers = [nn.Conv2d(3, 16, 3, padding=1)]
-for _ in range(30):
+for _ in range(20):
     layers += [nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.Conv2d(16, 16, 3, padding=1)]
 model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-images = torch.randn(48, 3, 16, 16)
+images = torch.randn(96, 3, 16, 16)
 
 def planned(memory):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    engine = Engine(model, lambda m, x: m(x).square().mean(1), optimizer, batch=48, memory=memory)
+    engine = Engine(model, lambda m, x: m(x).square().mean(1), optimizer, batch=96, memory=memory)
     engine.plan(images[:2])
     return engine
 
-budget = planned(None).predicted - (16 << 20)
+budget = planned(None).predicted - (20 << 20)
 engine = planned(str(budget))
 with engine:
     for _ in range(2):
