@@ -15,6 +15,7 @@ from frugan.config.recipe import Data, Recipe
 from frugan.config.recipes import get
 from frugan.evaluation.neighbours import compared, thumbnails
 from frugan.gan.networks import build
+from frugan.gan.networks.projected import Level
 from frugan.gan.transfer import matched, said, take_weights
 from frugan.reporting.records import Metrics
 from frugan.reporting.run_folder import RunFolder
@@ -147,6 +148,25 @@ def test_a_network_for_larger_images_takes_what_works_on_maps_of_the_same_size(n
     assert "From old (16x16): " in sentences[0] and "fit, matched by the size of their maps; new are blocks." in sentences[0]
     wide = recipe.replace(width_g=16, width_d=16)
     assert said(taken, wide, other)[-1].endswith("in maps of the same size: --width-g 8 --width-d 8.")
+
+
+def test_features_and_heads_are_taken_by_their_level() -> None:
+    other = get("projected").replace(image_size=28, channels=3, feature_width=4)
+    recipe = other.replace(image_size=48)  # which has a level more, and heads on all of them
+    before = dict(zip("gd", build(other.network, 28, 3, seed=1), strict=True))
+    after = dict(zip("gd", build(recipe.network, 48, 3, seed=2), strict=True))
+    assert [sum(isinstance(b, Level) for b in networks["d"].blocks) for networks in (before, after)] == [4, 5]
+    assert [before["d"].heads, after["d"].heads] == [4, 6]
+    tensors = {
+        f"{kind}/{k}": v for kind, n in (("generator", "g"), ("discriminator", "d")) for k, v in before[n].state_dict().items()
+    }
+    take_weights(tensors, after["g"], after["d"], recipe, other)
+    for mine, there in zip(after["d"].encoder, before["d"].encoder, strict=False):
+        assert mine.weight.equal(there.weight) and mine.bias.equal(there.bias)
+    assert not after["d"].encoder[-1].weight.equal(before["d"].encoder[-1].weight)
+    for mine, there in ((0, 0), (2, 1), (3, 2), (4, 3)):  # pixels, and levels two to four
+        first, second = (n["d"].blocks[i].state_dict()["0.weight"] for n, i in ((after, mine), (before, there)))
+        assert first.equal(second)
 
 
 def test_a_run_starts_from_one_of_another_size(

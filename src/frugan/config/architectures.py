@@ -9,6 +9,7 @@ from frugan.utils.errors import UserError
 
 Norm = Literal["batch", "group", "none"]
 DEEPEST = 5  # levels of features that a discriminator is built on
+FEW, LARGE = 3, 32  # levels that have a head, unless images are larger than so many pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,9 @@ class Projected(Architecture):
         "auto", "what the frozen features are learnt from; auto: labels if there are any, else rotations; random: never trained"
     )
     feature_width: int = option(32, "channels of the features' largest maps; deeper ones have 1.5, 3 and 4 times as many", least=2)
-    feature_levels: int = option(3, "levels of the features that have a head, counted from the deepest", least=1)
+    feature_levels: int | None = option(
+        None, "levels of the features that have a head, from the deepest on; unset: 3, or all for images above 32 pixels", least=1
+    )
     feature_updates: int = option(400, "updates in which the features are learnt, at most; fewer where images are few", least=1)
     feature_rate: float = option(2e-3, "learning rate of the features, which falls evenly to 0", above=0)
 
@@ -124,6 +127,14 @@ class Projected(Architecture):
             raise UserError(f"--features {self.features} needs labels, and {there}: use --features rotations, or auto.")
         auto: Literal["labels", "rotations"] = "labels" if classes > 1 else "rotations"
         return dataclasses.replace(self, features=auto) if self.features == "auto" else self
+
+    def levels(self, image_size: int) -> int:
+        """How many levels of features have a head, for images of ``image_size``.
+
+        Where there are only three heads on photographs of 64 pixels, nobody looks at colours, and they go wrong (docs/LOG.md).
+        """
+        there = len(self.feature_sizes(image_size))
+        return min(there, self.feature_levels or (there if image_size > LARGE else FEW))
 
     def feature_sizes(self, image_size: int) -> list[int]:
         """Sides of the feature maps from ``image_size`` down, each half of the one before (odd ones rounded up)."""

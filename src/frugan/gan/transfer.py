@@ -1,8 +1,8 @@
 """Starting from the weights of another training: what fits is taken, also where images have another size.
 
 Blocks are matched by the size of the maps that they work on, in octaves: what makes a map of 8 from one of 4 does the same in a
-network for 32 pixels as in one for 64, wherever it stands. With the same sizes, and in networks that are no chain of blocks, names
-decide.
+network for 32 pixels as in one for 64, wherever it stands. Features and the heads on them are matched by their depth. With the same
+sizes, and in other networks that are no chain of blocks, names decide.
 """
 
 from collections import defaultdict
@@ -12,9 +12,11 @@ from math import log2
 
 from torch import Tensor
 
+from frugan.config.architectures import Projected
 from frugan.config.recipe import Recipe
 from frugan.config.section import flag
 from frugan.gan.networks import Network
+from frugan.gan.networks.projected import places
 from frugan.gan.summary import Row, summarise
 from frugan.utils.errors import UserError
 
@@ -62,8 +64,12 @@ def take_weights(
     if other and differs(recipe, other):
         here, there = summarise(recipe, (generator, discriminator)), summarise(other)
         for name in NETWORKS:
-            if len(networks[name].chain) != len(networks[name].blocks):
-                continue  # no chain of blocks: its names say what belongs together
+            if len(networks[name].chain) != len(networks[name].blocks):  # no chain of blocks
+                a, b = recipe.network, other.network
+                if isinstance(a, Projected) and isinstance(b, Projected):
+                    mine, theirs = (places(x, r.data.shape[1]) for x, r in ((a, recipe), (b, other)))
+                    moved[name] = {number: theirs[what] for what, number in mine.items() if what in theirs}
+                continue  # else its names say what belongs together
             moved[name] = matched(_keys(here[name], recipe, name), _keys(there[name], other, name), name)
     report = {}
     for name, prefix in zip(NETWORKS, (first, judging), strict=True):
@@ -127,8 +133,8 @@ def said(taken: Mapping[str, Taken], recipe: Recipe, other: Recipe | None) -> li
 
 
 def differs(recipe: Recipe, other: Recipe) -> bool:
-    """Whether maps differ in their sizes, so that blocks must be matched."""
-    a, b = ((r.data.image_size, r.network.kind, r.network.depth) for r in (recipe, other))
+    """Whether maps differ in their sizes, or heads in their number, so that blocks must be matched."""
+    a, b = ((r.data.image_size, n.kind, n.depth, getattr(n, "feature_levels", 0)) for r in (recipe, other) for n in (r.network,))
     return a != b
 
 

@@ -48,8 +48,7 @@ class Level(Block):
 class ProjectedDiscriminator(Network):
     """Heads on levels of a frozen encoder.
 
-    Its blocks are the heads, from the one on pixels to the one on the deepest level, then those of the encoder: the names of their
-    tensors stay the same for images of other sizes.
+    Its blocks are the heads, from the one on pixels to the one on the deepest level, then the levels of the encoder (`places`).
 
     Args:
         encoder: its levels, from the largest map on.
@@ -102,6 +101,14 @@ def head(before: int, side: int, widths: Sequence[int], kind: Norm, block: type[
     return made
 
 
+def places(options: Projected, image_size: int) -> dict[tuple[str, int], int]:
+    """The numbers of D's blocks: of each ``level`` from the images on, of the ``head`` on it, and of that on the pixels (-1)."""
+    there = len(options.feature_sizes(image_size))
+    heads = [-1, *range(there - options.levels(image_size), there)]
+    numbers = {("head", level): number for number, level in enumerate(heads)}
+    return numbers | {("level", level): len(heads) + level for level in range(there)}
+
+
 def build(options: Projected, image_size: int, channels: int) -> tuple[Network, Network]:
     """Both networks; see `frugan.gan.networks.build`."""
     generator = GENERATORS[options.upsampling](
@@ -118,7 +125,7 @@ def build(options: Projected, image_size: int, channels: int) -> tuple[Network, 
         before = out
     width, kind = options.width_d, options.norm_d
     heads = [head(channels, image_size, [width // 2, width], kind)]
-    for level, side in list(zip(encoder, sizes, strict=True))[-options.feature_levels :]:
+    for level, side in list(zip(encoder, sizes, strict=True))[-options.levels(image_size) :]:
         halvings = 1
         while side >> halvings > SMALLEST:
             halvings += 1
