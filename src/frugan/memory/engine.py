@@ -24,7 +24,6 @@ from frugan.memory.budget import SIZES, Beside, BudgetPlanner, Process, TooLittl
 from frugan.memory.growth import SMALL, Growth, Outline, traced
 from frugan.memory.layout import CHECKPOINT_BLOCKS, WHOLE_BATCH_NORM, Layout, split
 from frugan.memory.optimizer import state_of, tried
-from frugan.memory.plan import Plan
 from frugan.memory.recover import Change, Recovery
 from frugan.memory.search import Choice, Job, Levers, Search
 from frugan.memory.trace import GRADIENTS, GRANULE, Timeline, trace
@@ -120,7 +119,7 @@ class Engine(AbstractContextManager["Engine"]):
         state = sum(t.untyped_storage().nbytes() for t in self._held() if t.device.type == self.device.type)
         besides = {"update": Beside(update, {})} if update else {}
 
-        def plan() -> tuple[Plan, Choice]:
+        def plan() -> tuple[Any, Choice]:  # with its `Plan`
             # The state is there already, and is part of every timeline.
             process = Process(limit.at_rest(self.device) - state + size_loads, size_loads, begun=before)
             planner = BudgetPlanner(
@@ -141,7 +140,8 @@ class Engine(AbstractContextManager["Engine"]):
         )  # fmt: skip
         if cpu:
             for candidate in (*choice.chosen.values(), *choice.refused.values()):
-                candidate.forget_trace()
+                if candidate.exact:
+                    candidate.exact.forget_timeline()
         return choice
 
     def __enter__(self) -> Self:

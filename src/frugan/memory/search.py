@@ -19,25 +19,13 @@ from frugan.memory.host import Freed
 from frugan.memory.layout import SMALLEST_COUPLED, Guarantee, Layout, Lever, split, uncoupling
 from frugan.memory.private import UNMEASURED, can_record
 from frugan.memory.segments import LEAST, ROUND, SMALL_SEGMENT, Full, Segments
-from frugan.memory.trace import Timeline
+from frugan.memory.trace import Rates, Timeline
 
 KEPT = 1.4  # times what is live is what the C library's heap holds where there is no pool: 1.08 to 1.6 were seen (docs/LOG.md)
 SEGMENTS_MARGIN = 1.02  # the same of an accelerator's segments: a guess, until `make gpu` has measured it
 SLOWER = 1.05  # micro-batches alone that take no longer than this, of the whole batch's time, are not bettered by levers
 
 Levers = tuple[Lever, ...]
-
-
-@dataclass(frozen=True)
-class Rates:
-    """How fast a kind of device is, roughly: what layouts are compared by."""
-
-    flops: float  # a second
-    bytes: float  # a second
-    call: float  # seconds of every call
-    fresh: float  # bytes of new memory a second, where freed memory went back to the system
-    crossing: float  # bytes a second between host and device
-
 
 # Those of accelerators are of a small GPU's data sheet and of PCIe 3; unmeasured.
 RATES = {"cpu": Rates(1.5e11, 2e10, 6e-6, 2.5e9, 2e10), "cuda": Rates(2e13, 1e12, 1e-5, 5e10, 1.2e10)}
@@ -109,11 +97,6 @@ class Candidate:
         """Bytes that the process holds for it, if freed memory is kept (``reuse``) or goes back (``return``)."""
         found = self.exact or self
         return self.loads + (found.held if freed == "reuse" else found.least)
-
-    def forget_trace(self) -> None:
-        """Keeps of what its timeline said the numbers alone."""
-        if self.exact:
-            self.exact.forget_timeline()
 
     @property
     def loads(self) -> int:

@@ -51,6 +51,17 @@ class Event:
     into: tuple[int, int] | None = None
 
 
+@dataclass(frozen=True)
+class Rates:
+    """How fast a kind of device is, roughly: what layouts are compared by."""
+
+    flops: float  # a second
+    bytes: float  # a second
+    call: float  # seconds of every call
+    fresh: float  # bytes of new memory a second, where freed memory went back to the system
+    crossing: float  # bytes a second between host and device
+
+
 @dataclass
 class Moment:
     """The peak of a timeline: bytes in all, by label, the workspace among them, and the index of its event."""
@@ -92,8 +103,8 @@ class Timeline:
         """Bytes of all storages that were made."""
         return sum(self.sizes[s] for e in self.events if e.inside is not None for s in e.storages)
 
-    def seconds(self, rates: Any) -> float:
-        """What it would take at these rates (`frugan.memory.search.Rates`)."""
+    def seconds(self, rates: Rates) -> float:
+        """What it would take at these rates."""
         calls = [e for e in self.events if e.inside is not None]
         return float(sum(max(e.flops / rates.flops, e.moved / rates.bytes, e.crossed / rates.crossing) + rates.call for e in calls))
 
