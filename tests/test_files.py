@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from frugan.utils.errors import UserError
-from frugan.utils.files import whole, write_text
+from frugan.utils.files import CACHED, cached, whole, write_text
 
 DAYS = 2 * 24 * 3600
 
@@ -104,3 +104,17 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^cannot write .*; what was there before is untouched\.$"):
         write_text(tmp_path / "folder" / "full" / "file", "text")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["folder", "full"]
+
+
+def test_of_what_is_cached_the_last_used_stays(tmp_path: Path) -> None:
+    files = [tmp_path / f"{i}.json" for i in range(CACHED + 3)]
+    for i, file in enumerate(files):
+        write_text(file, str(i))
+        os.utime(file, (i, i))
+    other, part = tmp_path / "0.rows", tmp_path / ".0.part.json"
+    for path in (other, part):
+        path.write_text("")
+        os.utime(path, (0, 0))
+    assert cached(files[0]).read_text() == "0"
+    assert [file for file in files if not file.exists()] == files[1:4] and other.exists() and part.exists()
+    assert not cached(tmp_path / "none" / "0.json").exists()

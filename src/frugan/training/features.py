@@ -19,7 +19,7 @@ from frugan.training.state import State
 from frugan.training.traces import Traces
 from frugan.utils import checkpoint
 from frugan.utils.errors import UserError
-from frugan.utils.files import cache_folder
+from frugan.utils.files import cache_folder, cached
 from frugan.utils.signals import Signals, Stopped
 
 T = TypeVar("T")
@@ -143,13 +143,13 @@ def _file(session: Session, learner: FeatureStep, course: Course, micro_batch: i
         session.machine(), memory.precision, memory.channels_last, memory.in_place,
     ]  # fmt: skip
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
-    return cache_folder() / "features" / f"{name}.safetensors"
+    return cache_folder() / "encoders" / f"{name}.safetensors"
 
 
 def _known(learner: FeatureStep, file: Any) -> dict[str, Any] | None:
     """Takes the features in ``file``, if they are there; what was told of them."""
     try:
-        tensors, told = checkpoint.load(file)
+        tensors, told = checkpoint.load(cached(file))
         learner.encoder.load_state_dict(tensors)
         return {"loss": told["loss"] if told["loss"] is not None else math.nan, "accuracy": told["accuracy"]}
     except (UserError, RuntimeError, KeyError):  # not there yet, or damaged

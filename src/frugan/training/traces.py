@@ -21,7 +21,7 @@ from frugan.memory.layout import Layout
 from frugan.memory.search import Levers
 from frugan.training.tracing import Facts, InProcess, Maker, Subprocess
 from frugan.utils.errors import UserError
-from frugan.utils.files import cache_folder, write_text
+from frugan.utils.files import cache_folder, cached, write_text
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class Traces:
         self._new = False
         self._known: dict[str, str] = {}  # JSON that is read when it is needed: read, a trace takes megabytes
         with suppress(OSError, ValueError):
-            known = json.loads(self.file.read_text())
+            known = json.loads(cached(self.file).read_text())
             self._known = known if isinstance(known, dict) else {}
         if device.type != "cpu":  # what is loaded there must be there before memory is counted
             self._known = {}
@@ -130,6 +130,7 @@ class Traces:
             self._new = False
             with suppress(UserError):
                 write_text(self.file, json.dumps(self._known))
+                cached(self.file)
 
 
 def fingerprint(recipe: Recipe, device: torch.device) -> str:

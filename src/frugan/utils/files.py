@@ -12,6 +12,7 @@ from secrets import token_hex
 from frugan.utils.errors import UserError
 
 STALE = 24 * 3600  # seconds without a write after which a part is one that a kill left
+CACHED = 100  # files of a kind, of up to 20 MB each, that stay in the cache
 PARTS = ".*." + "[0-9a-f]" * 8 + ".part*"  # what `whole` calls them
 
 
@@ -69,6 +70,17 @@ def write_text(path: Path, text: str) -> None:
     """Writes ``text`` to ``path``, whole or not at all."""
     with whole(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def cached(path: Path) -> Path:
+    """``path`` in the cache, as used now; of those beside it the `CACHED` last used stay: what can be made anew must not pile up."""
+    with suppress(OSError):
+        os.utime(path)
+    with suppress(OSError):
+        alike = [p for p in path.parent.iterdir() if p.suffix == path.suffix and not p.name.startswith(".")]
+        for old in sorted(alike, key=lambda p: p.stat().st_mtime, reverse=True)[CACHED:]:
+            old.unlink(missing_ok=True)
+    return path
 
 
 def cache_folder() -> Path:

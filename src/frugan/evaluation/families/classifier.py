@@ -20,7 +20,7 @@ from frugan.gan.optim import FrugalAdam
 from frugan.utils import checkpoint
 from frugan.utils.draws import derive
 from frugan.utils.errors import UserError
-from frugan.utils.files import cache_folder
+from frugan.utils.files import cache_folder, cached
 
 VERSION = 1  # of the network and of its training
 SIDE = 32  # pixels that images are brought to
@@ -111,7 +111,7 @@ def classifier(data: Labelled, classes: int, *, progress: Callable[[int, int], N
     name = hashlib.sha256("/".join(about).encode()).hexdigest()[:24]
     file = cache_folder() / "classifiers" / f"{name}.safetensors"
     try:
-        tensors, state = checkpoint.load(file)
+        tensors, state = checkpoint.load(cached(file))
         network.load_state_dict(tensors)
         return Classifier(network.eval(), float(state["accuracy"]))
     except (UserError, RuntimeError, KeyError):  # not there yet, or damaged
