@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from frugan.cli import main, parse
+from frugan.gan.levers import LEVERS
+from frugan.memory.layout import Guarantee
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```(?:sh|console)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
@@ -20,6 +22,16 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_flag_in_the_readme_exists(command: str) -> None:
     parse(shlex.split(command)[1:])
+
+
+def test_its_table_of_guarantees_is_what_levers_declare() -> None:
+    said = {Guarantee.BITWISE: "the same bits", Guarantee.REASSOCIATION: "the same gradients up to rounding"}
+    table = re.search(r"\| \| guarantee \|\n\|---\|---\|\n((?:\|.*\n)+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert table
+    rows = [row.split("|")[1:3] for row in table[1].splitlines()]
+    for lever in LEVERS.values():
+        (told,) = (guarantee for ways, guarantee in rows if lever.words in [way.strip() for way in ways.split(",")])
+        assert told.strip().startswith(said[lever.guarantee]), lever
 
 
 def test_its_make_targets_exist() -> None:

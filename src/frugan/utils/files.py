@@ -73,7 +73,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def cached(path: Path) -> Path:
-    """``path`` in the cache, as used now; of those beside it the `CACHED` last used stay: what can be made anew must not pile up."""
+    """``path`` in the cache, used now; of those beside it the `CACHED` last used stay: what can be made anew must not pile up."""
     with suppress(OSError):
         os.utime(path)
     with suppress(OSError):
