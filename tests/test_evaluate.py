@@ -5,7 +5,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,10 +20,9 @@ from frugan.data.pack_loader import PackLoader
 from frugan.data.sources import open_source
 from frugan.evaluation.evaluator import Evaluator, chosen
 from frugan.evaluation.families import FAMILIES, METRICS, better, inception, register
-from frugan.evaluation.families.base import Metric, Options
+from frugan.evaluation.families.base import Options
 from frugan.evaluation.families.extractor import INCEPTION
 from frugan.evaluation.families.patches import PatchesFamily
-from frugan.evaluation.families.vectors import VectorFamily
 from frugan.memory import limit
 from frugan.reporting.records import Metrics
 from frugan.reporting.run_folder import RunFolder
@@ -102,31 +101,14 @@ def test_what_was_seen_in_real_images_is_remembered(evaluator: Evaluator) -> Non
     assert all(second[name] == first[name] for name in second) and list(second) == ["frechet_classifier", "precision_classifier"]
 
 
-class ColourFamily(VectorFamily):
-    """How bright an image is: no network."""
-
-    name = "mean-colour"
-    metrics: ClassVar = {"frechet_mean_colour": Metric("Frechet distance (mean colour)", False, 4, "on the mean colours of images")}
-    frechet = "frechet_mean_colour"
-    width = 1
-
-    def look(self, images: Tensor) -> tuple[Tensor, None]:
-        return images.float().mean((2, 3)), None
-
-    def key(self) -> list[str]:
-        return ["1"]
-
-    def needs(self) -> int:
-        return 0
-
-    def protocol(self) -> str:
-        return "mean colours"
-
-
 @pytest.fixture
-def colour() -> Iterator[None]:
-    register(ColourFamily)
-    yield
+def colour() -> Iterator[type[Any]]:
+    """The family of docs/evaluation.md, of grey images."""
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    there: dict[str, Any] = {}
+    exec(compile(example.replace("width = 3", "width = 1"), "evaluation.md", "exec"), there)
+    yield there["ColourFamily"]
     del FAMILIES["mean-colour"], METRICS["frechet_mean_colour"]
 
 
@@ -147,12 +129,11 @@ def test_a_new_family_is_one_class(tmp_path: Path, capsys: pytest.CaptureFixture
         chosen(Options("frechet_color"), labelled=False)
 
 
-@pytest.mark.usefixtures("colour")
-def test_the_name_of_a_family_or_a_metric_is_nobody_elses() -> None:
+def test_the_name_of_a_family_or_a_metric_is_nobody_elses(colour: type[Any]) -> None:
     class Swd(PatchesFamily):
         name = "other"
 
-    for taken, name in ((ColourFamily, "mean-colour"), (Swd, "swd")):
+    for taken, name in ((colour, "mean-colour"), (Swd, "swd")):
         with pytest.raises(ValueError, match=f"there is already a family or a metric called '{name}'"):
             register(taken)
 
