@@ -1,6 +1,6 @@
 """What is left of frugan's advantage: one loop from the tutorials' to frugan, a step at a time.
 
-    python benchmarks/memory.py [--image-size 64] [--rounds 5] [--recipes dcgan r3] [--batches 64 512 4096]
+    python benchmarks/memory.py [--image-size 64] [--rounds 5] [--recipes dcgan r3] [--batches 64 512 4096] [--last]
     python benchmarks/memory.py --batch-norm [--image-size 64] [--rounds 5] [--recipes dcgan upsample mlp] [--batches 64]
 
 Each row adds one thing that a careful engineer would do to the row above; the last is ``frugan train`` as a user gets it, planner,
@@ -63,6 +63,7 @@ class Options:
     plain_most: int = 512  # batches above this are not tried as a whole, which would need too much
     rounds: int = 5
     updates: int = 2  # that are timed in each process, after one that is not
+    last: bool = False  # the last loop and frugan alone: what a change of frugan can move
     batch_norm: bool = False  # the table of that alone
     cell: str | None = None  # used by the script itself: measures one
 
@@ -297,6 +298,7 @@ def main(options: Options) -> None:
                 common["updates"] = updates
                 folder_of((updates + 3) * batch, options.image_size, Path(folder))  # no epoch ends in what is timed
                 rows = {n: r for n, r in ROWS.items() if r[0] or batch <= options.plain_most}
+                rows = dict([*rows.items()][-1:]) if options.last else rows
                 found: dict[str, list[dict[str, Any]]] = {name: [] for name in (*rows, FRUGAN)}
                 bytes_ = {
                     name: measured(env, name=name, what="bytes", tuned=tuned, **(common | {"updates": 0}))["bytes"]
