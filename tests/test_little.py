@@ -160,7 +160,8 @@ def test_features_and_heads_are_taken_by_their_level() -> None:
     tensors = {
         f"{kind}/{k}": v for kind, n in (("generator", "g"), ("discriminator", "d")) for k, v in before[n].state_dict().items()
     }
-    take_weights(tensors, after["g"], after["d"], recipe, other)
+    taken = take_weights(tensors, after["g"], after["d"], recipe, other)
+    assert not any("--width-d" in sentence for sentence in said(taken, recipe, other))  # heads have the same width at any size
     for mine, there in zip(after["d"].encoder, before["d"].encoder, strict=False):
         assert mine.weight.equal(there.weight) and mine.bias.equal(there.bias)
     assert not after["d"].encoder[-1].weight.equal(before["d"].encoder[-1].weight)

@@ -61,6 +61,7 @@ def take_weights(
     first = averaged if any(name.startswith(averaged) for name in tensors) else plain
     networks = dict(zip(NETWORKS, (generator, discriminator), strict=True))
     moved: dict[str, dict[int, int]] = {}
+    by_maps: list[str] = []  # of which networks blocks are matched by their maps
     if other and differs(recipe, other):
         here, there = summarise(recipe, (generator, discriminator)), summarise(other)
         for name in NETWORKS:
@@ -71,6 +72,7 @@ def take_weights(
                     moved[name] = {number: theirs[what] for what, number in mine.items() if what in theirs}
                 continue  # else its names say what belongs together
             moved[name] = matched(_keys(here[name], recipe, name), _keys(there[name], other, name), name)
+            by_maps.append(name)
     report = {}
     for name, prefix in zip(NETWORKS, (first, judging), strict=True):
         own = networks[name].state_dict()
@@ -81,7 +83,9 @@ def take_weights(
                 found[k] = _by_class(own[k], value, other.classes.names if other else (), recipe.classes.names)
         fits = {k: v for k, v in found.items() if v is not None and v.shape == own[k].shape}
         networks[name].load_state_dict(fits, strict=False)
-        report[name] = Taken(len(fits), len(own), [f"{k} {list(v.shape)}" for k, v in own.items() if k not in fits], name in moved)
+        report[name] = Taken(
+            len(fits), len(own), [f"{k} {list(v.shape)}" for k, v in own.items() if k not in fits], name in by_maps
+        )
     return report
 
 

@@ -8,7 +8,7 @@ with engine:
 """
 
 import inspect
-import pickle
+import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -261,9 +261,8 @@ class Growths:
         if levers not in self._packed:
             made = self.make(levers)
             self.outlines[levers] = made.outline
-            self._packed[levers] = zlib.compress(pickle.dumps(made), 1)
-        known: Growth = pickle.loads(zlib.decompress(self._packed[levers]))
-        return known
+            self._packed[levers] = zlib.compress(json.dumps(made.as_dict()).encode(), 1)
+        return Growth.from_dict(json.loads(zlib.decompress(self._packed[levers])))
 
     def settled(self, plan: Callable[[], T]) -> T:
         """What ``plan`` gives once it makes no more of them: what running them has left in the process has a part in it.

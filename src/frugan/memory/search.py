@@ -128,8 +128,9 @@ class Exact:
 
     def forget_timeline(self) -> None:
         """Keeps the numbers alone."""
-        found = self.held, self.least
-        self.timeline, self._holds = Timeline(), dict(zip(("reuse", "return"), found, strict=True)).__getitem__
+        _ = self.held, self.least  # which stay
+        self.timeline = Timeline()
+        del self._holds
 
 
 @dataclass(frozen=True)

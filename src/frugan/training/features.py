@@ -135,7 +135,8 @@ def _file(session: Session, learner: FeatureStep, course: Course, micro_batch: i
     """Where features are kept that are bitwise those that would be learnt now."""
     memory, data = session.recipe.memory, session.recipe.data
     labels = session.loader.labels(0, course.held_out + course.learnt) if "labels" in learner.tasks else None
-    options = {name: value for name, value in asdict(learner.options).items() if name.startswith("feature")}
+    # Levels say where heads are, not what is learnt.
+    options = {k: v for k, v in asdict(learner.options).items() if k.startswith("feature") and k != "feature_levels"}
     about = [
         VERSION, options, data.shape, data.flip, session.recipe.training.seed, session.loader.fingerprint, asdict(course),
         micro_batch,
