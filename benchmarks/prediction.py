@@ -90,7 +90,7 @@ def measure(cell: dict[str, Any]) -> dict[str, int]:
     exact = {job.name: search.exact(job, layout) for job in search.jobs}
     predicted = max(e.moment.bytes for e in exact.values())
     tensors = search.holds([e.timeline for e in exact.values()], cell["freed"])
-    loads = sum(facts.loads.get(lever.name, 0) for lever in layout.levers)
+    loads = sum(traces.loads(lever.name) for lever in layout.levers)
     held = tensors + facts.loaded + (len(set(layout.sizes)) - 1) * facts.loaded_each + loads
     traces.close()
     del traces, search, exact  # as planning does

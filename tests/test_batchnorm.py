@@ -20,6 +20,7 @@ from frugan.gan.levers import jobs, named
 from frugan.gan.networks import build
 from frugan.gan.step import Step
 from frugan.memory import Engine, accumulate, limit
+from frugan.memory.batchnorm import WholeBatch, layers_of
 from frugan.memory.layout import WHOLE_BATCH_NORM, Guarantee, Layout, uncoupling
 from frugan.memory.levers import recomputing
 from frugan.memory.recover import Change, Recovery
@@ -101,6 +102,24 @@ def test_any_cut_gives_the_gradients_and_running_statistics_of_the_whole_batch(
 ) -> None:
     whole = outcome(NETWORKS[network], objective, [7], classes=classes, seen=seen)
     assert_equal(whole, outcome(NETWORKS[network], objective, sizes, {*levers, EXACT}, classes=classes, seen=seen))
+
+
+def test_heads_beside_one_another_take_as_many_passes_as_the_longest() -> None:
+    _, discriminator = build(Projected(latent_dim=5, width_g=4, width_d=4, feature_width=4, feature_levels=3), 32, 2)
+    heads = [len(layers_of(head)) for head in [*discriminator.blocks][:4]]
+    assert len({*heads}) > 1 and sum(heads) > max(heads)
+    discriminator.train()
+    whole, passes = WholeBatch(discriminator, sum(heads)), 0
+    parts = [(torch.randn(2, 2, 32, 32),), (torch.randn(3, 2, 32, 32),)]
+
+    def forward(x: Tensor) -> None:
+        nonlocal passes
+        passes += 1
+        with whole.passing():
+            discriminator(x)
+
+    whole.measure(forward, parts)
+    assert passes == len(parts) * max(heads) and len(whole.calls) == sum(heads)
 
 
 def test_without_it_micro_batches_train_otherwise() -> None:

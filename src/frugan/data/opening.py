@@ -42,10 +42,16 @@ def resolve(source: Source, data: Data, tell: Tell) -> Data:
     if channels is None:
         background = background_colour(data.background)
         chosen = np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(int)
-        grey = [g for i in chosen if (g := _looks_grey(source, int(i), background)) is not None]
-        channels = 1 if all(grey) else 3
-        if channels == 1 and grey:
-            tell(f"None of {len(grey)} images looked at has colour: training in grey; --channels 3 trains in colour.")
+        grey = 0
+        for looks in (_looks_grey(source, int(i), background) for i in chosen):
+            if looks is False:  # one that has colour decides
+                channels = 3
+                break
+            grey += looks is True
+        else:
+            channels = 1
+            if grey:
+                tell(f"None of {grey} images looked at has colour: training in grey; --channels 3 trains in colour.")
     return Data(**(vars(data) | {"image_size": max(size, 8), "channels": channels}))
 
 

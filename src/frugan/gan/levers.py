@@ -132,7 +132,7 @@ def usable(recipe: Recipe, phase: str, device: torch.device, coupled: tuple[bool
 
 def jobs(
     recipe: Recipe, device: torch.device, coupled: tuple[bool, bool], trace: Callable[[str, Levers], Growth],
-    loads: Mapping[str, int] | None = None,
+    loads: Callable[[str], int] = lambda lever: 0,
 ) -> list[Job]:  # fmt: skip
     """Both phases, for the search, traced by ``trace``.
 
@@ -141,7 +141,7 @@ def jobs(
         device: on what.
         coupled: whether a sample's output depends on the others of its micro-batch, in the generator and in the discriminator.
         trace: a phase and its levers to what a micro-batch allocates.
-        loads: bytes besides tensors that come with levers, by their names.
+        loads: the name of a lever to the bytes besides tensors that come with it.
 
     Raises:
         UserError: batch norm was asked to work on single samples.
@@ -158,6 +158,6 @@ def jobs(
                 "or --norm-g group --norm-d group."
             )
         found.append(Job(
-            phase, batch, ways, partial(trace, phase), coupled=any(coupled), smallest=smallest, parts=parts, loads=loads or {}
+            phase, batch, ways, partial(trace, phase), coupled=any(coupled), smallest=smallest, parts=parts, loads=loads
         ))  # fmt: skip
     return found

@@ -1,49 +1,60 @@
 """What operators allocate, known from calls on arguments alike but for their numbers, so that the next such call is not run."""
 
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from frugan.memory import private
 
+T = TypeVar("T")
+FIRST = object()  # what stands for the first argument
+
 
 class Calls:
     """What calls gave and allocated on the CPU, by operator and by all that is known of their arguments but the numbers in them.
 
-    The next such call is not run: it gives zeros. So where nothing is decided by numbers, whatever repeats itself takes no time.
-    Calls that draw, change what they are given, or give numbers that could decide something (whole ones, truths) always run. Not
-    for forward mode, whose zeros that are nowhere look like any others.
+    The next such call is not run: it gives zeros, or what it was given if that is what it changes. So where nothing is decided by
+    numbers, whatever repeats itself takes no time. Calls that draw, or give numbers that could decide something (whole ones,
+    truths) always run. Not for forward mode, whose zeros that are nowhere look like any others.
     """
 
     def __init__(self) -> None:
-        self._known: dict[Any, tuple[Any, list[int]] | None] = {}
+        self._known: dict[Any, tuple[Any, list[int], Any] | None] = {}
 
     def forget(self) -> None:
         """Lets go of everything: it was met for the first time, and libraries had to get ready for it."""
         self._known.clear()
 
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[int]]:
-        """What ``func`` gives, or zeros in its place, and what it allocates and frees."""
+    def run(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], about: Callable[[Any, Any, Any, Any], T]
+    ) -> tuple[Any, list[int], T]:
+        """What ``func`` gives, or zeros in its place, what it allocates and frees, and ``about(func, args, kwargs, result)``."""
         key = None
-        if not (private.changes(func) or torch.Tag.nondeterministic_seeded in func.tags):
+        if torch.Tag.nondeterministic_seeded not in func.tags:
             key = func, _described(args), _described(kwargs)
             with suppress(TypeError):  # something that cannot be looked up, such as a generator
                 if known := self._known.get(key):
-                    return _zeros(known[0]), list(known[1])
+                    like, moves, said = known
+                    return args[0] if like is FIRST else _zeros(like), list(moves), said
         inside: list[int] = []
         with private.recording(inside):
             result = func(*args, **kwargs)
+        said = about(func, args, kwargs, result)
         with suppress(TypeError):
             if key is not None and key not in self._known:
-                self._known[key] = (_described(result), list(inside)) if _is_new(result, (args, kwargs)) else None
-        return result, inside
+                self._known[key] = None
+                if private.changes(func):
+                    if args and result is args[0] and result.is_floating_point() and not inside:
+                        self._known[key] = FIRST, [], said
+                elif _is_new(result, (args, kwargs)):
+                    self._known[key] = _described(result), list(inside), said
+        return result, inside, said
 
 
-@dataclass(frozen=True, slots=True)
-class _Like:
+class _Like(NamedTuple):
     """All of a tensor but its numbers."""
 
     shape: tuple[int, ...]
@@ -55,7 +66,7 @@ class _Like:
 def _described(value: Any) -> Any:
     """``value`` with what its tensors are like in their place, hashable if all the rest is; numbers of two types are two."""
     if isinstance(value, Tensor):
-        return _Like(tuple(value.shape), value.stride(), value.dtype, value.device)
+        return _Like(value.shape, value.stride(), value.dtype, value.device)
     if isinstance(value, (list, tuple)):
         return tuple(_described(v) for v in value)
     if isinstance(value, dict):

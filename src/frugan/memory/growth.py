@@ -7,9 +7,11 @@ and for what operators need inside. From them the timeline of any layout is made
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from frugan.memory.trace import GRADIENTS, OTHER, Event, Timeline
 
@@ -17,6 +19,21 @@ SMALL, LARGE = 2, 3  # samples of the two traces; a single one is computed by ot
 
 
 Line = tuple[float, float]  # at no sample, and for each
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a kind of device is, roughly: what layouts are compared by."""
+
+    flops: float  # a second
+    bytes: float  # a second
+    call: float  # seconds of every call
+    fresh: float  # bytes of new memory a second, where freed memory went back to the system
+    crossing: float  # bytes a second between host and device
+
+    def seconds(self, calls: NDArray[Any]) -> float:
+        """How long calls of this `Work` take, ``[calls, 3]``."""
+        return float((calls / [self.flops, self.bytes, self.crossing]).max(1).sum()) + len(calls) * self.call
 
 
 @dataclass(slots=True)
@@ -89,10 +106,12 @@ class Growth:
         Where it finds none, what it would add to them becomes the gradients.
         """
         timeline = Timeline()
+        found = {count: (self._sizes(count), self._moves(count), self._work(count).tolist()) for count in {*sizes}}
+        there = self._sizes(0)
         constant = {s for s in self.held if accumulated or self.labels.get(s) != GRADIENTS}
         for storage in constant:
             timeline.held.add(storage)
-            timeline.sizes[storage] = self._bytes(self.sizes[storage], 0)
+            timeline.sizes[storage] = there[storage]
             timeline.labels[storage] = self.labels.get(storage, OTHER)
         offset = max(self.sizes, default=0) + 1
         seen: set[int] = set()  # gradients that are there
@@ -100,7 +119,8 @@ class Growth:
         for turn, count in enumerate(sizes):
             shift = offset * (turn + 1)
             kept: set[int] = set()  # what became a gradient in this micro-batch
-            for step in self.steps:
+            of, moves, work = found[count]
+            for step, inside, (flops, moved, crossed) in zip(self.steps, moves, work, strict=True):
                 if step.inside is None:
                     gone = [s if s in constant else s + shift for s in step.storages if s not in kept]
                     if gone:
@@ -112,14 +132,43 @@ class Growth:
                     timeline.labels[step.into[1] + shift] = GRADIENTS
                     continue
                 for s in step.storages:
-                    timeline.sizes[s + shift] = self._bytes(self.sizes[s], count)
+                    timeline.sizes[s + shift] = of[s]
                     if s in self.labels:
                         timeline.labels[s + shift] = self.labels[s]
-                timeline.events.append(Event(
-                    [s + shift for s in step.storages], [self._move(line, count) for line in step.inside],
-                    int(at(step.flops, count)), int(at(step.moved, count)), int(at(step.crossed, count)), step.random,
-                ))  # fmt: skip
+                timeline.events.append(Event([s + shift for s in step.storages], inside, flops, moved, crossed, step.random))
         return timeline
+
+    def work(self, count: int) -> NDArray[Any]:
+        """The `Work` of each call at ``count`` samples, ``[calls, 3]``."""
+        return self._work(count)[[step.inside is not None for step in self.steps]]
+
+    def fresh(self, count: int) -> int:
+        """Bytes of all storages that are made at ``count`` samples."""
+        sizes = self._sizes(count)
+        return sum(sizes[s] for step in self.steps if step.inside is not None for s in step.storages)
+
+    def _work(self, count: int) -> NDArray[Any]:
+        return np.asarray(np.trunc(at(self._tables[0], count)), np.int64)
+
+    def _sizes(self, count: int) -> dict[int, int]:
+        return {s: max(0, size) for s, size in zip(self.sizes, self._whole(self._tables[1], count), strict=True)}
+
+    def _moves(self, count: int) -> list[list[int]]:
+        moves = iter(self._whole(self._tables[2], count))
+        return [[*islice(moves, len(step.inside or ()))] for step in self.steps]
+
+    def _whole(self, lines: Any, count: int) -> list[int]:
+        values = np.rint(at(lines, count))
+        whole: list[int] = (np.sign(values) * np.ceil(np.abs(values) / self.granule) * self.granule).astype(np.int64).tolist()
+        return whole
+
+    @cached_property
+    def _tables(self) -> list[NDArray[Any]]:
+        """Lines of the work of each step, of all storages, and of all that happens inside of calls, base and slope apart."""
+        work = np.array([(s.flops, s.moved, s.crossed) for s in self.steps], float).reshape(-1, 3, 2)
+        sizes = np.array([*self.sizes.values()], float).reshape(-1, 2)
+        inside = np.array([line for s in self.steps for line in s.inside or ()], float).reshape(-1, 2)
+        return [work.transpose(2, 0, 1), sizes.T, inside.T]
 
     def peaks(self, counts: Sequence[int], *, several: bool) -> list[int]:
         """See `Outline`."""
@@ -170,13 +219,6 @@ class Growth:
                     base, each = base + sign * self.sizes[s][0], each + sign * self.sizes[s][1]
             rows.append((base, each))
         return rows
-
-    def _bytes(self, line: Line, count: int) -> int:
-        return -(-max(0, round(at(line, count))) // self.granule) * self.granule
-
-    def _move(self, line: Line, count: int) -> int:
-        value = round(at(line, count))
-        return -self._bytes((-line[0], -line[1]), count) if value < 0 else self._bytes(line, count)
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -235,7 +277,7 @@ def traced(trace: Callable[[int], Timeline], granule: int, forget: Callable[[], 
     return Growth.between(trace(small), trace(large), granule, small=small, large=large)
 
 
-def at(line: Line, count: float) -> float:
+def at(line: Any, count: float) -> Any:
     """The value of ``line`` at ``count`` samples."""
     return line[0] + line[1] * count
 

@@ -151,6 +151,19 @@ def at_rest(device: torch.device) -> int:
     return held(device)
 
 
+@contextmanager
+def seldom_collected() -> Iterator[None]:
+    """While open, Python looks for garbage seldom, and not at all that was imported: traces are many small objects that stay."""
+    gc.collect()
+    gc.freeze()
+    before = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 20)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
 def most() -> int:
     """The most bytes that this process has held on the host since it began (`getrusage` would include the process it came from)."""
     return max(_most, host.status("VmHWM"))

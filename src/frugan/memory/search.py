@@ -6,20 +6,20 @@ whole batch, nothing is traced but these. Times are arithmetic at fixed rates, n
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
 
 from frugan.memory import pool
-from frugan.memory.growth import Growth
+from frugan.memory.growth import Growth, Rates
 from frugan.memory.host import Freed
 from frugan.memory.layout import SMALLEST_COUPLED, Guarantee, Layout, Lever, split, uncoupling
 from frugan.memory.private import UNMEASURED, can_record
 from frugan.memory.segments import LEAST, ROUND, SMALL_SEGMENT, Full, Segments
-from frugan.memory.trace import Rates, Timeline
+from frugan.memory.trace import Timeline
 
 KEPT = 1.4  # times what is live is what the C library's heap holds where there is no pool: 1.08 to 1.6 were seen (docs/LOG.md)
 SEGMENTS_MARGIN = 1.02  # the same of an accelerator's segments: a guess, until `make gpu` has measured it
@@ -44,7 +44,7 @@ class Job:
         smallest: what a micro-batch must not be smaller than, but with levers that uncouple samples.
         parts: how many micro-batches, if that was asked for.
         draws: whether it draws from torch's global generators, which draw otherwise for micro-batches.
-        loads: bytes besides tensors that come with levers, by their names, such as libraries that they load.
+        loads: the name of a lever to the bytes besides tensors that come with it, such as libraries that it loads.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Job:
     smallest: int = 1
     parts: int | None = None
     draws: bool = False
-    loads: Mapping[str, int] = field(default_factory=dict)
+    loads: Callable[[str], int] = lambda lever: 0
 
     def counts(self, levers: Levers) -> list[int]:
         """The numbers of micro-batches worth a look with ``levers``: one for each size of the largest, few ones first."""
@@ -101,7 +101,7 @@ class Candidate:
     @property
     def loads(self) -> int:
         """Bytes besides tensors that come with its levers."""
-        return sum(self.job.loads.get(lever.name, 0) for lever in self.layout.levers)
+        return sum(self.job.loads(lever.name) for lever in self.layout.levers)
 
     def time(self, freed: Freed, rates: Rates) -> float:
         """Seconds of an update on a device of these rates."""
@@ -111,7 +111,7 @@ class Candidate:
 class Exact:
     """What a layout allocates, as its timeline says."""
 
-    def __init__(self, timeline: Timeline, holds: Callable[[Freed], int]) -> None:
+    def __init__(self, timeline: Timeline, holds: Callable[[Freed, int], int]) -> None:
         self.timeline = timeline
         self.moment = timeline.peak()
         self._holds = holds
@@ -119,12 +119,12 @@ class Exact:
     @cached_property
     def held(self) -> int:
         """Bytes of the process where freed memory is kept."""
-        return self._holds("reuse")
+        return self._holds("reuse", self.moment.bytes)
 
     @cached_property
     def least(self) -> int:
         """The same where it goes back."""
-        return self._holds("return")
+        return self._holds("return", self.moment.bytes)
 
     def forget_timeline(self) -> None:
         """Keeps the numbers alone."""
@@ -187,9 +187,10 @@ class Search:
             self._exact[key] = Exact(timeline, partial(self._with_margin, timeline))
         return self._exact[key]
 
-    def _with_margin(self, timeline: Timeline, freed: Freed) -> int:
-        held = self.holds([timeline], freed)
-        return held if self.device.type == "cpu" else int(held * SEGMENTS_MARGIN)
+    def _with_margin(self, timeline: Timeline, freed: Freed, most: int) -> int:
+        if self.device.type == "cpu":
+            return self._of_live(most, freed)
+        return int(self.holds([timeline], freed) * SEGMENTS_MARGIN)
 
     def holds(self, timelines: Sequence[Timeline], freed: Freed, available: int | None = None) -> int:
         """What is held for two updates in which ``timelines`` follow each other, whose first says what is there from the start.
@@ -199,8 +200,7 @@ class Search:
         """
         most = max(max((m for _, m in t.levels()), default=sum(t.sizes[s] for s in t.held)) for t in timelines)
         if self.device.type == "cpu":
-            most = most if can_record() else int(most * UNMEASURED)
-            return most if freed == "return" or pool.available() else int(KEPT * most)
+            return self._of_live(most, freed)
         held = self._replayed(timelines, Segments()).top
         if freed == "return":
             if available is not None:
@@ -217,6 +217,11 @@ class Search:
             held = high * ROUND
         return held + SMALL_SEGMENT  # for what a trace does not see, such as the numbers that are reported
 
+    def _of_live(self, most: int, freed: Freed) -> int:
+        """What a process on the CPU holds of which ``most`` bytes are live at once."""
+        most = most if can_record() else int(most * UNMEASURED)
+        return most if freed == "return" or pool.available() else int(KEPT * most)
+
     def _replayed(self, timelines: Sequence[Timeline], memory: Segments) -> Segments:
         for size in (timelines[0].sizes[s] for s in sorted(timelines[0].held)):
             memory.allocate(size)
@@ -230,7 +235,7 @@ class Search:
         timeline, cut = exact.timeline, sum(layout.sizes) / sum(shortened(layout.sizes))
         return Candidate(
             job, layout, exact.moment.bytes, exact.moment.bytes, exact.moment.bytes, int(timeline.flops * cut),
-            timeline.seconds(self.rates) * cut, int(timeline.fresh * cut), exact,
+            self.rates.seconds(timeline.work()) * cut, int(timeline.fresh * cut), exact,
         )  # fmt: skip
 
     def candidates(self, job: Job, levers: Levers) -> list[Candidate]:
@@ -243,15 +248,16 @@ class Search:
             layouts = [Layout.of(job.batch, parts, levers) for parts in job.counts(levers)]
             alone = growth.peaks([x.micro_batch for x in layouts], several=False)
             several = growth.peaks([x.micro_batch for x in layouts], several=True)
-            few, many = (growth.timeline((n,), accumulated=True) for n in (4, 16))
-            each = max(0.0, (many.seconds(self.rates) - few.seconds(self.rates)) / 12)
-            once = max(0.0, few.seconds(self.rates) - 4 * each)
+            few, many = (self.rates.seconds(growth.work(n)) for n in (4, 16))
+            each = max(0.0, (many - few) / 12)
+            once = max(0.0, few - 4 * each)
+            flops, fresh = (int(a / 16 * job.batch) for a in (growth.work(16)[:, 0].sum(), growth.fresh(16)))
             found = []
             for layout, one, more in zip(layouts, alone, several, strict=True):
                 peak = one if len(layout.sizes) == 1 else more
                 found.append(Candidate(
-                    job, layout, peak, int(kept * peak) + apart, peak + apart, int(many.flops / 16 * job.batch),
-                    each * job.batch + once * len(layout.sizes), int(many.fresh / 16 * job.batch),
+                    job, layout, peak, int(kept * peak) + apart, peak + apart, flops,
+                    each * job.batch + once * len(layout.sizes), fresh,
                 ))  # fmt: skip
             self._estimates[key] = found
         return self._estimates[key]

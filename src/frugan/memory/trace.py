@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,6 +28,9 @@ OTHER = "activations"  # what no label says otherwise of
 GRADIENTS = "gradients"
 CPU = torch.device("cpu")
 GRANULE = 512  # bytes of which accelerators' allocators give out whole ones
+
+
+Work = tuple[int, int, int]  # of a call: its flops, the bytes that it moves, and those among them that cross
 
 
 @dataclass(slots=True)
@@ -49,17 +54,6 @@ class Event:
     crossed: int = 0
     random: bool = False
     into: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class Rates:
-    """How fast a kind of device is, roughly: what layouts are compared by."""
-
-    flops: float  # a second
-    bytes: float  # a second
-    call: float  # seconds of every call
-    fresh: float  # bytes of new memory a second, where freed memory went back to the system
-    crossing: float  # bytes a second between host and device
 
 
 @dataclass
@@ -103,17 +97,17 @@ class Timeline:
         """Bytes of all storages that were made."""
         return sum(self.sizes[s] for e in self.events if e.inside is not None for s in e.storages)
 
-    def seconds(self, rates: Rates) -> float:
-        """What it would take at these rates."""
-        calls = [e for e in self.events if e.inside is not None]
-        return float(sum(max(e.flops / rates.flops, e.moved / rates.bytes, e.crossed / rates.crossing) + rates.call for e in calls))
+    def work(self) -> NDArray[Any]:
+        """The `Work` of each call, ``[calls, 3]``."""
+        return np.array([(e.flops, e.moved, e.crossed) for e in self.events if e.inside is not None]).reshape(-1, 3)
 
     def levels(self) -> list[tuple[int, int]]:
         """For each event the bytes that are live after it, and the most that were live during it."""
-        live = sum(self.sizes[s] for s in self.held)
+        of = self.sizes.__getitem__
+        live = sum(map(of, self.held))
         levels = []
         for event in self.events:
-            size = sum(self.sizes[s] for s in event.storages)
+            size = sum(map(of, event.storages))
             if event.inside is None:
                 live -= size
                 levels.append((live, live))
@@ -215,17 +209,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func.is_view or func.namespace == "prim":
             return func(*args, **kwargs)
-        result, inside, apart = self._watched(func, args, kwargs)
-        made = tensors_in(result)
-        tensors = [*tensors_in(args), *tensors_in(kwargs), *made]
-        here = [t.numel() * t.element_size() for t in tensors if t.device.type == self.device.type]
-        outside = [t.numel() * t.element_size() for t in tensors if t.device.type != self.device.type]
-        event = Event(
-            [], inside, flops=private.flops(func, *args, result=result, **kwargs), moved=sum(here),
-            crossed=max(outside, default=0) if here else 0, random=torch.Tag.nondeterministic_seeded in func.tags,
-        )  # fmt: skip
+        result, inside, apart, work = self._watched(func, args, kwargs)
+        event = Event([], inside, *work, random=torch.Tag.nondeterministic_seeded in func.tags)
         self.timeline.events.append(event)  # before the storages: what the result replaces goes afterwards
-        event.storages += [n for t in made if (n := self._meet(t)) is not None]
+        event.storages += [n for t in tensors_in(result) if (n := self._meet(t)) is not None]
         if self._there:  # what it kept first, then what it needed besides: the order in which convolutions ask
             event.inside = [*(self.timeline.sizes[s] for s in event.storages), *([apart, -apart] if apart > 0 else [])]
         if func.overloadpacket.__name__ == "_efficientzerotensor":  # zeros of forward-mode, which are nowhere
@@ -244,22 +231,30 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 event.into = numbers[0], numbers[1]
         return result
 
-    def _watched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[int], int]:
-        """The result of ``func``, what it allocated and freed on the CPU, and what it needed besides its results elsewhere."""
+    def _watched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[int], int, Work]:
+        """The result of ``func``, what it allocated and freed on the CPU, what it needed besides results elsewhere, its work."""
         inside: list[int] = []
         if self._there is None:
             if self._calls is not None:
-                return *self._calls.run(func, args, kwargs), 0
+                result, inside, work = self._calls.run(func, args, kwargs, self._work)
+                return result, inside, 0, work
             with private.recording(inside):
                 result = func(*args, **kwargs)
-            return result, inside, 0
+            return result, inside, 0, self._work(func, args, kwargs, result)
         there = self._there
         there.wait()
         there.forget_peak()
         before = there.allocated()
         result = func(*args, **kwargs)
         there.wait()
-        return result, [], there.most_allocated() - max(before, there.allocated())
+        apart = there.most_allocated() - max(before, there.allocated())
+        return result, [], apart, self._work(func, args, kwargs, result)
+
+    def _work(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Work:
+        sizes = [(t.device.type, t.numel() * t.element_size()) for t in tensors_in([args, kwargs, result])]
+        here = [size for kind, size in sizes if kind == self.device.type]
+        crossed = max((size for kind, size in sizes if kind != self.device.type), default=0) if here else 0
+        return private.flops(func, *args, result=result, **kwargs), sum(here), crossed
 
     def hold(self, label: str, tensors: "Tensors") -> None:
         """Says that ``tensors`` are there already, and what for."""

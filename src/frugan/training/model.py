@@ -20,6 +20,8 @@ from frugan.memory.growth import SMALL, Growth, traced
 from frugan.memory.layout import Layout, Lever
 from frugan.memory.trace import GRADIENTS, GRANULE, Timeline, trace
 
+DRAWING = {Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_, nn.init.kaiming_normal_}
+
 
 class Model:
     """All that a training of ``recipe`` (resolved) holds on ``device``, weights zero, and traces of what it does on few samples."""
@@ -38,6 +40,8 @@ class Model:
         self.optimizers = optimizers(recipe, self.generator, self.discriminator, device)
         self.step = make_step(recipe, self.generator, self.discriminator)
         self.phases = phases(self.step, *self.optimizers)
+        # While G learns D does not, and says so: asked now, both say what they learn.
+        self._learn = {name: [p for p in phase.network.parameters() if p.requires_grad] for name, phase in self.phases.items()}
         self._first = 0
         self._granule = 1 if device.type == "cpu" else GRANULE
         self._met = False
@@ -62,12 +66,15 @@ class Model:
         return traced(lambda count: self._trace(phase, Layout((count,), levers)), self._granule, self._calls.forget)
 
     def warm(self, count: int = SMALL) -> None:
-        """Does all that a training does on ``count`` samples: libraries load what they need, and masks are drawn ahead."""
-        self._met = True
+        """Does all that a training does on ``count`` samples: libraries load what they need, and masks are drawn ahead.
+
+        Updates of weights, which do not depend on their number, are done the first time.
+        """
         for phase in self.phases.values():
-            self.run(phase.name, Layout((count,)), update=True)
-        if self.average:
+            self.run(phase.name, Layout((count,)), update=not self._met)
+        if self.average and not self._met:
             self.average.update(self.generator, count, count)
+        self._met = True
         self.step.score_generated(self._first, Layout((count,)), self._labels)
         if learner := feature_step(self.recipe, self.discriminator, self.step):
             with learner.learning():
@@ -86,7 +93,7 @@ class Model:
             self.step.penalties = kept
 
     def _trace(self, phase: str, layout: Layout) -> Timeline:
-        learning = _learning(self.phases[phase].network)
+        learning = self._learn[phase]
         for parameter in learning:
             parameter.grad = torch.zeros_like(parameter)
         held: dict[str, list[Tensor | None]] = {GRADIENTS: [p.grad for p in learning], "noise": [*self.step.draws.kept()]}
@@ -141,7 +148,7 @@ class Model:
         network, optimizer = self.phases[phase].network, self.phases[phase].optimizer
 
         def update(_: int) -> Timeline:
-            gradients = {p: torch.zeros_like(p) for p in _learning(network)}
+            gradients = {p: torch.zeros_like(p) for p in self._learn[phase]}
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
             try:
@@ -179,13 +186,12 @@ class _Undrawn(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See `TorchFunctionMode`."""
-        if func in (Tensor.uniform_, Tensor.normal_):
-            return args[0].zero_()
-        return func(*args, **(kwargs or {}))
-
-
-def _learning(network: nn.Module) -> list[nn.Parameter]:
-    return [p for p in network.parameters() if p.requires_grad]
+        kwargs = kwargs or {}
+        if func in DRAWING:
+            tensor: Tensor = args[0] if args else kwargs["tensor"]
+            tensor.detach().zero_()
+            return tensor
+        return func(*args, **kwargs)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

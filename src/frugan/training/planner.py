@@ -51,7 +51,7 @@ class Planner:
             self.facts = self.traces.facts
             self.coupled = self.facts.coupled_g, self.facts.coupled_d
             search = Search(
-                jobs(recipe, device, self.coupled, self.traces.growth, self.facts.loads), device, approximate=approximate
+                jobs(recipe, device, self.coupled, self.traces.growth, self.traces.loads), device, approximate=approximate
             )
         except BaseException:
             self.traces.close()

@@ -1,6 +1,5 @@
 """The plan of a run, or of a training that is not begun: the first that fits of the ways that are allowed."""
 
-import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -93,6 +92,5 @@ def plan_for(
         keep = keepable(limit.budget(memory, device), device)
     held = bytes_of(source, recipe.data, recipe.training.batch_size, keep)
     let_go = (lambda: True) if source.random_access and held else None
-    gc.collect()
-    gc.freeze()  # as training does: collections, of which planning makes many, need not look at what was imported
-    return find(recipe, device, data=held, memory=memory, approximate=approximate, let_go=let_go)
+    with limit.seldom_collected():
+        return find(recipe, device, data=held, memory=memory, approximate=approximate, let_go=let_go)

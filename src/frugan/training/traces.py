@@ -58,8 +58,14 @@ class Traces:
         elsewhere = ["separate"] if self.separate or self._key("facts", ["separate"]) in self._known else []
         return self._read("facts", elsewhere, lambda known: Facts(**known))
 
+    def loads(self, lever: str) -> int:
+        """Bytes besides tensors that come with ``lever``: of torch's formulas of forward mode, in place of double backward's."""
+        return self._read("loads", [lever], int) if lever == "penalty" and self.device.type == "cpu" else 0
+
     def growth(self, phase: str, levers: Levers) -> Growth:
         """What a micro-batch of ``phase`` allocates with ``levers``."""
+        for lever in levers:
+            self.loads(lever.name)  # which a trace would have loaded already
         return self._read("growth", [phase, [lever.name for lever in levers]], Growth.from_dict)
 
     def sampling(self) -> Growth:

@@ -4,7 +4,6 @@ Traces are made by running phases on two and three samples (`Model`). Where a pr
 one does that, so that nothing of it is left in the one that trains.
 """
 
-import gc
 import json
 import os
 import subprocess
@@ -44,7 +43,6 @@ class Facts:
         reserved: bytes by which addresses grow more than what the process holds (or less).
         loaded_each: the same as ``loaded`` of every further size of micro-batch, for which libraries make code of their own.
         reserved_each: the same as ``reserved``.
-        loads: bytes that come with levers besides, by their names.
     """
 
     coupled_g: bool
@@ -54,14 +52,14 @@ class Facts:
     reserved: int
     loaded_each: int
     reserved_each: int
-    loads: dict[str, int]
 
 
 class Maker(Protocol):
     """Makes what `Traces` does not know yet."""
 
     def ask(self, what: str, arguments: list[Any]) -> Any:
-        """The answer, as JSON has it: ``facts``; ``growth`` of a phase with levers; ``sampling``; ``updating``; ``features``."""
+        """The answer, as JSON has it: ``facts``; ``growth`` of a phase with levers; ``loads`` of a lever; ``sampling``,
+        ``updating`` and ``features``."""
 
     def close(self) -> None:
         """Lets go of everything."""
@@ -74,6 +72,7 @@ class InProcess:
         self.recipe = recipe
         self.device = device
         self.model: Model | None = None
+        self._doubled: int | None = None  # bytes that double backward loads
 
     def _model(self) -> Model:
         if self.model is None:
@@ -84,6 +83,8 @@ class InProcess:
         """See `Maker`."""
         if what == "facts":  # wherever they are asked for
             return asdict(self._facts())
+        if what == "loads":
+            return self._loads(*arguments)
         if what == "growth":
             arguments = [arguments[0], named(arguments[1])]
         found: Growth = getattr(self._model(), what)(*arguments)
@@ -96,7 +97,7 @@ class InProcess:
     def _facts(self) -> Facts:
         if self.device.type != "cpu":  # what is loaded there is seen in what the driver says is taken
             model = self._model()
-            return Facts(model.generator.couples_samples, model.discriminator.couples_samples, _bytes(model), 0, 0, 0, 0, {})
+            return Facts(model.generator.couples_samples, model.discriminator.couples_samples, _bytes(model), 0, 0, 0, 0)
         found = [(limit.baseline(self.device), host.status("VmData"))]
         with ThreadPoolExecutor(1) as plots:
             drawn = plots.submit(warm_up)
@@ -105,25 +106,35 @@ class InProcess:
                 model.warm(ENOUGH)
             drawn.result()
         tensors = sum(_bytes(model).values())
-        doubled = 0  # bytes that double backward loads
-        if penalised := bool(penalties(self.recipe.objective)):
-            doubled -= limit.at_rest(self.device)
-            model.run("D", Layout((ENOUGH,)))
-            doubled += limit.at_rest(self.device)
+        self._load_double_backward(model)
         found.append((limit.at_rest(self.device) - tensors, host.status("VmData") - tensors))
         model.warm(LARGE)
         found.append((limit.at_rest(self.device) - tensors, host.status("VmData") - tensors))
         (loaded, reserved), (loaded_each, reserved_each) = (
             (max(0, b[0] - a[0]), b[1] - b[0] - a[1] + a[0]) for a, b in pairwise(found)
         )
-        loads = {}
-        if penalised and not model.discriminator.couples_samples:  # torch's formulas of forward mode, in place of those
-            model.run("D", Layout((ENOUGH,), named(["penalty"])))
-            loads["penalty"] = max(0, limit.at_rest(self.device) - tensors - found[-1][0] - doubled)
         return Facts(
             model.generator.couples_samples, model.discriminator.couples_samples, _bytes(model), loaded, reserved,
-            loaded_each, max(0, reserved_each), loads,
+            loaded_each, max(0, reserved_each),
         )  # fmt: skip
+
+    def _load_double_backward(self, model: Model) -> None:
+        self._doubled = 0
+        if penalties(self.recipe.objective):
+            self._doubled -= limit.at_rest(self.device)
+            model.run("D", Layout((ENOUGH,)))
+            self._doubled += limit.at_rest(self.device)
+
+    def _loads(self, lever: str) -> int:
+        """Bytes that ``lever`` of D's phase loads in place of double backward."""
+        model = self._model()
+        if self._doubled is None:  # facts were known already
+            with model.unpenalised():
+                model.warm(ENOUGH)
+            self._load_double_backward(model)
+        before = limit.at_rest(self.device)
+        model.run("D", Layout((ENOUGH,), named([lever])))
+        return max(0, limit.at_rest(self.device) - before - (self._doubled or 0))
 
     def close(self) -> None:
         """Lets go of the networks."""
@@ -196,18 +207,17 @@ def serve() -> None:
     torch.set_num_threads(about["threads"])
     device = torch.device(about["device"])
     limit.set_freed("return", device)
-    gc.collect()
-    gc.freeze()  # so that later collections, of which there are many, do not look at all that was imported
     maker = InProcess(Recipe.from_toml(about["recipe"], "the recipe"), device)
-    for line in sys.stdin:
-        what, arguments = json.loads(line)
-        try:
-            answer = {"found": maker.ask(what, arguments)}
-        except UserError as error:
-            answer = {"refused": str(error)}
-        except Exception as error:
-            answer = {"shortage": True} if limit.is_out_of_memory(error) else {"failed": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers, flush=True)
+    with limit.seldom_collected():
+        for line in sys.stdin:
+            what, arguments = json.loads(line)
+            try:
+                answer = {"found": maker.ask(what, arguments)}
+            except UserError as error:
+                answer = {"refused": str(error)}
+            except Exception as error:
+                answer = {"shortage": True} if limit.is_out_of_memory(error) else {"failed": f"{type(error).__name__}: {error}"}
+            print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -150,13 +150,15 @@ def plain(name: str) -> str:
 
 def is_image(name: str) -> bool:
     """Whether a file is an image by its name, and not hidden."""
-    path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not any(part.startswith((".", "__MACOSX")) for part in path.parts)
+    parts = name.split("/")
+    stem, _, suffix = parts[-1].rpartition(".")
+    hidden = any(part.startswith((".", "__MACOSX")) and part != "." for part in parts)
+    return bool(stem) and f".{suffix.lower()}" in SUFFIXES and not hidden
 
 
 def outside(name: str) -> bool:
     """Whether a name in an archive points out of it."""
-    parts = PurePosixPath(name.replace("\\", "/")).parts
+    parts = name.replace("\\", "/").split("/")
     return ".." in parts or name.startswith(("/", "\\")) or name[1:2] == ":"
 
 

@@ -57,9 +57,9 @@ def archive(data: Data) -> Source | None:
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read the zip {path}: {error}; it may be cut short, fetch it again.") from None
     entries = [(e.filename, e.file_size, e.CRC) for e in opened.infolist() if not e.is_dir()]
-    out = [name for name, *_ in entries if outside(name)]
-    problems = [f"{shown(name)} in {path} points out of it: left out." for name in out]
-    return _files(path, [entry for entry in entries if not outside(entry[0])], opened, problems)
+    out = {name for name, *_ in entries if outside(name)}
+    problems = [f"{shown(name)} in {path} points out of it: left out." for name, *_ in entries if name in out]
+    return _files(path, [entry for entry in entries if entry[0] not in out], opened, problems)
 
 
 def folder(data: Data) -> Source | None:

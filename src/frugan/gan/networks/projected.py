@@ -15,6 +15,7 @@ from frugan.config.architectures import Norm, Projected
 from frugan.gan.networks.blocks import Block, Head, Network, Resize, ResizedConv, norm, radford_init, seed_block, widths
 from frugan.gan.networks.dcgan import transposed_generator
 from frugan.gan.networks.upsample import nearest_generator
+from frugan.memory.batchnorm import Beside
 from frugan.utils.draws import Rows
 
 WIDTHS = (2, 3, 6, 8)  # halves of the first level's channels, at each level; deeper ones have as many as the last of these
@@ -72,11 +73,12 @@ class ProjectedDiscriminator(Network):
     def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
         """Images ``[n, c, h, w]`` to a logit of each head, ``[n, heads]``."""
         heads, encoder = [*self.blocks][: self.heads], self.encoder
-        logits = [heads[0](x, rows)]
-        for deeper, level in zip(range(len(encoder) - 1, -1, -1), encoder, strict=True):
-            x = level(x)
-            if deeper < len(heads) - 1:
-                logits.append(heads[-1 - deeper](x, rows))
+        with Beside() as beside:  # for which batch norm over the whole batch passes as often as the longest head has layers of it
+            logits = [beside(heads[0], x, rows)]
+            for deeper, level in zip(range(len(encoder) - 1, -1, -1), encoder, strict=True):
+                x = level(x)
+                if deeper < len(heads) - 1:
+                    logits.append(beside(heads[-1 - deeper], x, rows))
         return torch.stack(logits, 1)
 
 
