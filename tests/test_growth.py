@@ -81,7 +81,7 @@ def test_what_repeats_itself_and_is_not_run_again_allocates_what_it_would(name: 
     assert sum(known is not None for known in with_calls._calls._known.values()) > 20  # so there was something to leave out
 
 
-def test_a_call_on_the_like_is_not_run_again_unless_it_draws_changes_or_decides() -> None:
+def test_a_call_on_the_like_is_not_run_again_unless_it_draws_moves_or_decides() -> None:
     calls = Calls()
     weight = torch.ones(2, 3)
     aten = torch.ops.aten
@@ -95,7 +95,12 @@ def test_a_call_on_the_like_is_not_run_again_unless_it_draws_changes_or_decides(
     assert torch.equal(third, torch.full((3, 3), 2.0)), "another shape"
     for _ in range(2):
         assert torch.equal(run(aten.gt.Scalar, weight, 0.5)[0], torch.ones(2, 3, dtype=torch.bool))
-        assert run(aten.add_.Tensor, weight, weight)[0] is weight
+        assert run(aten.add_.Tensor, weight, weight)[0] is weight and weight[0, 0] == 2, (
+            "changed once: the second time it is given back"
+        )
+        other = torch.zeros(2, 3)
+        assert run(aten.set_.source_Tensor, other, weight)[0].data_ptr() == weight.data_ptr()
+        assert bool(run(aten.add_.Tensor, torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.int64))[0].all())
         assert bool(run(aten.rand_like.default, weight)[0].any())
         assert run(aten._unsafe_view.default, weight, [3, 2])[0].data_ptr() == weight.data_ptr()
     assert bool(run(aten.add.Scalar, weight, 1)[0].any()) and bool(run(aten.add.Scalar, weight, 1.0)[0].any())

@@ -40,17 +40,19 @@ class Calls:
                     like, moves, said = known
                     return args[0] if like is FIRST else _zeros(like), list(moves), said
         inside: list[int] = []
+        place = private.address(args[0]) if args and isinstance(args[0], Tensor) else None
         with private.recording(inside):
             result = func(*args, **kwargs)
         said = about(func, args, kwargs, result)
         with suppress(TypeError):
             if key is not None and key not in self._known:
-                self._known[key] = None
-                if private.changes(func):
-                    if args and result is args[0] and result.is_floating_point() and not inside:
-                        self._known[key] = FIRST, [], said
-                elif _is_new(result, (args, kwargs)):
-                    self._known[key] = _described(result), list(inside), said
+                like = None
+                if not private.changes(func):
+                    like = _described(result) if _is_new(result, (args, kwargs)) else None
+                elif place and result is args[0] and result.is_floating_point() and not inside:
+                    unmoved = private.address(result) == place and _described(result) == key[1][0]
+                    like = FIRST if unmoved else None  # its numbers alone have changed
+                self._known[key] = None if like is None else (like, list(inside), said)
         return result, inside, said
 
 

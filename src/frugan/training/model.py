@@ -20,6 +20,7 @@ from frugan.memory.growth import SMALL, Growth, traced
 from frugan.memory.layout import Layout, Lever
 from frugan.memory.trace import GRADIENTS, GRANULE, Timeline, trace
 
+FEW = 1 << 12  # numbers that are drawn all the same, so that what draws is loaded
 DRAWING = {Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_, nn.init.kaiming_normal_}
 
 
@@ -66,15 +67,12 @@ class Model:
         return traced(lambda count: self._trace(phase, Layout((count,), levers)), self._granule, self._calls.forget)
 
     def warm(self, count: int = SMALL) -> None:
-        """Does all that a training does on ``count`` samples: libraries load what they need, and masks are drawn ahead.
-
-        Updates of weights, which do not depend on their number, are done the first time.
-        """
-        for phase in self.phases.values():
-            self.run(phase.name, Layout((count,)), update=not self._met)
-        if self.average and not self._met:
-            self.average.update(self.generator, count, count)
+        """Does all that a training does on ``count`` samples: libraries load what they need, and masks are drawn ahead."""
         self._met = True
+        for phase in self.phases.values():
+            self.run(phase.name, Layout((count,)), update=True)
+        if self.average:
+            self.average.update(self.generator, count, count)
         self.step.score_generated(self._first, Layout((count,)), self._labels)
         if learner := feature_step(self.recipe, self.discriminator, self.step):
             with learner.learning():
@@ -182,15 +180,16 @@ class Model:
 
 
 class _Undrawn(TorchFunctionMode):
-    """While open, zeros are written where random numbers would be drawn: that takes time, and what is allocated does not change."""
+    """While open, zeros are written in place of many random numbers, which take time: what is allocated does not change."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See `TorchFunctionMode`."""
         kwargs = kwargs or {}
         if func in DRAWING:
             tensor: Tensor = args[0] if args else kwargs["tensor"]
-            tensor.detach().zero_()
-            return tensor
+            if tensor.numel() > FEW:
+                tensor.detach().zero_()
+                return tensor
         return func(*args, **kwargs)
 
 
