@@ -63,6 +63,7 @@ def photos(tmp_path: Path) -> Callable[..., Path]:
 
 
 SMALL = {
+    "recipe": "dcgan",
     "batch_size": 16, "epochs": 3, "image_size": 8, "latent_dim": 8, "width_g": 8, "width_d": 8,
     "sample_every": 100, "report_every": 3, "quiet": True, "device": "cpu", "threads": 1,
 }  # fmt: skip

@@ -164,7 +164,11 @@ def negative(images: Tensor, numbers: Tensor, p: float) -> Tensor:
 OPERATIONS["negative"] = Operation(1, negative)
 """,
     )
-    source.run("frugan.train(few, out=out, augment='diff', augment_policy='negative,cutout', **SMALL)", tmp_path / "run", few)
+    source.run(
+        "frugan.train(few, recipe='dcgan', out=out, augment='diff', augment_policy='negative,cutout', **SMALL)",
+        tmp_path / "run",
+        few,
+    )
     assert source.touched == {"gan/augment.py"}
     assert all(line["p"] == 1 for line in lines(tmp_path / "run") if "Loss_D" in line)
 
@@ -201,7 +205,7 @@ def test_a_lever(source: Copy, tmp_path: Path, few: Path) -> None:
                     fake = torch.cat([generate(i, 1) for i in range(begin, begin + count)])
 """,
     )
-    script = 'frugan.train(few, out=out, half_fakes="yes", norm_g="none", width_g=4, width_d=4, **SMALL)'
+    script = 'frugan.train(few, recipe="dcgan", out=out, half_fakes="yes", norm_g="none", width_g=4, width_d=4, **SMALL)'
     source.run(script, tmp_path / "r", few)
     plan = json.loads((tmp_path / "r" / "plan.json").read_text())
     assert plan["layouts"]["D"]["half_fakes"] and "half_fakes" not in plan["layouts"]["G"]
@@ -224,7 +228,7 @@ def arrays(data):
     )
     source.append("data/sources/__init__.py", "\n\nfrom frugan.data.sources.arrays import arrays\n\nOPENERS.append(arrays)\n")
     np.save(tmp_path / "noise.npy", np.random.default_rng(0).integers(0, 256, (32, 8, 8), np.uint8))
-    source.run("frugan.train(few, out=out, width_g=4, width_d=4, **SMALL)", tmp_path / "r", tmp_path / "noise.npy")
+    source.run('frugan.train(few, recipe="dcgan", out=out, width_g=4, width_d=4, **SMALL)', tmp_path / "r", tmp_path / "noise.npy")
     assert (tmp_path / "r" / "final_generated_images.png").exists()
     assert len(source.touched) <= 2
 
@@ -315,7 +319,7 @@ class Counter:
 TRACKERS["counter"] = Counter
 """,
     )
-    script = 'frugan.train(few, out=out, trackers="counter", report_every=1, width_g=4, width_d=4, **SMALL)'
+    script = 'frugan.train(few, recipe="dcgan", out=out, trackers="counter", report_every=1, width_g=4, width_d=4, **SMALL)'
     source.run(script, tmp_path / "r", few)
     assert (tmp_path / "r" / "counted.txt").read_text() == "4"
     assert len(source.touched) == 1
@@ -338,7 +342,7 @@ class Seen(Diagnostic):
 DIAGNOSTICS.append(Seen)
 """,
     )
-    source.run("frugan.train(few, out=out, width_g=4, width_d=4, **SMALL)", tmp_path / "r", few)
+    source.run('frugan.train(few, recipe="dcgan", out=out, width_g=4, width_d=4, **SMALL)', tmp_path / "r", few)
     warned = [line for line in lines(tmp_path / "r") if line.get("event") == "warning"]
     assert [line["kind"] for line in warned] == ["seen"]
     assert len(source.touched) == 1

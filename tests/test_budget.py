@@ -128,7 +128,8 @@ def test_a_training_within_a_budget_is_the_training_without(few: Path, tmp_path:
     plain, planned = tmp_path / "plain", tmp_path / "planned"
     narrow = "--width-g 32 --width-d 32"
     asked = (
-        f"train {few} {narrow} --norm-g none --norm-d none --image-size 144 --batch-size 64 --epochs 1 --device cpu --quiet".split()
+        f"train {few} --recipe dcgan {narrow} --norm-g none --norm-d none --image-size 144 --batch-size 64 --epochs 1 --device cpu "
+        "--quiet".split()
     )
     assert frugan(*asked, "--out", plain).returncode == 0
     refused = frugan(*asked, "--out", planned, "--memory", "1MiB").stderr
@@ -159,7 +160,7 @@ def test_a_training_within_a_budget_is_the_training_without(few: Path, tmp_path:
 )
 def test_budgets_that_cannot_be(arguments: list[str], said: str, few: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        main(["plan", str(few), "--image-size", "8", "--batch-size", "8", "--device", "cpu", *arguments])
+        main(["plan", str(few), "--recipe", "dcgan", "--image-size", "8", "--batch-size", "8", "--device", "cpu", *arguments])
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert said in error and error.startswith("frugan: ") and error.count("\n") == 1
@@ -188,7 +189,8 @@ def test_the_plan_says_where_the_bytes_go(few: Path, tmp_path: Path, capsys: pyt
 
 def test_approximate_ways_are_taken_only_if_allowed_and_said(few: Path, tmp_path: Path) -> None:
     levers = "--width-g 32 --width-d 32 --accumulation-steps 1 --checkpoint-blocks no --separate-terms no --recompute-generator no"
-    common = f"train {few} --norm-g none --norm-d none --image-size 128 --batch-size 64 --epochs 1 --device cpu {levers}".split()
+    norms = "--recipe dcgan --norm-g none --norm-d none"
+    common = f"train {few} {norms} --image-size 128 --batch-size 64 --epochs 1 --device cpu {levers}".split()
     refused = frugan(*common, "--memory", "1MiB", "--allow-approximate", "--out", tmp_path / "no").stderr
     rounded = int(re.search(r"the smallest that works is --memory (\d+)MiB", refused)[1])  # type: ignore[index]
     done = frugan(*common, "--memory", f"{rounded}MiB", "--allow-approximate", "--out", tmp_path / "r")
@@ -244,7 +246,8 @@ def test_traces_are_remembered_and_torchs_compiler_is_never_imported(few: Path, 
     script = f"""
 import sys, torch
 import frugan
-run = frugan.train({str(few)!r}, out=sys.argv[1], epochs=1, image_size=16, batch_size=16, width_g=8, width_d=8, quiet=True)
+small = dict(recipe="dcgan", epochs=1, image_size=16, batch_size=16, width_g=8, width_d=8, quiet=True)
+run = frugan.train({str(few)!r}, out=sys.argv[1], **small)
 print("torch._dynamo" in sys.modules, hash(str(frugan.load(run).generate(4).tolist())))
 """
     environment = os.environ | {"FRUGAN_CACHE": str(tmp_path / "cache"), "PYTHONHASHSEED": "0"}

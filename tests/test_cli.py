@@ -56,7 +56,8 @@ sys.exit("did not exit")
 
 def test_the_run_folder_holds_what_it_should(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    main(["train", str(few), "--batch-size", "16", "--epochs", "5", "--width-g", "4", "--width-d", "4", "--out", str(run)])
+    small = ["--recipe", "dcgan", "--batch-size", "16", "--width-g", "4", "--width-d", "4"]
+    main(["train", str(few), *small, "--epochs", "5", "--out", str(run)])
     said = capsys.readouterr().out
     for word in (
         "generator",
@@ -84,10 +85,8 @@ def test_the_run_folder_holds_what_it_should(few: Path, tmp_path: Path, capsys: 
 
 
 def test_plain_lines_where_there_is_no_terminal(few: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "frugan", "train", str(few), "--batch-size", "32", "--epochs", "2", "--out", str(tmp_path / "r")],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "frugan", "train", str(few), "--recipe", "mlp", "--batch-size", "32", "--epochs", "2"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "r")], capture_output=True, text=True, check=True)
     assert "\x1b" not in done.stdout
     assert done.stdout.count("\nepoch ") == 2
     assert done.stderr == ""

@@ -16,6 +16,8 @@ from frugan.reporting.run_folder import RunFolder
 from .conftest import snapshot
 
 SMALL = [
+    "--recipe",
+    "dcgan",
     "--batch-size",
     "8",
     "--epochs",
@@ -299,8 +301,8 @@ def taken_meanwhile(session):
     return state
 
 trainer.begin = taken_meanwhile
-main(["train", {str(few)!r}, "--image-size", "96", "--batch-size", "64", "--quiet", "--epochs", "1", "--device", "cpu",
-      "--whole-batch-norm", "no", "--out", {str(tmp_path / "r")!r}])
+main(["train", {str(few)!r}, "--recipe", "dcgan", "--image-size", "96", "--batch-size", "64", "--quiet", "--epochs", "1",
+      "--device", "cpu", "--whole-batch-norm", "no", "--out", {str(tmp_path / "r")!r}])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -325,7 +327,7 @@ def test_a_run_that_has_no_checkpoint_yet_is_somebodys_too(
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        frugan.train(few, out=tmp_path / "r", on_update=stop, quiet=True, batch_size=8, image_size=8)
+        frugan.train(few, out=tmp_path / "r", on_update=stop, quiet=True, recipe="dcgan", batch_size=8, image_size=8)
     assert "belongs to another run" in one_sentence(refused("train", photos(), *SMALL, "--out", tmp_path / "r"))
     assert "was started with other settings" in one_sentence(refused("train", few, *SMALL, "--out", tmp_path / "r"))
 

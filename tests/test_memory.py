@@ -80,7 +80,7 @@ within = []
 def note(images):
     within[:] = [found(), pooled()]
 
-settings = dict(batch_size=16, epochs=1, width_g=8, width_d=8, threads=1, device="cpu", quiet=True)
+settings = dict(recipe="dcgan", batch_size=16, epochs=1, width_g=8, width_d=8, threads=1, device="cpu", quiet=True)
 frugan.train(sys.argv[2], out=sys.argv[1], on_update=note, memory=f"{(resident() >> 20) + 600}MiB", **settings)
 trained = [found(), given_back(), pooled()]
 try:

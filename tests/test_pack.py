@@ -347,8 +347,9 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
 import sys
 import frugan
 from frugan.memory import host
-print(frugan.train(sys.argv[1], out=sys.argv[2], epochs=1, batch_size=500, image_size=28, width_g=2, width_d=2, latent_dim=4,
-                   device="cpu", quiet=True, on_update=lambda n: n >= 3000 and (print(host.resident()), sys.exit())))
+small = dict(recipe="dcgan", batch_size=500, image_size=28, width_g=2, width_d=2, latent_dim=4)
+print(frugan.train(sys.argv[1], out=sys.argv[2], epochs=1, **small, device="cpu", quiet=True,
+                    on_update=lambda n: n >= 3000 and (print(host.resident()), sys.exit())))
 """
     held = []
     for n in (3_000, 150_000):

@@ -254,7 +254,8 @@ print(held[40], max(held[40:]))
 
 
 def test_plans_for_streams(shards: str, capsys: pytest.CaptureFixture[str], train: Callable[..., Path]) -> None:
-    main(["plan", shards, "--stream", "--image-size", "8", "--channels", "1", "--batch-size", "10", "--device", "cpu"])
+    asked = ["--stream", "--image-size", "8", "--channels", "1", "--batch-size", "10", "--device", "cpu"]
+    main(["plan", shards, "--recipe", "dcgan", *asked])
     assert "data" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["data", "check", shards, "--stream"])
