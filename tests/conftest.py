@@ -17,6 +17,7 @@ from hypothesis import settings
 from PIL import Image
 
 import frugan
+from frugan.config import recipes
 from frugan.data.sources.standard import as_published
 from frugan.reporting.run_folder import RunFolder
 from frugan.utils import checkpoint
@@ -61,6 +62,8 @@ def photos(tmp_path: Path) -> Callable[..., Path]:
 
     return make
 
+
+OWN_CODE = [name for name in recipes.RECIPES if name != "resize"]  # recipes that no other trains by the same code as
 
 SMALL = {
     "recipe": "dcgan",

@@ -30,7 +30,7 @@ from frugan.utils import device
 from frugan.utils.accelerator import accelerator
 
 from . import sim
-from .conftest import SMALL, assert_same_state, final_state
+from .conftest import OWN_CODE, SMALL, assert_same_state, final_state
 from .test_recover import TINY, Scarce, everything
 from .test_resume import Killed, kill_at
 
@@ -69,7 +69,7 @@ def settings_of(recipe: str, **own: object) -> dict[str, object]:
 # ---- the walk --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", recipes.RECIPES)
+@pytest.mark.parametrize("recipe", OWN_CODE)
 def test_a_recipe_trains_samples_evaluates_and_generates(recipe: str, few: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     asked = settings_of(recipe, flip=True, conditional=True, evaluate_every=2, evaluate_samples=64, sample_every=1)
@@ -107,7 +107,7 @@ def test_a_training_ends_with_the_weights_that_the_cpu_gives(recipe: str, precis
         assert torch.allclose(tensor.float(), here[name].float(), rtol=1e-3, atol=1e-4), name
 
 
-@pytest.mark.parametrize(("recipe", "precision"), [(r, "fp32") for r in recipes.RECIPES] + [("dcgan", "fp16"), ("r3", "fp16")])
+@pytest.mark.parametrize(("recipe", "precision"), [(r, "fp32") for r in OWN_CODE] + [("dcgan", "fp16"), ("r3", "fp16")])
 def test_a_training_that_is_killed_and_goes_on_was_never_stopped(recipe: str, precision: str, few: Path, tmp_path: Path) -> None:
     asked = settings_of(recipe, precision=precision, flip=True, augment="ada", ada_images=500, accumulation_steps=3)
     straight = frugan.train(few, out=tmp_path / "straight", **asked)
@@ -116,7 +116,7 @@ def test_a_training_that_is_killed_and_goes_on_was_never_stopped(recipe: str, pr
     assert_same_state(straight, frugan.train(few, out=tmp_path / "broken", **asked))
 
 
-@pytest.mark.parametrize("recipe", recipes.RECIPES)
+@pytest.mark.parametrize("recipe", OWN_CODE)
 def test_the_smallest_budget_that_is_named_is_held_and_less_is_refused(
     recipe: str, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,7 +151,7 @@ def test_the_smallest_budget_that_is_named_is_held_and_less_is_refused(
     torch.empty(256 * MIB, dtype=torch.uint8, device=DEVICE)
 
 
-@pytest.mark.parametrize("recipe", recipes.RECIPES)
+@pytest.mark.parametrize("recipe", OWN_CODE)
 def test_memory_that_runs_out_in_an_update_is_recovered_from(recipe: str, few: Path, tmp_path: Path) -> None:
     asked = {k: v for k, v in TINY.items() if k in recipes.get(recipe).flat()}
     outcomes: list[Guarantee] = []
@@ -205,7 +205,7 @@ def test_plans_are_shown_for_the_device(few: Path, capsys: pytest.CaptureFixture
 # ---- memory on the device --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", recipes.RECIPES)
+@pytest.mark.parametrize("recipe", OWN_CODE)
 @pytest.mark.parametrize("levers_", [{}, {"offload_activations": True}])
 def test_what_is_predicted_is_what_the_allocator_reserves(
     recipe: str, levers_: dict[str, object], few: Path, tmp_path: Path

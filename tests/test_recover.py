@@ -23,6 +23,8 @@ from frugan.reporting.console import Console
 from frugan.training.session import Session
 from frugan.training.trainer import Trainer
 
+from .conftest import OWN_CODE
+
 TINY = {"batch_size": 16, "epochs": 1, "image_size": 8, "latent_dim": 4, "width_g": 4, "width_d": 4}
 
 
@@ -50,7 +52,7 @@ def everything(trainer: Trainer) -> dict[str, Tensor]:
     return {name: t.clone() for name, t in trainer.loop.state.capture()[0].items()}
 
 
-@pytest.mark.parametrize("name", recipes.RECIPES)
+@pytest.mark.parametrize("name", OWN_CODE)
 def test_memory_running_out_at_every_allocation_of_an_update(name: str, few: Path, tmp_path: Path) -> None:
     outcomes: list[tuple[int, Guarantee]] = []
     asked = {k: v for k, v in TINY.items() if k in recipes.get(name).flat()}

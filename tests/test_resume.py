@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 
 import frugan
-from frugan.config import recipes
 from frugan.config.recipe import Optimizer
 from frugan.reporting.run_folder import RunFolder
 from frugan.utils.signals import Stopped
 
-from .conftest import assert_same_state, final_state
+from .conftest import OWN_CODE, assert_same_state, final_state
 
 SCHEDULES = Optimizer.__dataclass_fields__["schedule"].type.__args__
 UPDATES = 12  # three epochs of four
@@ -47,7 +46,7 @@ def stop_at(update: int, number: int) -> Callable[[int], None]:
 # Every schedule, and every recipe in every precision, but not all of them with each other, which would take many minutes.
 COMBINATIONS = [("dcgan", "fp32", schedule) for schedule in SCHEDULES] + [
     (recipe, precision, schedule)
-    for recipe in recipes.RECIPES
+    for recipe in OWN_CODE
     for precision, schedule in (("fp32", "cosine"), ("bf16", "plateau"), ("fp16", "exponential"))
     if (recipe, precision) not in (("dcgan", "fp32"), ("projected", "fp32"), ("projected", "fp16"))
 ]

@@ -38,6 +38,12 @@ class Architecture(Kinded):
         return sizes
 
 
+Upsampling = Literal["transposed", "nearest", "residual"]
+UPSAMPLING = (
+    "how the generator enlarges maps: transposed convolutions; nearest upsampling and one 3x3 convolution, or residual blocks"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mlp(Architecture):
     """Dense discriminator; generator from a dense layer and transposed convolutions."""
@@ -66,9 +72,10 @@ class Upsample(Architecture):
 
 @dataclass(frozen=True, kw_only=True)
 class Dcgan(Architecture):
-    """Transposed convolutions; strided convolutions (Radford et al. 2015, arXiv 1511.06434)."""
+    """Transposed convolutions, or others; strided convolutions (Radford et al. 2015, arXiv 1511.06434)."""
 
     kind: ClassVar[str] = "dcgan"
+    upsampling: Upsampling = option("transposed", UPSAMPLING)
     width_g: int = option(64, "channels of the generator's largest maps; doubled with every halving, up to 8 times", least=1)
     width_d: int = option(64, "channels of the discriminator's largest maps; doubled with every halving, up to 8 times", least=1)
     norm_g: Norm = option("batch", "normalisation in the generator")
@@ -102,10 +109,7 @@ class Projected(Architecture):
     width_d: int = option(64, "channels of the discriminator's heads", least=2)
     norm_g: Norm = option("batch", "normalisation in the generator")
     norm_d: Norm = option("batch", "normalisation in the discriminator's heads")
-    upsampling: Literal["residual", "nearest", "transposed"] = option(
-        "residual",
-        "how the generator enlarges maps: nearest upsampling and residual blocks, or one 3x3 convolution; transposed convolutions",
-    )
+    upsampling: Upsampling = option("residual", UPSAMPLING)
     features: Literal["auto", "labels", "rotations", "both", "random"] = option(
         "auto", "what the frozen features are learnt from; auto: labels if there are any, else rotations; random: never trained"
     )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from frugan.config.architectures import R3, Dcgan, Mlp, Projected, Upsample
 from frugan.config.objectives import Bce, RpGan
-from frugan.config.recipe import Optimizer, Recipe, read
+from frugan.config.recipe import Memory, Optimizer, Recipe, Training, read
 from frugan.utils.errors import UserError, nearest
 
 
@@ -38,6 +38,18 @@ def dcgan() -> Recipe:
     )
 
 
+def resize() -> Recipe:
+    """DCGAN by resize-convolutions (Odena et al. 2016) at high rates that fall to 0: photographs and drawings in minutes."""
+    return Recipe(
+        recipe="resize",
+        network=Dcgan(upsampling="nearest", width_g=32),
+        objective=Bce(label_smoothing=0.1),
+        optimizer=Optimizer(lr_g=1e-3, lr_d=1e-3, beta1=0.5, beta2=0.999, schedule="cosine"),
+        training=Training(batch_size=64),
+        memory=Memory(precision="auto"),
+    )
+
+
 def r3() -> Recipe:
     """R3GAN (Huang et al. 2024, arXiv 2501.05441): relativistic pairing, R1 and R2 on every step, no normalisation."""
     return Recipe(
@@ -58,7 +70,7 @@ def projected() -> Recipe:
     )
 
 
-RECIPES = {f.__name__: f for f in (mlp, upsample, dcgan, r3, projected)}
+RECIPES = {f.__name__: f for f in (mlp, upsample, dcgan, resize, r3, projected)}
 DEFAULT = "dcgan"
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from frugan.config.architectures import Mlp
 from frugan.gan.networks.blocks import Block, Dropout, Head, Network, norm, radford_init
-from frugan.gan.networks.dcgan import transposed_generator
+from frugan.gan.networks.generators import transposed_generator
 
 
 def build(options: Mlp, image_size: int, channels: int) -> tuple[Network, Network]:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from frugan.config.architectures import Norm, Projected
-from frugan.gan.networks.blocks import Block, Head, Network, Resize, ResizedConv, norm, radford_init, seed_block, widths
-from frugan.gan.networks.dcgan import transposed_generator
-from frugan.gan.networks.upsample import nearest_generator
+from frugan.gan.networks.blocks import Block, Head, Network, norm, radford_init
+from frugan.gan.networks.generators import GENERATORS
 from frugan.memory.batchnorm import Beside
 from frugan.utils.draws import Rows
 
@@ -137,40 +136,3 @@ def build(options: Projected, image_size: int, channels: int) -> tuple[Network, 
     for level in encoder:
         level.requires_grad_(False)
     return generator, discriminator
-
-
-class Residual(nn.Module):
-    """Nearest upsampling, then two 3x3 convolutions beside a 1x1 one: ``[n, before, h, w]`` to ``[n, out, size, size]``."""
-
-    def __init__(self, before: int, out: int, size: int, kind: Norm) -> None:
-        super().__init__()
-        bias = kind == "none"
-        self.layers = nn.Sequential(
-            ResizedConv(before, out, size, bias=bias), *norm(kind, out), nn.ReLU(inplace=True),
-            nn.Conv2d(out, out, 3, padding=1, bias=bias), *norm(kind, out),
-        )  # fmt: skip
-        # On the smaller map, as a 1x1 convolution commutes with upsampling.
-        self.shortcut = nn.Sequential(nn.Conv2d(before, out, 1, bias=False), Resize(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As the class says."""
-        shortcut: Tensor = self.shortcut(x)
-        residue: Tensor = self.layers(x)
-        return shortcut + residue
-
-
-def residual_generator(latent_dim: int, sizes: list[int], width: int, channels: int, kind: Norm) -> Network:
-    """A dense layer to the smallest of ``sizes``, then nearest upsampling and a residual block at each larger one; ends in tanh."""
-    c = widths(width, sizes)
-    blocks: list[Block] = [seed_block(latent_dim, c[0], sizes[0], kind, nn.ReLU(inplace=True))]
-    outs = [*c[1:], max(1, c[-1] // 2)]
-    for before, out, size in zip(c, outs, sizes[1:], strict=True):
-        blocks.append(Block(Residual(before, out, size, kind), nn.ReLU(inplace=True)))
-    return Network(*blocks, Block(nn.Conv2d(outs[-1], channels, 3, padding=1), nn.Tanh()))
-
-
-def _transposed(latent_dim: int, sizes: list[int], width: int, channels: int, kind: Norm) -> Network:
-    return transposed_generator(latent_dim, sizes, width, channels, kind, slope=0.0)
-
-
-GENERATORS = {"residual": residual_generator, "nearest": nearest_generator, "transposed": _transposed}

@@ -1,23 +1,10 @@
-"""Nearest upsampling and convolution against strided convolution with dropout: the speed-optimised Fashion-MNIST DCGAN.
-
-Upsampling before an ordinary convolution avoids the checkerboard of transposed ones (Odena et al. 2016).
-"""
+"""Nearest upsampling and convolution against strided convolution with dropout: the speed-optimised Fashion-MNIST DCGAN."""
 
 from torch import nn
 
-from frugan.config.architectures import Norm, Upsample
-from frugan.gan.networks.blocks import Block, Dropout, Head, Network, Resize, norm, radford_init, seed_block, widths
-
-
-def nearest_generator(latent_dim: int, sizes: list[int], width: int, channels: int, kind: Norm) -> Network:
-    """A dense layer to the smallest of ``sizes``, then nearest upsampling and a convolution to each larger one; ends in tanh."""
-    c = widths(width, sizes)
-    blocks = [seed_block(latent_dim, c[0], sizes[0], kind, nn.LeakyReLU(0.2, inplace=True))]
-    for before, out, size in zip(c, [*c[1:], c[-1]], sizes[1:], strict=True):
-        conv = nn.Conv2d(before, out, 3, padding=1, bias=kind == "none")
-        blocks.append(Block(Resize(size), conv, *norm(kind, out), nn.LeakyReLU(0.2, inplace=True)))
-    blocks.append(Block(nn.Conv2d(c[-1], channels, 3, padding=1), nn.Tanh()))
-    return Network(*blocks)
+from frugan.config.architectures import Upsample
+from frugan.gan.networks.blocks import Block, Dropout, Head, Network, norm, radford_init, widths
+from frugan.gan.networks.generators import nearest_generator
 
 
 def build(options: Upsample, image_size: int, channels: int) -> tuple[Network, Network]:
