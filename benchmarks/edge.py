@@ -28,7 +28,7 @@ MIB = 1 << 20
 @dataclass
 class Options:
     processes: int = 5  # that train at each budget
-    recipes: tuple[str, ...] = ("mlp", "upsample", "dcgan", "r3", "projected")
+    recipes: tuple[str, ...] = ("mlp", "upsample", "dcgan", "resize", "r3", "projected")
     sizes: tuple[int, ...] = (48, 64)
     data: tuple[Path, ...] = (  # archives of images, of which the first are taken
         Path("../shared/data/clothing/clothing.zip"),

@@ -2,8 +2,9 @@
 
     python benchmarks/recipes.py --data DATA [--out runs/recipes] [--pictures docs/pictures]
 
-DATA holds ``fashion-mnist/`` (the four IDX files) and ``noto-emoji-128/noto-emoji-128.zip``. Finished trainings are not repeated;
-what was interrupted goes on (its minutes then count only from there). Run it on a machine that does nothing else.
+DATA holds ``fashion-mnist/`` (the four IDX files), ``noto-emoji-128/noto-emoji-128.zip`` and ``clothing/clothing.zip``. Finished
+trainings are not repeated; what was interrupted goes on (its minutes then count only from there). Run it on a machine that does
+nothing else.
 """
 
 import os
@@ -20,15 +21,16 @@ from rich.table import Table
 
 from frugan.reporting.run_folder import RunFolder
 
-FASHION, EMOJI = "fashion-mnist", "noto-emoji-128/noto-emoji-128.zip"
+FASHION, EMOJI, CLOTHING = "fashion-mnist", "noto-emoji-128/noto-emoji-128.zip", "clothing/clothing.zip"
 TRAININGS = {
     "digits": ("digits", "--epochs 60 --batch-size 64"),
     "dcgan": (FASHION, "--recipe dcgan --epochs 5 --sample-every 1"),
     "upsample": (FASHION, "--recipe upsample --epochs 5 --sample-every 1"),
     "mlp": (FASHION, "--recipe mlp --epochs 5 --sample-every 1"),
     "r3": (FASHION, "--recipe r3 --epochs 3 --precision bf16 --sample-every 1"),
-    "emoji48": (EMOJI, "--image-size 48 --epochs 12 --batch-size 32 --precision bf16"),
-    "emoji64": (EMOJI, "--image-size 64 --epochs 5 --batch-size 32 --precision bf16"),
+    "projected": (FASHION, "--recipe projected --precision auto --minutes 12"),
+    "clothing": (CLOTHING, "--image-size 64 --epochs 30 --threads 1"),
+    "emoji": (EMOJI, "--image-size 64 --epochs 30 --threads 1"),
 }
 
 
@@ -50,7 +52,7 @@ def main(options: Options) -> None:
         last = run.read_log()[-1]
         minutes = last.images / last.speed / 60
         table.add_row(f"{data} {flags}", f"{last.images:,}", f"{minutes:.1f}", f"{last.speed:,.0f}")
-        if options.pictures and data != EMOJI:  # blots, and large files
+        if options.pictures:
             options.pictures.mkdir(parents=True, exist_ok=True)
             shutil.copy(run.pictures_of_samples()[-1][1], options.pictures / f"{name}.png")
     Console(width=140).print(table)

@@ -53,5 +53,5 @@ def test_the_walk_of_the_readme_on_the_digits(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     main(["train", "--epochs", "1", "--width-g", "4", "--width-d", "4", "--quiet"])
-    main(["generate", "runs/digits-dcgan", "--n", "16", "--seed", "7"])
+    main(["generate", "runs/digits-resize", "--n", "16", "--seed", "7"])
     assert Path(capsys.readouterr().out.strip()).exists()

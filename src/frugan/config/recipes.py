@@ -71,7 +71,7 @@ def projected() -> Recipe:
 
 
 RECIPES = {f.__name__: f for f in (mlp, upsample, dcgan, resize, r3, projected)}
-DEFAULT = "dcgan"
+DEFAULT = "resize"
 
 
 def get(name: str) -> Recipe:

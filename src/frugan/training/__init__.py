@@ -18,7 +18,7 @@ _begun: list[bool] = []  # one for each training of this process
 def train(
     data: str | Path | None = None,
     *,
-    recipe: str | Recipe = "dcgan",
+    recipe: str | Recipe = "resize",
     quiet: bool = False,
     on_update: Callable[[int], None] | None = None,
     **settings: Any,
@@ -29,7 +29,7 @@ def train(
 
     Args:
         data: folder or zip of images, folder of IDX files, or ``digits``, ``mnist``, ``fashion-mnist``; unset: the recipe's.
-        recipe: a name (``dcgan``, ``upsample``, ``mlp``, ``r3``, ``projected``), a TOML file, or a `Recipe`.
+        recipe: a name (``resize``, ``dcgan``, ``upsample``, ``mlp``, ``r3``, ``projected``), a TOML file, or a `Recipe`.
         quiet: whether to say nothing.
         on_update: is called with the number of images seen after every update.
         **settings: any setting of the recipe or of the run by its name: ``epochs=5, batch_size=64, out="runs/mine"``.
