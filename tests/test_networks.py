@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from frugan.config import recipes
-from frugan.config.architectures import R3, Architecture
+from frugan.config.architectures import R3, Architecture, Dcgan, Upsampling
 from frugan.gan.networks import build
 from frugan.gan.networks.blocks import ResizedConv, means
+from frugan.gan.networks.generators import GENERATORS
 from frugan.gan.summary import summarise
 from frugan.utils.draws import Draws, Rows
 from frugan.utils.errors import UserError
@@ -26,6 +27,15 @@ def test_shapes_and_ranges_at_any_size(kind: str, size: int, channels: int) -> N
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     gradient.square().sum().backward()  # penalties need a second derivative
     assert all(torch.isfinite(p.grad).all() for p in discriminator.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("upsampling", GENERATORS)
+def test_every_way_to_enlarge_maps_at_odd_sizes(upsampling: Upsampling) -> None:
+    for size in (9, 28, 65):
+        generator, _ = build(Dcgan(**SMALL, upsampling=upsampling), size, 3)
+        images = generator(torch.randn(2, 6))
+        assert images.shape == (2, 3, size, size) and images.abs().max() <= 1
+        assert any(isinstance(m, nn.ConvTranspose2d) for m in generator.modules()) == (upsampling == "transposed")
 
 
 @pytest.mark.parametrize("kind", ["dcgan", "upsample", "mlp"])
