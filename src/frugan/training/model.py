@@ -64,7 +64,7 @@ class Model:
         """What a micro-batch of ``phase`` allocates with ``levers``; it finds gradients of an earlier one."""
         if not self._met:
             self.warm()
-        return traced(lambda count: self._trace(phase, Layout((count,), levers)), self._granule, self._calls.forget)
+        return traced(lambda count: self._trace(phase, Layout((count,), levers)), self._granule)
 
     def warm(self, count: int = SMALL) -> None:
         """Does all that a training does on ``count`` samples: libraries load what they need, and masks are drawn ahead."""
