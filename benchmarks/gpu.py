@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "gpu.md"
 MIB = 1 << 20
-RECIPES = ("mlp", "upsample", "dcgan", "r3")
+RECIPES = ("mlp", "upsample", "dcgan", "r3", "resize")
 Cell = dict[str, Any]
 Found = dict[str, Any]
 Cells = Generator[Cell, Found, None]
@@ -44,6 +45,7 @@ class Options:
     device: str = "cuda"  # or cuda:1
     minutes: float = 22.0  # after which no cell is begun, and the one that runs is ended
     only: tuple[SectionName, ...] = ()  # sections; none: all
+    jobs: int = 1  # cells at a time, of sections that neither time anything nor take all memory
     out: Path | None = None  # the page; unset: docs/gpu.md if this is a whole run on a GPU, else it is printed
     json: Path | None = None  # the numbers as they came
     quick: bool = False  # tiny cells, which say whether everything runs and nothing about speed
@@ -160,11 +162,11 @@ def used_by_uuid() -> dict[str, int]:
 
 
 def recipe_of(cell: Cell, **own: Any) -> Any:
-    """The recipe of a cell; quick ones are narrow."""
+    """The recipe of a cell, fp32 if it does not say otherwise; quick ones are narrow."""
     from frugan.config import recipes
 
-    side = cell["side"]
-    settings: dict[str, Any] = {"image_size": side, "channels": 1 if side in (8, 28) else 3, "batch_size": cell["batch"]}
+    side, channels = cell["side"], 1 if cell["side"] in (8, 28) else 3
+    settings: dict[str, Any] = {"image_size": side, "channels": channels, "batch_size": cell["batch"], "precision": "fp32"}
     if cell["quick"]:
         settings |= {"width_g": 8, "width_d": 8, "latent_dim": 8}
     return recipes.get(cell["recipe"]).replace(**(settings | own))
@@ -184,39 +186,36 @@ def pictures(recipe: Any) -> Any:
 
 
 class Frugan:
-    """frugan's own update of both networks, as the trainer does it, on one batch from the host."""
+    """frugan's own update of both networks, as the trainer does it, on one batch; ``graphs``: recorded as CUDA graphs."""
 
-    def __init__(self, recipe: Any, gpu: Gpu, images: Any, parts: int = 1, levers: Any = ()) -> None:
-        from frugan.gan.build import average, lay_out, make_step, optimizers
+    def __init__(self, recipe: Any, gpu: Gpu, images: Any, parts: int = 1, levers: Any = (), *, graphs: bool = False) -> None:
+        from frugan.data.loader import Batch
         from frugan.gan.levers import named
-        from frugan.gan.networks import build
         from frugan.memory.layout import Layout
+        from frugan.memory.recover import Recovery
+        from frugan.training.graphs import Graphs
+        from frugan.training.state import State
 
-        self.images, self.batch, self.seen = images, len(images), 0
-        channels, side, _ = recipe.data.shape
-        self.generator, self.discriminator = build(recipe.network, side, channels, recipe.training.seed)
-        lay_out(recipe, self.generator, self.discriminator)
-        for network in (self.generator, self.discriminator):
-            network.to(gpu.device)
-        optimizer_g, optimizer_d = optimizers(recipe, self.generator, self.discriminator, gpu.device)
-        self.step = make_step(recipe, self.generator, self.discriminator)
-        self.average = average(recipe, self.generator, gpu.device)
-        self.layout = Layout.of(self.batch, parts, named(levers))
-        self.phases = ((self.step.discriminator_phase, optimizer_d), (self.step.generator_phase, optimizer_g))
+        self.batch = len(images)
+        self.state = State(recipe, gpu.device)
+        self.generator, self.discriminator, self.step = self.state.generator, self.state.discriminator, self.state.step
+        layout = Layout.of(self.batch, parts, named(levers))
+        recovery = Recovery(
+            [self.generator, self.discriminator], gpu.device, dict.fromkeys(self.state.phases, layout), "return",
+            levers=dict.fromkeys(self.state.phases, ()), smallest=dict.fromkeys(self.state.phases, self.batch), coupled=True,
+            changed=print, needs=lambda phase, layout: None,
+        )  # fmt: skip
+        self.graphs = Graphs(self.state, recovery, gpu.device, graphs, print)
+        kept = images.to(gpu.device)
+        self.images = Batch(lambda row, n: kept[row % self.batch : row % self.batch + n])
 
     def update(self) -> dict[str, Any]:
-        from frugan.data.loader import Batch
-
-        first, measured = self.seen, {}
-        batch = Batch(lambda row, n: self.images[row - first : row - first + n])
-        for phase, optimizer in self.phases:
-            measured |= phase(batch, first, self.layout)
-            self.step.scaler.step(optimizer)
-            self.step.scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-        self.seen += self.batch
-        if self.average:
-            self.average.update(self.generator, self.batch, self.seen)
+        state, measured = self.state, {}
+        for phase in state.phases.values():
+            measured |= self.graphs.update(phase, self.images, state.images)
+        state.images += self.batch
+        if state.ema:
+            state.ema.update(state.generator, self.batch, state.images)
         return measured
 
 
@@ -476,13 +475,11 @@ def measure_precision(gpu: Gpu, cell: Cell) -> Found:
             for value in last.values():
                 broken.add_((~value.isfinite()).float())
 
-        warm = cell["updates"] // 10
-        for _ in range(warm):
+        for _ in range(cell["updates"]):
             update()
-        rate = timed(gpu, update, cell["updates"] - warm, cell["batch"])
         weights = sum(int((~p.isfinite()).sum()) for n in (loop.generator, loop.discriminator) for p in n.parameters())
         return {
-            "rate": rate, "broken": int(broken), "broken weights": weights, "scale": loop.step.scaler.get_scale(),
+            "broken": int(broken), "broken weights": weights, "scale": loop.step.scaler.get_scale(),
             "losses": [float(last["Loss_D"]), float(last["Loss_G"])],
         }  # fmt: skip
 
@@ -556,8 +553,8 @@ def measure_speed(gpu: Gpu, cell: Cell) -> Found:
     fast = fast_precision(gpu.device).replace("fp32", "bf16")
     images = pictures(recipe_of(cell))
 
-    def frugal(precision: str) -> Callable[[], object]:
-        return Frugan(recipe_of(cell, precision=precision), gpu, images).update
+    def frugal(precision: str, *, graphs: bool = True) -> Callable[[], object]:
+        return Frugan(recipe_of(cell, precision=precision), gpu, images, graphs=graphs and not gpu.simulated).update
 
     plain = recipe_of(cell)
     loops: dict[str, tuple[str | None, Callable[[], Callable[[], object]]]] = {
@@ -567,11 +564,12 @@ def measure_speed(gpu: Gpu, cell: Cell) -> Found:
         "frugan, fp32": ("fp32", lambda: frugal("fp32")),
         "frugan, tf32": ("tf32", lambda: frugal("tf32")),
         f"frugan, {fast}": (fast, lambda: frugal(fast)),
+        f"frugan, {fast}, no graphs": (fast, lambda: frugal(fast, graphs=False)),
     }
     if not cell["compiled"]:
         del loops[f"tuned, {fast}, compiled"]
     else:
-        del loops["frugan, fp32"], loops["frugan, tf32"]
+        del loops["frugan, fp32"], loops["frugan, tf32"], loops[f"frugan, {fast}, no graphs"]
     updates: dict[str, Callable[[], object]] = {}
     found: Found = {}
     for name, (precision, make) in loops.items():
@@ -626,44 +624,51 @@ class Section:
         title: of it.
         says: what was done.
         columns: of its table.
-        cells: what is measured, one after the other; is sent what each gave.
+        cells: what is measured, in groups: the cells of a group one after the other, each with what the one before gave.
         rows: a cell and what it gave to rows of the table.
+        alone: whether nothing else may run meanwhile, since it is timed, or takes all memory.
     """
 
     title: str
     says: str
     columns: tuple[str, ...]
-    cells: Callable[[Options], Cells]
+    cells: Callable[[Options], list[Cells]]
     rows: Callable[[Cell, Found], list[tuple[object, ...]]]
+    alone: bool = True
 
 
-def hardware(options: Options) -> Cells:
-    yield {"measure": "hardware"}
+def each(*cells: Cell) -> Cells:
+    """A group of cells that need nothing of one another."""
+    for cell in cells:
+        yield cell  # noqa: UP028 (a tuple cannot be sent what is found)
+
+
+def hardware(options: Options) -> list[Cells]:
+    return [each({"measure": "hardware"})]
 
 
 def hardware_rows(cell: Cell, found: Found) -> list[tuple[object, ...]]:
     return list(found.items())
 
 
-def device_tests(options: Options) -> Cells:
-    yield {"measure": "tests", "seconds": 300}
+def device_tests(options: Options) -> list[Cells]:
+    return [each({"measure": "tests", "seconds": 300, "jobs": options.jobs})]
 
 
 def tests_rows(cell: Cell, found: Found) -> list[tuple[object, ...]]:
     return [("tests/test_device.py", found["summary"]), *(("", line) for line in found["lines"])]
 
 
-def prediction(options: Options) -> Cells:
+def prediction(options: Options) -> list[Cells]:
     sizes, batches = (28, 64, 128), (32, 128)
     if options.quick:
-        yield {"measure": "prediction", "recipe": "dcgan", "side": 8, "batch": 16, "parts": 4}
-        return
-    for batch in batches:
-        for side in sizes:
-            for recipe in RECIPES:
-                yield {"measure": "prediction", "recipe": recipe, "side": side, "batch": batch, "parts": 1}
-    for recipe in RECIPES[2:]:
-        yield {"measure": "prediction", "recipe": recipe, "side": sizes[-1], "batch": batches[-1], "parts": 4}
+        return [each({"measure": "prediction", "recipe": "dcgan", "side": 8, "batch": 16, "parts": 4})]
+    groups = []
+    for recipe in RECIPES:
+        common = {"measure": "prediction", "recipe": recipe, "parts": 1}
+        cells = [common | {"side": side, "batch": batch} for batch in batches for side in sizes]
+        groups.append(each(*cells, *([cells[-1] | {"parts": 4}] if recipe in ("dcgan", "r3", "resize") else [])))
+    return groups
 
 
 def prediction_rows(cell: Cell, found: Found) -> list[tuple[object, ...]]:
@@ -674,13 +679,18 @@ def prediction_rows(cell: Cell, found: Found) -> list[tuple[object, ...]]:
     return [tuple(row)]
 
 
-def budgets(options: Options) -> Cells:
+def budgets(options: Options) -> list[Cells]:
     side, batch = (8, 64) if options.quick else (64, 128)
-    for recipe in RECIPES[:1] if options.quick else RECIPES:
-        common = {"measure": "budget", "recipe": recipe, "side": side, "batch": batch}
-        found = yield common | {"memory": MIB, "share": "1 MiB"}
-        if smallest := found.get("smallest"):
-            yield common | {"memory": smallest, "share": "the smallest"}
+    common = {"measure": "budget", "side": side, "batch": batch}
+    return [at_its_smallest(common | {"recipe": recipe}, whole=True) for recipe in (RECIPES[:1] if options.quick else RECIPES)]
+
+
+def at_its_smallest(common: Cell, *, whole: bool) -> Cells:
+    """A budget that is refused, the smallest that is named then, and around it."""
+    found = yield common | {"memory": MIB, "share": "1 MiB"}
+    if smallest := found.get("smallest"):
+        yield common | {"memory": smallest, "share": "the smallest"}
+        if whole:
             yield common | {"memory": 2 * smallest, "share": "twice that"}
             yield common | {"memory": int(0.9 * smallest), "share": "90% of it"}
 
@@ -700,12 +710,11 @@ def budget_rows(cell: Cell, found: Found) -> list[tuple[object, ...]]:
     return [(*label, mib(found["predicted"]), mib(found["peak"]), mib(found["driver"]), held)]
 
 
-def recovery(options: Options) -> Cells:
+def recovery(options: Options) -> list[Cells]:
     common = {"measure": "recovery", "fill": 3, "empty": 10, "stop": 13, "share": 0.4, "side": 64, "batch": 128}
     if options.quick:
         common |= {"fill": 1, "empty": 3, "stop": 4, "side": 28, "batch": 64}
-    for recipe in ("r3",) if options.quick else RECIPES:
-        yield common | {"recipe": recipe}
+    return [each(*(common | {"recipe": recipe} for recipe in (("r3",) if options.quick else RECIPES)))]
 
 
 def recovery_rows(cell: Cell, found: Found) -> list[tuple[object, ...]]:
@@ -716,15 +725,12 @@ def recovery_rows(cell: Cell, found: Found) -> list[tuple[object, ...]]:
     return [(cell["recipe"], *left, "; ".join(changes) or "memory did not run out", went_on)]
 
 
-def speed_cells(options: Options, compiled: bool) -> Cells:
+def speed_cells(options: Options, compiled: bool) -> list[Cells]:
     sizes = ((8, 16),) if options.quick else ((28, 128), (64, 64))
-    rounds, updates = (2, 1) if options.quick else (5, 20)
-    for side, batch in sizes:
-        for recipe in ("r3",) if options.quick else RECIPES:
-            yield {
-                "measure": "speed", "recipe": recipe, "side": side, "batch": batch, "compiled": compiled, "rounds": rounds,
-                "updates": updates, "seconds": 180 if compiled else 90,
-            }  # fmt: skip
+    common = {"measure": "speed", "compiled": compiled, "seconds": 180 if compiled else 90}
+    common |= {"rounds": 2, "updates": 1} if options.quick else {"rounds": 5, "updates": 20}
+    recipes = ("r3",) if options.quick else RECIPES
+    return [each(*(common | {"recipe": r, "side": side, "batch": batch} for side, batch in sizes for r in recipes))]
 
 
 def speed_rows(cell: Cell, found: Found) -> list[tuple[object, ...]]:
@@ -744,13 +750,12 @@ def speed_rows(cell: Cell, found: Found) -> list[tuple[object, ...]]:
     return rows
 
 
-def precisions(options: Options) -> Cells:
+def precisions(options: Options) -> list[Cells]:
     side, batch, updates = (8, 16, 10) if options.quick else (64, 64, 200)
-    for recipe in ("dcgan",) if options.quick else RECIPES:
-        for precision in ("tf32", "bf16") if options.quick else ("fp32", "tf32", "bf16", "fp16"):
-            yield {
-                "measure": "precision", "recipe": recipe, "side": side, "batch": batch, "precision": precision, "updates": updates
-            }  # fmt: skip
+    common = {"measure": "precision", "side": side, "batch": batch, "updates": updates}
+    named = ("tf32", "bf16") if options.quick else ("fp32", "tf32", "bf16", "fp16")
+    recipes = ("dcgan",) if options.quick else RECIPES
+    return [each(*(common | {"recipe": recipe, "precision": precision} for precision in named)) for recipe in recipes]
 
 
 def precision_rows(cell: Cell, found: Found) -> list[tuple[object, ...]]:
@@ -758,24 +763,28 @@ def precision_rows(cell: Cell, found: Found) -> list[tuple[object, ...]]:
     finite = "all finite" if not broken else f"{found['broken']} values and {found['broken weights']} weights not finite"
     scale = f"{found['scale']:g}" if cell["precision"] == "fp16" else "-"
     losses = ", ".join(f"{v:.3f}" for v in found["losses"])
-    return [(cell["recipe"], cell["precision"], f"{found['rate']:,.0f}", cell["updates"], finite, losses, scale)]
+    return [(cell["recipe"], cell["precision"], cell["updates"], finite, losses, scale)]
 
 
-def resume(options: Options) -> Cells:
+def resume(options: Options) -> list[Cells]:
+    return [resumed(options, recipe) for recipe in (("mlp",) if options.quick else RECIPES)]
+
+
+def resumed(options: Options, recipe: str) -> Cells:
+    """A run, the same again, and one that is killed and goes on; then they are compared."""
     side, batch = (8, 256) if options.quick else (28, 128)
     epoch = 1797 // batch
+    killed = (epoch + epoch // 2) * batch
     with tempfile.TemporaryDirectory() as folder:
-        for recipe in ("mlp",) if options.quick else ("dcgan", "r3"):
-            common = {"measure": "resume", "recipe": recipe, "side": side, "batch": batch, "what": "train", "shown": ""}
-            runs = {name: f"{folder}/{recipe}-{name}" for name in ("one", "again", "killed")}
-            killed = (epoch + epoch // 2) * batch
-            for name, kill in (("one", 0), ("again", 0), ("killed", killed), ("killed", 0)):
-                found = yield common | {"run": runs[name], "kill": kill}
-                if "failed" in found:
-                    break
-            else:
-                for name, shown in (("again", "run twice"), ("killed", f"killed after {killed} images, gone on with")):
-                    yield common | {"what": "compare", "runs": [runs["one"], runs[name]], "shown": shown}
+        common = {"measure": "resume", "recipe": recipe, "side": side, "batch": batch, "what": "train", "shown": ""}
+        runs = {name: f"{folder}/{recipe}-{name}" for name in ("one", "again", "killed")}
+        for name, kill in (("one", 0), ("again", 0), ("killed", killed), ("killed", 0)):
+            found = yield common | {"run": runs[name], "kill": kill}
+            if "failed" in found:
+                break
+        else:
+            for name, shown in (("again", "run twice"), ("killed", f"killed after {killed} images, gone on with")):
+                yield common | {"what": "compare", "runs": [runs["one"], runs[name]], "shown": shown}
 
 
 def resume_rows(cell: Cell, found: Found) -> list[tuple[object, ...]]:
@@ -785,10 +794,10 @@ def resume_rows(cell: Cell, found: Found) -> list[tuple[object, ...]]:
     return [(cell["recipe"], cell["shown"], found["tensors"], found["equal"], same)]
 
 
-def offloading(options: Options) -> Cells:
+def offloading(options: Options) -> list[Cells]:
     side, batch, updates = (8, 16, 2) if options.quick else (64, 64, 20)
-    for recipe in ("mlp",) if options.quick else ("dcgan", "r3"):
-        yield {"measure": "offloading", "recipe": recipe, "side": side, "batch": batch, "updates": updates}
+    common = {"measure": "offloading", "side": side, "batch": batch, "updates": updates}
+    return [each(*(common | {"recipe": recipe} for recipe in (("mlp",) if options.quick else ("dcgan", "r3"))))]
 
 
 def offloading_rows(cell: Cell, found: Found) -> list[tuple[object, ...]]:
@@ -801,18 +810,17 @@ def offloading_rows(cell: Cell, found: Found) -> list[tuple[object, ...]]:
     ]  # fmt: skip
 
 
-def allocator(options: Options) -> Cells:
+def allocator(options: Options) -> list[Cells]:
     side, batch = (8, 16) if options.quick else (64, 128)
     expandable = {"allocator": "expandable_segments:True"}
+    groups = []
     for recipe in ("r3",) if options.quick else RECIPES:
         common = {"measure": "prediction", "recipe": recipe, "side": side, "batch": batch, "parts": 1}
-        for settings in (expandable,) if options.quick else ({"allocator": ""}, expandable):
-            yield common | settings
+        groups.append(each(*(common | way for way in ((expandable,) if options.quick else ({"allocator": ""}, expandable)))))
     for recipe in () if options.quick else ("dcgan", "r3"):
         common = {"measure": "budget", "recipe": recipe, "side": side, "batch": batch} | expandable
-        found = yield common | {"memory": MIB, "share": "1 MiB"}
-        if smallest := found.get("smallest"):
-            yield common | {"memory": smallest, "share": "the smallest"}
+        groups.append(at_its_smallest(common, whole=False))
+    return groups
 
 
 def allocator_rows(cell: Cell, found: Found) -> list[tuple[object, ...]]:
@@ -827,7 +835,8 @@ def allocator_rows(cell: Cell, found: Found) -> list[tuple[object, ...]]:
 SECTIONS: dict[str, Section] = {
     "hardware": Section("Hardware", "", ("", ""), hardware, hardware_rows),
     "tests": Section(
-        "Device tests", "The walk of the test suite (`tests/test_device.py`), on this device.", ("", ""), device_tests, tests_rows
+        "Device tests", "The walk of the test suite (`tests/test_device.py`), on this device.", ("", ""), device_tests, tests_rows,
+        alone=False,
     ),
     "prediction": Section(
         "Prediction",
@@ -835,13 +844,13 @@ SECTIONS: dict[str, Section] = {
         "`max_memory_allocated`; *reserved* is what the allocator takes for them, against `max_memory_reserved`, without the "
         "margin that plans add; *process* is that and what the process held before, against what the driver says.",
         ("recipe", "px", "batch", "allocated", "measured", "error", "reserved", "measured", "error", "process", "driver", "error"),
-        prediction, prediction_rows,
+        prediction, prediction_rows, alone=False,
     ),
     "budgets": Section(
         "Budgets",
         "`frugan train --memory` on the built-in digits for an epoch, at the smallest budget that frugan names, at twice that, and "
         "at 90% of it, which must be refused. MiB; *held at most* is what torch has reserved and the context.",
-        ("recipe", "budget", "MiB", "predicted", "held at most", "by the driver", "outcome"), budgets, budget_rows,
+        ("recipe", "budget", "MiB", "predicted", "held at most", "by the driver", "outcome"), budgets, budget_rows, alone=False,
     ),
     "recovery": Section(
         "Recovery",
@@ -862,14 +871,14 @@ SECTIONS: dict[str, Section] = {
         "Precisions",
         "Updates in each precision; whether all losses and weights stayed finite, the last losses of D and G, and the scale of "
         "fp16 (65536 at the start).",
-        ("recipe", "precision", "images/s", "updates", "finite", "last losses", "scale"), precisions, precision_rows,
+        ("recipe", "precision", "updates", "finite", "last losses", "scale"), precisions, precision_rows, alone=False,
     ),
     "resume": Section(
         "Resume",
         "Two epochs, each time in processes of their own; everything in the last checkpoint is compared with that of a run which "
         "was never stopped. Where even two such runs differ, the device does not repeat itself; the number is the largest relative "
         "difference of a tensor.",
-        ("recipe", "compared with one run", "tensors", "equal", "difference"), resume, resume_rows,
+        ("recipe", "compared with one run", "tensors", "equal", "difference"), resume, resume_rows, alone=False,
     ),
     "offloading": Section(
         "Offloading",
@@ -879,7 +888,7 @@ SECTIONS: dict[str, Section] = {
     "allocator": Section(
         "Allocator modes",
         "With `PYTORCH_ALLOC_CONF=expandable_segments:True`, and without. MiB reserved, and for a budget held at most.",
-        ("recipe", "mode", "what", "predicted", "measured", "error", "outcome"), allocator, allocator_rows,
+        ("recipe", "mode", "what", "predicted", "measured", "error", "outcome"), allocator, allocator_rows, alone=False,
     ),
     "compiled": Section(
         "Speed, compiled",
@@ -922,6 +931,7 @@ def measured(cell: Cell, options: Options, left: float, cache: str) -> Found:
     seconds = min(left, cell.get("seconds", 120))
     if cell["measure"] == "tests":
         command = [sys.executable, "-m", "pytest", "tests/test_device.py", "-q", "-rfE", "-p", "no:cacheprovider"]
+        command += ["-p", "no:benchmark", "-n", f"{cell['jobs'] // 2}"] if cell["jobs"] > 1 else []
         out, error, why = ended(command, seconds, FRUGAN_TEST_DEVICE=options.device)
         lines = [line for line in (out + error).splitlines() if line.strip()]
         counted = [line for line in lines if re.search(r"\d+ (passed|failed|skipped|error)", line)]
@@ -929,7 +939,9 @@ def measured(cell: Cell, options: Options, left: float, cache: str) -> Found:
         named = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
         return {"summary": summary, "lines": [sentence(RuntimeError(line)) for line in named[:20]]}
     command = [sys.executable, __file__, "--device", options.device, "--cell", json.dumps(cell)]
-    environment = {"FRUGAN_CACHE": cache, "PYTHONWARNINGS": "ignore"}
+    # The workspaces as the command line sets them.
+    workspaces = {"CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8", "CUBLASLT_WORKSPACE_SIZE": "4096"}
+    environment = {"FRUGAN_CACHE": cache, "PYTHONWARNINGS": "ignore"} | workspaces
     if cell["measure"] == "offloading":
         environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS does not repeat itself
     if mode := cell.get("allocator"):  # the newer name and the older one
@@ -937,6 +949,8 @@ def measured(cell: Cell, options: Options, left: float, cache: str) -> Found:
     out, error, why = ended(command, seconds, **environment)
     results = [line.removeprefix("RESULT ") for line in out.splitlines() if line.startswith("RESULT ")]
     found: Found = json.loads(results[-1]) if results else {}
+    if why:
+        print(error[-6000:], file=sys.stderr)
     return found | {"failed": why} if why else found
 
 
@@ -989,37 +1003,48 @@ def main(options: Options) -> None:
         except UserError as error:
             sys.exit(str(error))
         return
-    begun, end = time.monotonic(), time.monotonic() + 60 * options.minutes
+    begun = time.monotonic()
+    end = begun + 60 * options.minutes
     results: dict[str, list[tuple[Cell, Found]]] = {}
     unreached: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as cache:
-        for name, section in SECTIONS.items():
-            if options.only and name not in options.only and name != "hardware":
-                unreached[name] = "Not asked for this time."
-                continue
-            if name == "compiled" and options.device.startswith("sim"):
-                unreached[name] = "Not on the simulated device."
-                continue
-            done = results.setdefault(name, [])
-            cells = section.cells(options)
-            found: Found | None = None
-            try:
-                while True:
-                    cell = cells.send(found) if found is not None else next(cells)
-                    if (left := end - time.monotonic()) < 5:
-                        cells.close()
-                        unreached[name] = f"Not reached, or not to its end: {options.minutes:g} minutes were over."
-                        break
-                    cell |= {"quick": options.quick}
-                    found = measured(cell, options, left, cache)
-                    if name == "hardware" and "failed" in found:
-                        print(found["failed"], file=sys.stderr)
-                        sys.exit(1)
-                    done.append((cell, found))
-                    took = f"{time.monotonic() - begun:5.0f} s"
-                    print(took, name, json.dumps(cell), json.dumps(found), file=sys.stderr, flush=True)
-            except StopIteration:
-                pass
+
+    def run(name: str, cells: Cells, cache: str) -> list[tuple[Cell, Found]]:
+        """All that a group of cells gives while there is time."""
+        done: list[tuple[Cell, Found]] = []
+        found: Found | None = None
+        with suppress(StopIteration):
+            while True:
+                cell = cells.send(found) if found is not None else next(cells)
+                if (left := end - time.monotonic()) < 5:
+                    cells.close()
+                    unreached[name] = f"Not reached, or not to its end: {options.minutes:g} minutes were over."
+                    break
+                cell |= {"quick": options.quick}
+                found = measured(cell, options, left, cache)
+                done.append((cell, found))
+                took = f"{time.monotonic() - begun:5.0f} s"
+                print(took, name, json.dumps(cell), json.dumps(found), file=sys.stderr, flush=True)
+        return done
+
+    for name in SECTIONS:
+        if options.only and name not in options.only and name != "hardware":
+            unreached[name] = "Not asked for this time."
+        elif name == "compiled" and options.device.startswith("sim"):
+            unreached[name] = "Not on the simulated device."
+    asked = {name: section for name, section in SECTIONS.items() if name not in unreached}
+    with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(options.jobs) as pool:
+        results["hardware"] = run("hardware", SECTIONS["hardware"].cells(options)[0], cache)
+        if failed := results["hardware"][0][1].get("failed"):
+            print(failed, file=sys.stderr)
+            sys.exit(1)
+        together = {
+            name: [pool.submit(run, name, group, cache) for group in section.cells(options)]
+            for name, section in asked.items() if not section.alone
+        }  # fmt: skip
+        results |= {name: [found for group in groups for found in group.result()] for name, groups in together.items()}
+        for name, section in asked.items():
+            if section.alone and name != "hardware":
+                results[name] = [found for group in section.cells(options) for found in run(name, group, cache)]
     text = page(options, results, unreached, time.monotonic() - begun)
     if options.json:
         numbers = {name: [{"cell": c, "found": f} for c, f in done] for name, done in results.items()}

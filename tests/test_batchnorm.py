@@ -21,10 +21,11 @@ from frugan.gan.networks import build
 from frugan.gan.step import Step
 from frugan.memory import Engine, accumulate, limit
 from frugan.memory.batchnorm import WholeBatch, layers_of
+from frugan.memory.candidates import Job
 from frugan.memory.layout import WHOLE_BATCH_NORM, Guarantee, Layout, uncoupling
 from frugan.memory.levers import recomputing
 from frugan.memory.recover import Change, Recovery
-from frugan.memory.search import Job, Search
+from frugan.memory.search import Search
 from frugan.training.model import Model
 from frugan.utils.draws import Draws
 from frugan.utils.errors import UserError

@@ -107,6 +107,41 @@ def test_a_training_ends_with_the_weights_that_the_cpu_gives(recipe: str, precis
         assert torch.allclose(tensor.float(), here[name].float(), rtol=1e-3, atol=1e-4), name
 
 
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="graphs are CUDA's")
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_graphs_change_no_bit(recipe: str, precision: str, few: Path, tmp_path: Path) -> None:
+    more = {"flip": True, "augment": "diff", "conditional": True} if precision == "fp32" else {"accumulation_steps": 2}
+    runs = []
+    for way in ("yes", "no"):
+        asked = settings_of(recipe, precision=precision, **more)
+        settings = {k: v for k, v in asked.items() if k in recipes.get(recipe).flat()}
+        run = Run(out=str(tmp_path / way), device=NAME, cuda_graphs=way)  # type: ignore[arg-type]
+        trainer = Trainer(Session.open(recipes.get(recipe).replace(data=str(few), **settings), run, Console(True)))
+        runs.append(trainer.train())
+        assert trainer.loop
+        assert [r.graph is not None for r in trainer.loop.graphs.recorded.values()] == ([True] * 2 if way == "yes" else [])
+    assert_same_state(*runs)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="graphs are CUDA's")
+def test_where_memory_runs_out_while_a_graph_is_made_training_goes_on_without(few: Path, tmp_path: Path) -> None:
+    plain = frugan.train(few, out=tmp_path / "plain", cuda_graphs="no", **settings_of("dcgan"))
+    for fails in (0, 3, 30):  # on its tape, and while it is recorded
+
+        def scarce(images: int, fails: int = fails) -> None:
+            nonlocal open_
+            if images == 32 and not open_:
+                open_ = Scarce(fails, DEVICE)
+                open_.__enter__()
+            elif images == 48 and open_:
+                open_.__exit__(None, None, None)
+
+        open_: Scarce | None = None
+        run = frugan.train(few, out=tmp_path / f"{fails}", cuda_graphs="yes", on_update=scarce, **settings_of("dcgan"))
+        assert_same_state(plain, run)
+
+
 @pytest.mark.parametrize(("recipe", "precision"), [(r, "fp32") for r in OWN_CODE] + [("dcgan", "fp16"), ("r3", "fp16")])
 def test_a_training_that_is_killed_and_goes_on_was_never_stopped(recipe: str, precision: str, few: Path, tmp_path: Path) -> None:
     asked = settings_of(recipe, precision=precision, flip=True, augment="ada", ada_images=500, accumulation_steps=3)
@@ -188,7 +223,7 @@ def test_memory_that_runs_out_in_an_update_is_recovered_from(recipe: str, few: P
                     assert torch.allclose(tensor.float(), got[key].float(), rtol=1e-4, atol=1e-4), (fails, key, changes)
         update(None)
 
-    run = Run(out=str(tmp_path / "r"), device=NAME)
+    run = Run(out=str(tmp_path / "r"), device=NAME, cuda_graphs="no")
     trainer = Trainer(Session.open(recipes.get(recipe).replace(data=str(few), **asked), run, Console(True)), some_allocations)
     trainer.train()
     assert len(outcomes) > 20 and (recipe != "r3" or any(outcomes))
@@ -278,7 +313,7 @@ def test_sizes_that_pooling_does_not_divide(size: int, few: Path, tmp_path: Path
         run = frugan.train(few, out=tmp_path / recipe, **settings_of(recipe, image_size=size, epochs=1, width_g=4, width_d=4))
         there, here = (frugan.load(run, device=name).network for name in (NAME, "cpu"))
         noise = torch.randn(2, 8)
-        with torch.no_grad():
+        with torch.no_grad(), device.arithmetic("fp32", DEVICE):
             assert torch.allclose(there(noise.to(DEVICE)).cpu(), here(noise), atol=1e-3)
 
 

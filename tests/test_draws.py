@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frugan.utils.draws import Draws
+from frugan.utils.draws import Draws, hashed
 
 
 @given(first=st.integers(0, 500), counts=st.lists(st.integers(1, 90), min_size=1, max_size=5), seed=st.integers(0, 3))
@@ -40,3 +40,17 @@ def test_distributions() -> None:
         assert mask.shape == (20_000, 3, 5)
         assert abs(float(mask.float().mean()) - (1 - p)) < 0.005
         assert not p or (mask.float().mean(0) - (1 - p)).abs().max() < 0.02
+
+
+def test_hashes_are_bits_like_any_others_and_those_of_their_rows() -> None:
+    device = torch.device("cpu")
+    bits = hashed(5, 0, 4096, 6, device)
+    assert len(bits.unique()) == bits.numel()
+    ones = torch.stack([(bits >> place) & 1 for place in range(64)]).double()  # [64, rows, words]
+    assert (ones.mean((1, 2)) - 0.5).abs().max() < 0.015 and (ones.mean((0, 2)) - 0.5).abs().max() < 0.12
+    around = ones.reshape(64 * 6, -1) - 0.5  # neither places nor rows go together
+    together = around @ around.T / around.shape[1]
+    assert (together - torch.eye(len(together)) / 4).abs().max() < 0.025
+    assert abs(float((ones[:, 1:] != ones[:, :-1]).double().mean()) - 0.5) < 0.002
+    assert torch.equal(hashed(5, torch.tensor(7), 3, 6, device), bits[7:10])
+    assert not (hashed(6, 0, 64, 6, device) == bits[:64]).any()

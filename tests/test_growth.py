@@ -2,13 +2,14 @@
 
 import json
 import sys
+from typing import Any
 
 import pytest
 import torch
 
 from frugan.config import recipes
 from frugan.gan.levers import PHASES, named, variants
-from frugan.memory import host, limit
+from frugan.memory import host, limit, private
 from frugan.memory.calls import Calls
 from frugan.memory.growth import LARGE, SMALL, Growth, traced
 from frugan.memory.layout import Layout
@@ -87,7 +88,14 @@ def test_a_call_on_the_like_is_not_run_again_unless_it_draws_moves_or_decides() 
     aten = torch.ops.aten
 
     def run(func: object, *arguments: object, **named: object) -> tuple[object, list[int]]:
-        return calls.run(func, arguments, named, lambda *_: None)[:2]
+        def ran(func: Any, args: Any, kwargs: Any) -> tuple[Any, list[int], int, None]:
+            inside: list[int] = []
+            with private.recording(inside):
+                result = func(*args, **kwargs)
+            return result, inside, 0, None
+
+        result, (inside, _, _) = calls.run(func, arguments, named, ran)
+        return result, inside
 
     (first, moves), (second, again) = (run(aten.mm.default, weight, weight.T) for _ in range(2))
     assert torch.equal(first, torch.full((2, 2), 3.0)) and torch.equal(second, torch.zeros(2, 2)) and moves == again

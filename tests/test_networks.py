@@ -9,6 +9,7 @@ from frugan.config.architectures import R3, Architecture, Dcgan, Upsampling
 from frugan.gan.networks import build
 from frugan.gan.networks.blocks import ResizedConv, means
 from frugan.gan.networks.generators import GENERATORS
+from frugan.gan.networks.r3 import Enlarge, Enlarged
 from frugan.gan.summary import summarise
 from frugan.utils.draws import Draws, Rows
 from frugan.utils.errors import UserError
@@ -105,3 +106,14 @@ def test_means_as_products_are_adaptive_means(length: int, size: int) -> None:
     x = torch.randn(2, 3, length, length + 1, dtype=torch.float64)
     products = means(length, size, x) @ x @ means(length + 1, size, x).T
     assert torch.allclose(products, nn.functional.adaptive_avg_pool2d(x, size), atol=1e-14)
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 7), (7, 14), (14, 28), (5, 11)])
+def test_the_gradient_of_bilinear_upsampling_as_products_is_torchs(before: int, after: int) -> None:
+    x = torch.randn(2, 3, before, before, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(2, 3, after, after, dtype=torch.float64)
+    ours, theirs = (
+        torch.autograd.grad((enlarged(x) * direction).sum(), x)[0]
+        for enlarged in (lambda x: Enlarged.apply(x, after), Enlarge(after))
+    )
+    assert torch.allclose(ours, theirs, atol=1e-6)

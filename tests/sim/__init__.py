@@ -27,6 +27,8 @@ def missing() -> str | None:
     """Why the device cannot be had here, or None."""
     if sys.platform != "linux":
         return "the simulated device is built on Linux"
+    if torch.cuda.is_available():
+        return "torch knows one accelerator in a process, and there is a GPU: FRUGAN_TEST_DEVICE=cuda tests that"
     return None if shutil.which("c++") else "the simulated device needs a C++ compiler (c++)"
 
 
@@ -135,6 +137,11 @@ def max_memory_allocated(device: Any = None) -> int:
 
 def max_memory_reserved(device: Any = None) -> int:
     return int(_library.sim_most_reserved(_index(device)))
+
+
+def memory_stats_as_nested_dict(device: Any = None) -> dict[str, Any]:
+    figures = {"current": memory_allocated(device), "peak": max_memory_allocated(device)}
+    return {"allocated_bytes": {"all": figures}}
 
 
 def reset_peak_memory_stats(device: Any = None) -> None:

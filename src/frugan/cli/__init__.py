@@ -29,6 +29,10 @@ COMMANDS: dict[str, Command | Mapping[str, Command]] = {
 }
 
 
+# Of cuBLAS, which takes them once for each stream: 8 and 4 MiB, where torch gives it 64 on large GPUs.
+WORKSPACES = {"CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8", "CUBLASLT_WORKSPACE_SIZE": "4096"}
+
+
 def parse(arguments: Sequence[str]) -> tuple[Command, Any]:
     """The command that was asked for, and what was said to it.
 
@@ -86,6 +90,8 @@ def run() -> None:
     On Linux it ends at once, when all that was registered for the end has run: the end of CUDA's libraries, which importing torch
     loads, touches 150 MiB of them that this process never needed, and would exceed its budget.
     """
+    for name, value in WORKSPACES.items():
+        os.environ.setdefault(name, value)
     code: object = 0
     try:
         main()

@@ -131,7 +131,7 @@ def usable(recipe: Recipe, phase: str, device: torch.device, coupled: tuple[bool
 
 
 def jobs(
-    recipe: Recipe, device: torch.device, coupled: tuple[bool, bool], trace: Callable[[str, Levers], Growth],
+    recipe: Recipe, device: torch.device, coupled: tuple[bool, bool], trace: Callable[[str, Levers, int], Growth],
     loads: Callable[[str], int] = lambda lever: 0,
 ) -> list[Job]:  # fmt: skip
     """Both phases, for the search, traced by ``trace``.
@@ -140,7 +140,7 @@ def jobs(
         recipe: what is trained.
         device: on what.
         coupled: whether a sample's output depends on the others of its micro-batch, in the generator and in the discriminator.
-        trace: a phase and its levers to what a micro-batch allocates.
+        trace: a phase, its levers, and the samples that must be looked at (`Job`) to what a micro-batch allocates.
         loads: the name of a lever to the bytes besides tensors that come with it.
 
     Raises:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam
@@ -110,7 +111,7 @@ class FrugalAdam(Adam):
         adam(
             weights, gradients, first, [state["exp_avg_sq"] for state in states], [], [state["step"] for state in states],
             fused=True, grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None),
-            amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=0.0,
+            amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=_rate(group["lr"], weights), weight_decay=0.0,
             eps=group["eps"], maximize=False,
         )  # fmt: skip
 
@@ -194,6 +195,13 @@ class LowBitAdam(FrugalAdam):
         state["step"].copy_(step)
 
 
+def _rate(rate: float | Tensor, weights: list[Tensor]) -> float | Tensor:
+    """``rate`` as an accelerator's kernel reads it from a tensor, in single precision, whether it is one or not."""
+    if isinstance(rate, Tensor) or not weights or weights[0].device.type == "cpu":
+        return rate
+    return float(np.float32(rate))
+
+
 def _names(moment: str, parameter: Tensor) -> tuple[str, str]:
     """Of the codes and the scales of a moment in 8 bits."""
     order = "" if parameter.is_contiguous() else "/channels_last"
@@ -233,13 +241,42 @@ class Ema(AveragedModel):
         super().__init__(network, device, multi_avg_fn=get_ema_multi_avg_fn(0.0), use_buffers=True)  # type: ignore[no-untyped-call]
         self.requires_grad_(False)
         self.half_life = half_life
+        self._of: tuple[nn.Module, ...] = ()  # the network, whose tensors stay where they are; a module would be saved as a part
+        self._kinds: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}  # those of the average, and its
+        self._begun: bool | None = None  # whether anything was taken in; None: to be asked of the device, which waits for it
+        self.register_load_state_dict_post_hook(lambda *_: setattr(self, "_begun", None))  # type: ignore[no-untyped-call]
 
+    @torch.no_grad()
     def update(self, network: nn.Module, batch: int, images_seen: int) -> None:
-        """Takes in ``network`` as it is after ``images_seen`` images, ``batch`` of them since the last time."""
+        """Takes in ``network`` as it is after ``images_seen`` images, ``batch`` of them since the last time.
+
+        As torch's ``update_parameters``, which asks the device at every tensor whether it is the first time.
+        """
         half_life = min(self.half_life, images_seen * EMA_RAMP)
         decay = 0.5 ** (batch / half_life) if half_life else 0.0
-        self.multi_avg_fn = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-        self.update_parameters(network)
+        if self._begun is None:
+            self._begun = bool(self.n_averaged)
+        if network not in self._of:
+            self._of, self._kinds = (network,), {}
+            for pair in zip(_tensors(self.module), _tensors(network), strict=True):
+                for tensors, tensor in zip(self._kinds.setdefault(pair[0].dtype, ([], [])), pair, strict=True):
+                    tensors.append(tensor)
+        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        # Whole numbers first: averaging them allocates, and what is done again where memory runs out must not have begun.
+        for averaged, tensors in sorted(self._kinds.values(), key=lambda kind: kind[0][0].is_floating_point()):
+            newest = [tensor.to(mine.device) for tensor, mine in zip(tensors, averaged, strict=True)]
+            if self._begun:
+                average(averaged, newest, self.n_averaged)
+            else:
+                for old, new in zip(averaged, newest, strict=True):
+                    old.copy_(new)
+        self.n_averaged += 1
+        self._begun = True
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from (p.detach() for p in module.parameters())
+    yield from module.buffers()
 
 
 def warm_up_update(device: torch.device) -> None:

@@ -61,8 +61,7 @@ class Passes:
         """
         if not self.balanced:
             return self._of_real(first, count, labels).used_as(scope)
-        place = self.draws.uniform(f"class/{scope}", first, count).mul(len(self.balanced)).long().clamp_(max=len(self.balanced) - 1)
-        classes = torch.tensor(self.balanced)[place]
+        classes = self.draws.among(f"class/{scope}", first, count, self.balanced)
         return Rows(self.draws, scope, first, count, classes.to(self.like.device))
 
     def _generate(self, rows: Rows, *, learns: bool = False, layout: Layout | None = None) -> Tensor:

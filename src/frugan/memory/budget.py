@@ -5,16 +5,19 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
+from frugan.memory import limit
+from frugan.memory.candidates import Candidate
 from frugan.memory.host import Freed
 from frugan.memory.layout import Layout
 from frugan.memory.limit import MIB
 from frugan.memory.plan import Plan
-from frugan.memory.search import Candidate, Choice, Search
+from frugan.memory.search import Choice, Search
 from frugan.memory.trace import Timeline
 from frugan.utils.errors import UserError
 from frugan.utils.units import size
@@ -147,16 +150,29 @@ class BudgetPlanner:
         process = self.process()
         budget = self._budget(process)
         while self.named is None or self.named >= process.begun - AHEAD:
-            available = self.available(process, budget)
-            choice = self.search.choose(available)
-            plan = choice and self._described(choice, process, budget)
-            if choice and plan and plan.predicted <= budget and self._between(_last(choice)) <= available:
-                return plan
+            try:
+                with self._held():
+                    if plan := self._fitting(process, budget):
+                        return plan
+            except limit.SHORTAGE as error:  # to look for it takes more already
+                if not limit.is_out_of_memory(error):
+                    raise
+            limit.at_rest(self.device)  # what looking for it has left must not count
             if not (self.let_go and self.let_go()):
                 break
             self.let_go, self.data = None, 0
             process = self.process()
         raise self.refusal(process, budget)
+
+    def _fitting(self, process: Process, budget: int) -> Plan | None:
+        available = self.available(process, budget)
+        choice = self.search.choose(available)
+        plan = choice and self._described(choice, process, budget)
+        return plan if choice and plan and plan.predicted <= budget and self._between(_last(choice)) <= available else None
+
+    def _held(self) -> AbstractContextManager[None]:
+        """While open, an accelerator is held to the budget: there, planning runs whole micro-batches."""
+        return nullcontext() if self.named is None or self.device.type == "cpu" else limit.limited(self.named, self.device)
 
     def available(self, process: Process, budget: int) -> int:
         """Bytes of ``budget`` for phases."""

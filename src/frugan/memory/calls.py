@@ -14,7 +14,7 @@ FIRST = object()  # what stands for the first argument
 
 
 class Calls:
-    """What calls gave and allocated on the CPU, by operator and by all that is known of their arguments but the numbers in them.
+    """What calls gave and allocated, by operator and by all that is known of their arguments but the numbers in them.
 
     The next such call is not run: it gives zeros, or what it was given if that is what it changes. So where nothing is decided by
     numbers, whatever repeats itself takes no time. Calls that draw, or give numbers that could decide something (whole ones,
@@ -22,24 +22,26 @@ class Calls:
     """
 
     def __init__(self) -> None:
-        self._known: dict[Any, tuple[Any, list[int], Any] | None] = {}
+        self._known: dict[Any, tuple[Any, tuple[list[int], int, Any]] | None] = {}
 
     def run(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], about: Callable[[Any, Any, Any, Any], T]
-    ) -> tuple[Any, list[int], T]:
-        """What ``func`` gives, or zeros in its place, what it allocates and frees, and ``about(func, args, kwargs, result)``."""
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        ran: Callable[[Any, Any, Any], tuple[Any, list[int], int, T]],
+    ) -> tuple[Any, tuple[list[int], int, T]]:
+        """What ``func`` gives, or zeros in its place, and what ``ran``, which runs it, says besides: what it allocates and frees
+        inside, what it needs apart from results, and its work."""
         key = None
         if torch.Tag.nondeterministic_seeded not in func.tags:
             key = func, _described(args), _described(kwargs)
             with suppress(TypeError):  # something that cannot be looked up, such as a generator
                 if known := self._known.get(key):
-                    like, moves, said = known
-                    return args[0] if like is FIRST else _zeros(like), list(moves), said
-        inside: list[int] = []
+                    like, said = known
+                    return args[0] if like is FIRST else _zeros(like), said
         place = private.address(args[0]) if args and isinstance(args[0], Tensor) else None
-        with private.recording(inside):
-            result = func(*args, **kwargs)
-        said = about(func, args, kwargs, result)
+        result, inside, apart, work = ran(func, args, kwargs)
         with suppress(TypeError):
             if key is not None and key not in self._known:
                 like = None
@@ -48,8 +50,8 @@ class Calls:
                 elif place and result is args[0] and result.is_floating_point() and not inside:
                     unmoved = private.address(result) == place and _described(result) == key[1][0]
                     like = FIRST if unmoved else None  # its numbers alone have changed
-                self._known[key] = None if like is None else (like, list(inside), said)
-        return result, inside, said
+                self._known[key] = None if like is None else (like, (inside, apart, work))
+        return result, (inside, apart, work)
 
 
 class _Like(NamedTuple):

@@ -198,9 +198,9 @@ class Engine(AbstractContextManager["Engine"]):
     def _held(self) -> list[Tensor]:
         return [*self.module.parameters(), *self.module.buffers(), *state_of(self.optimizer), *self._reserved]
 
-    def _growth(self, tensors: Sequence[Tensor], used: Levers) -> Growth:
+    def _growth(self, tensors: Sequence[Tensor], used: Levers, largest: int = 0) -> Growth:
         granule = 1 if self.device.type == "cpu" else GRANULE
-        return traced(lambda count: self._trace(tensors, used, count), granule)
+        return traced(lambda count: self._trace(tensors, used, count), granule, largest)
 
     def _trace(self, tensors: Sequence[Tensor], used: Levers, count: int) -> Timeline:
         """What ``count`` samples allocate, whose gradients are thrown away; statistics and generators are as before.
@@ -248,21 +248,21 @@ class Growths:
     """What micro-batches allocate, by levers; kept packed: read, what resnet50 does takes 40 MiB.
 
     Args:
-        make: of levers that are asked for the first time.
+        make: of levers, and samples to be looked at, that are asked for the first time.
     """
 
-    def __init__(self, make: Callable[[Levers], Growth]) -> None:
+    def __init__(self, make: Callable[[Levers, int], Growth]) -> None:
         self.make = make
         self.outlines: dict[Levers, Outline] = {}
-        self._packed: dict[Levers, bytes] = {}
+        self._packed: dict[tuple[Levers, int], bytes] = {}
 
-    def __call__(self, levers: Levers) -> Growth:
+    def __call__(self, levers: Levers, largest: int = 0) -> Growth:
         """Of a micro-batch with ``levers``."""
-        if levers not in self._packed:
-            made = self.make(levers)
+        if (levers, largest) not in self._packed:
+            made = self.make(levers, largest)
             self.outlines[levers] = made.outline
-            self._packed[levers] = zlib.compress(json.dumps(made.as_dict()).encode(), 1)
-        return Growth.from_dict(json.loads(zlib.decompress(self._packed[levers])))
+            self._packed[levers, largest] = zlib.compress(json.dumps(made.as_dict()).encode(), 1)
+        return Growth.from_dict(json.loads(zlib.decompress(self._packed[levers, largest])))
 
     def settled(self, plan: Callable[[], T]) -> T:
         """What ``plan`` gives once it makes no more of them: what running them has left in the process has a part in it.

@@ -262,8 +262,13 @@ def alike(low: Timeline, high: Timeline) -> bool:
     return low_ == high_ and len(low.held) == len(high.held)
 
 
-def traced(trace: Callable[[int], Timeline], granule: int) -> Growth:
-    """The growth of what ``trace`` runs on so many samples; where few are computed otherwise than more, of more."""
+def traced(trace: Callable[[int], Timeline], granule: int, largest: int = 0) -> Growth:
+    """The growth of what ``trace`` runs on so many samples; where few are computed otherwise than more, of more.
+
+    With ``largest`` it is right at so many samples, whatever libraries do with as many: these are run.
+    """
+    if largest > LARGE:
+        return Growth.between(trace(SMALL), trace(largest), granule, large=largest)
     low, high = trace(SMALL), trace(LARGE)
     if not alike(low, high):
         low = trace(SMALL)  # what ran for the first time met other things

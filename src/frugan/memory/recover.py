@@ -74,6 +74,7 @@ class Recovery:
         self._met: set[tuple[str, Layout]] = set()  # what has been computed once
         self._settled = False  # whether all has that is done now
         self._cheapest: set[str] = set()  # phases that exceed the budget, and for which nothing cheaper is left
+        self.let_go: Callable[[], None] = lambda: None  # gives up memory that only makes training faster
 
     def run(self, phase: str, compute: Callable[[Layout], T]) -> T:
         """``compute`` with the layout of ``phase``; with cheaper ones if memory runs out.
@@ -131,6 +132,7 @@ class Recovery:
         limit.loosen()
 
     def _give_back(self) -> None:
+        self.let_go()
         gc.collect()
         if self.device.type == "cpu":
             self.freed = "return"

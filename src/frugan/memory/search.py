@@ -1,155 +1,36 @@
 """The search for a plan: which layouts there are, what each would allocate and how long it would take, and the fastest that fits.
 
-Two small traces of each combination of levers say what micro-batches of any size allocate (`frugan.memory.growth`); nothing is run
-here. Combinations are looked at when they may be of use: where micro-batches alone are exact and hardly slower than the
-whole batch, nothing is traced but these. Times are arithmetic at fixed rates, not a clock: the same command makes the same plan.
+Two small traces of each combination of levers say what micro-batches of any size allocate (`frugan.memory.growth`); on an
+accelerator those that are to be chosen are run as they are. Combinations are looked at when they may be of use: where micro-batches
+alone are exact and hardly slower than the whole batch, nothing is traced but these. Times are arithmetic at fixed rates, not a
+clock: the same command makes the same plan.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 
-from frugan.memory import pool
+from frugan.memory import limit, pool
+from frugan.memory.candidates import Candidate, Exact, shortened
+from frugan.memory.candidates import Choice as Choice
+from frugan.memory.candidates import Job as Job
+from frugan.memory.candidates import Levers as Levers
 from frugan.memory.growth import Growth, Rates
 from frugan.memory.host import Freed
-from frugan.memory.layout import SMALLEST_COUPLED, Guarantee, Layout, Lever, split, uncoupling
+from frugan.memory.layout import SMALLEST_COUPLED, Guarantee, Layout, uncoupling
 from frugan.memory.private import UNMEASURED, can_record
 from frugan.memory.segments import LEAST, ROUND, SMALL_SEGMENT, Full, Segments
 from frugan.memory.trace import Timeline
+from frugan.utils.accelerator import accelerator
 
 KEPT = 1.4  # times what is live is what the C library's heap holds where there is no pool: 1.08 to 1.6 were seen (docs/LOG.md)
 SEGMENTS_MARGIN = 1.02  # the same of an accelerator's segments: a guess, until `make gpu` has measured it
 SLOWER = 1.05  # micro-batches alone that take no longer than this, of the whole batch's time, are not bettered by levers
 
-Levers = tuple[Lever, ...]
-
 # Those of accelerators are of a small GPU's data sheet and of PCIe 3; unmeasured.
 RATES = {"cpu": Rates(1.5e11, 2e10, 6e-6, 2.5e9, 2e10), "cuda": Rates(2e13, 1e12, 1e-5, 5e10, 1.2e10)}
-
-
-@dataclass(frozen=True)
-class Job:
-    """One phase of a training, as the search sees it.
-
-    Args:
-        name: of the phase.
-        batch: its samples.
-        variants: the combinations of levers there are, the plainest first.
-        trace: a combination of levers to what a micro-batch allocates with them.
-        coupled: whether a sample's output depends on the others of its micro-batch.
-        smallest: what a micro-batch must not be smaller than, but with levers that uncouple samples.
-        parts: how many micro-batches, if that was asked for.
-        draws: whether it draws from torch's global generators, which draw otherwise for micro-batches.
-        loads: the name of a lever to the bytes besides tensors that come with it, such as libraries that it loads.
-    """
-
-    name: str
-    batch: int
-    variants: Sequence[Levers]
-    trace: Callable[[Levers], Growth]
-    coupled: bool = False
-    smallest: int = 1
-    parts: int | None = None
-    draws: bool = False
-    loads: Callable[[str], int] = lambda lever: 0
-
-    def counts(self, levers: Levers) -> list[int]:
-        """The numbers of micro-batches worth a look with ``levers``: one for each size of the largest, few ones first."""
-        if self.parts:
-            return [self.parts]
-        sizes = sorted({math.ceil(self.batch / k) for k in range(1, self.batch + 1)}, reverse=True)
-        counts = [math.ceil(self.batch / size) for size in sizes]
-        if uncoupling(levers):
-            return counts[1:]  # there is nothing to uncouple in a whole batch
-        return [k for k in counts if k == 1 or min(split(self.batch, k)) >= self.smallest]
-
-    @property
-    def can_uncouple(self) -> bool:
-        """Whether there are levers with which micro-batches are exact although samples are coupled."""
-        return any(uncoupling(levers) for levers in self.variants)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A layout for a job, with what it would allocate at its peak, hold for that if freed memory is kept (``held``) or goes back
-    (``least``), both estimated, and cost in an update."""
-
-    job: Job
-    layout: Layout
-    allocated: int
-    held: int
-    least: int
-    flops: int
-    seconds: float
-    fresh: int  # bytes allocated anew in one update
-    exact: "Exact | None" = None  # if it is no estimate
-
-    @property
-    def guarantee(self) -> Guarantee:
-        """What this layout leaves as it is."""
-        return self.layout.guarantee(self.job.coupled or self.job.draws)
-
-    def needs(self, freed: Freed) -> int:
-        """Bytes that the process holds for it, if freed memory is kept (``reuse``) or goes back (``return``)."""
-        found = self.exact or self
-        return self.loads + (found.held if freed == "reuse" else found.least)
-
-    @property
-    def loads(self) -> int:
-        """Bytes besides tensors that come with its levers."""
-        return sum(self.job.loads(lever.name) for lever in self.layout.levers)
-
-    def time(self, freed: Freed, rates: Rates) -> float:
-        """Seconds of an update on a device of these rates."""
-        return self.seconds + (self.fresh / rates.fresh if freed == "return" else 0)
-
-
-class Exact:
-    """What a layout allocates, as its timeline says."""
-
-    def __init__(self, timeline: Timeline, holds: Callable[[Freed, int], int]) -> None:
-        self.timeline = timeline
-        self.moment = timeline.peak()
-        self._holds = holds
-
-    @cached_property
-    def held(self) -> int:
-        """Bytes of the process where freed memory is kept."""
-        return self._holds("reuse", self.moment.bytes)
-
-    @cached_property
-    def least(self) -> int:
-        """The same where it goes back."""
-        return self._holds("return", self.moment.bytes)
-
-    def forget_timeline(self) -> None:
-        """Keeps the numbers alone."""
-        _ = self.held, self.least  # which stay
-        self.timeline = Timeline()
-        del self._holds
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What the search decided."""
-
-    freed: Freed
-    chosen: dict[str, Candidate]
-    refused: dict[str, Candidate]  # what would have been taken next, had there been more memory
-
-    @property
-    def guarantee(self) -> Guarantee:
-        """What holds for the whole."""
-        return max(c.guarantee for c in self.chosen.values())
-
-
-def shortened(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Micro-batches that show what all of ``sizes`` need: two of the largest, as the second finds gradients, and the last."""
-    return sizes[:2] + sizes[-1:] if len(sizes) > 2 and sizes[-1] != sizes[1] else sizes[:2]
 
 
 class Search:
@@ -160,7 +41,7 @@ class Search:
         self.device = device
         self.approximate = approximate  # whether coupled samples may be cut as small as one likes
         self.rates = RATES.get(device.type, RATES["cuda"])
-        self._growths: dict[tuple[str, Levers], Growth] = {}
+        self._growths: dict[tuple[str, Levers, int], Growth] = {}
         self._exact: dict[tuple[str, Layout], Exact] = {}
         self._estimates: dict[tuple[str, Levers], list[Candidate]] = {}
 
@@ -173,24 +54,39 @@ class Search:
         """What a micro-batch of ``job`` allocates with the levers of ``layout``."""
         return self._growth(job, layout.levers)
 
-    def _growth(self, job: Job, levers: Levers) -> Growth:
-        key = (job.name, levers)
+    def _growth(self, job: Job, levers: Levers, largest: int = 0) -> Growth:
+        key = (job.name, levers, largest)
         if key not in self._growths:
-            self._growths[key] = job.trace(levers)
+            self._growths[key] = job.trace(levers, largest)
         return self._growths[key]
 
     def exact(self, job: Job, layout: Layout) -> Exact:
-        """What ``layout`` allocates, its last and smaller micro-batch too; more than two of a size are as two."""
+        """What ``layout`` allocates, its last and smaller micro-batch too; more than two of a size are as two.
+
+        On an accelerator its micro-batch is run: cuDNN takes workspaces for many samples that it does not take for few.
+        """
         key = (job.name, layout)
         if key not in self._exact:
-            timeline = self.growth(job, layout).timeline(shortened(layout.sizes))
-            self._exact[key] = Exact(timeline, partial(self._with_margin, timeline))
+            growth = self.growth(job, layout)
+            if there := accelerator(self.device):
+                try:
+                    growth = self._growth(job, layout.levers, layout.micro_batch)
+                except limit.SHORTAGE as error:
+                    if not limit.is_out_of_memory(error):
+                        raise
+                    # More than there is now, whatever few samples tell; it is asked anew where there may be more.
+                    timeline = growth.timeline(shortened(layout.sizes))
+                    return Exact(timeline, partial(self._with_margin, timeline, there.total()))
+                finally:
+                    there.release()
+            timeline = growth.timeline(shortened(layout.sizes))
+            self._exact[key] = Exact(timeline, partial(self._with_margin, timeline, 0))
         return self._exact[key]
 
-    def _with_margin(self, timeline: Timeline, freed: Freed, most: int) -> int:
+    def _with_margin(self, timeline: Timeline, least: int, freed: Freed, most: int) -> int:
         if self.device.type == "cpu":
             return self._of_live(most, freed)
-        return int(self.holds([timeline], freed) * SEGMENTS_MARGIN)
+        return max(least, int(self.holds([timeline], freed) * SEGMENTS_MARGIN))
 
     def holds(self, timelines: Sequence[Timeline], freed: Freed, available: int | None = None) -> int:
         """What is held for two updates in which ``timelines`` follow each other, whose first says what is there from the start.

@@ -233,22 +233,22 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _watched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[int], int, Work]:
         """The result of ``func``, what it allocated and freed on the CPU, what it needed besides results elsewhere, its work."""
+        if self._calls is None:
+            return self._ran(func, args, kwargs)
+        result, (inside, apart, work) = self._calls.run(func, args, kwargs, self._ran)
+        return result, [*inside], apart, work
+
+    def _ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[int], int, Work]:
         inside: list[int] = []
+        apart = 0
         if self._there is None:
-            if self._calls is not None:
-                result, inside, work = self._calls.run(func, args, kwargs, self._work)
-                return result, inside, 0, work
             with private.recording(inside):
                 result = func(*args, **kwargs)
-            return result, inside, 0, self._work(func, args, kwargs, result)
-        there = self._there
-        there.wait()
-        there.forget_peak()
-        before = there.allocated()
-        result = func(*args, **kwargs)
-        there.wait()
-        apart = there.most_allocated() - max(before, there.allocated())
-        return result, [], apart, self._work(func, args, kwargs, result)
+        else:  # allocators count on the host, whatever the device has done of it
+            self._there.forget_peak()
+            result = func(*args, **kwargs)
+            apart = self._there.besides()
+        return result, inside, apart, self._work(func, args, kwargs, result)
 
     def _work(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Work:
         sizes = [(t.device.type, t.numel() * t.element_size()) for t in tensors_in([args, kwargs, result])]
@@ -323,7 +323,7 @@ def trace(
         made: asked at the end, tensors that ``computation`` made, by what they are for; the rest are activations.
         ignore: tensors that are there before and do not count.
         device: whose memory is looked at.
-        calls: what is known of calls on the CPU, if nothing in ``computation`` is decided by numbers.
+        calls: what is known of calls, if nothing in ``computation`` is decided by numbers.
     """
     tracer = Tracer(device, calls)
     tracer.hold("", ignore)

@@ -20,6 +20,7 @@ from frugan.reporting.records import Line, MemoryMeasured
 from frugan.utils.units import size
 
 MANY = 1000  # images whose packing takes long enough to be announced
+SHOWN_EVERY = 0.1  # seconds between two looks at progress on a terminal
 PLAIN_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 
 
@@ -58,7 +59,7 @@ class Console:
         self.rich = Rich(quiet=quiet, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._last_plain = 0.0
+        self._last_plain = self._last_shown = 0.0
         self._counted = ""
 
     def tell(self, text: str) -> None:
@@ -253,6 +254,11 @@ class Console:
             self._task = self._bar.add_task("", total=total, completed=done, epoch="", rate="", left="", losses="")
             self._bar.start()
 
+    def due(self) -> bool:
+        """Whether it is time for `progress` again."""
+        since = time.monotonic() - (self._last_plain if self._bar is None else self._last_shown)
+        return since >= (PLAIN_EVERY if self._bar is None else SHOWN_EVERY)
+
     def progress(self, line: Line, total: int | None, epochs: float | None, budget: int | None = None) -> None:
         """Shows how far training is, of how much if that is known, the newest measurements, and what is held of a budget that was
         named."""
@@ -261,6 +267,7 @@ class Console:
         if budget:
             rate += f"  {size(line.memory)} of {size(budget)}"
         if self._bar is not None:
+            self._last_shown = time.monotonic()
             self._bar.update(self._task, total=total, completed=line.images, epoch=where, rate=rate, left=left, losses=measured)
         elif time.monotonic() - self._last_plain >= PLAIN_EVERY:
             self._last_plain = time.monotonic()

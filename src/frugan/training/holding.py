@@ -10,13 +10,14 @@ from frugan.memory.plan import Plan
 from frugan.memory.recover import Change, Recovery
 from frugan.memory.search import Search
 from frugan.reporting.records import Event, LayoutChanged, MemoryMeasured
+from frugan.training.graphs import Graphs, State
 from frugan.training.session import Session
-from frugan.training.state import State
 from frugan.training.traces import Traces
 
 
-def recovery(session: Session, plan: Plan, state: State, note: Callable[[Event], None]) -> Recovery:
-    """What runs both phases as ``plan`` says, and goes on in a cheaper way when memory runs out; ``note`` takes in what happens."""
+def updates(session: Session, plan: Plan, state: State, note: Callable[[Event], None]) -> Graphs:
+    """What updates both networks as ``plan`` says, and goes on in a cheaper way when memory runs out; ``note`` takes in what
+    happens."""
     recipe, device, approximate = session.recipe, session.device, session.run.allow_approximate
 
     def changed(change: Change) -> None:
@@ -51,7 +52,8 @@ def recovery(session: Session, plan: Plan, state: State, note: Callable[[Event],
         smallest=dict.fromkeys(PHASES, 2) if coupled and approximate else least, coupled=coupled, changed=changed, needs=needs,
         planned=plan.planned,
     )  # fmt: skip
-    return made
+    asked = session.run.cuda_graphs
+    return Graphs(state, made, device, asked == "yes" or (asked == "auto" and not plan.named), session.console.tell)
 
 
 def peak(session: Session, plan: Plan, images: int) -> MemoryMeasured | None:

@@ -8,9 +8,9 @@ from functools import partial
 from torch import Tensor
 
 from frugan.memory import limit
-from frugan.memory.recover import Recovery
 from frugan.reporting.records import DurationDecided, Line
 from frugan.training.checkpoints import save, save_generator
+from frugan.training.graphs import Graphs
 from frugan.training.messages import diverged
 from frugan.training.observer import Observer
 from frugan.training.session import Session
@@ -28,20 +28,21 @@ class Loop:
         session: what is trained.
         budget: bytes that the process may hold, if a person named them.
         state: all that changes.
-        recovery: runs phases, and goes on where memory runs out.
+        graphs: updates networks, and goes on where memory runs out.
         observer: looks at it as it goes.
         signals: that may ask it to stop.
         on_update: is called with the number of images seen after every update.
     """
 
     def __init__(
-        self, session: Session, budget: int | None, state: State, recovery: Recovery, observer: Observer, signals: Signals,
+        self, session: Session, budget: int | None, state: State, graphs: Graphs, observer: Observer, signals: Signals,
         on_update: OnUpdate | None = None,
     ) -> None:  # fmt: skip
         self.session = session
         self.budget = budget
         self.state = state
-        self.recovery = recovery
+        self.graphs = graphs
+        self.recovery = graphs.recovery
         self.observer = observer
         self.signals = signals
         self.on_update = on_update
@@ -69,7 +70,8 @@ class Loop:
             last = duration.over(state.images)
             if ended or last or (within and within % session.run.report_every == 0):
                 self._report(self._scores(terms, drawn, labels))
-            session.console.progress(self._line(self.measured), duration.total, duration.epochs, self.budget)
+            if last or session.console.due():
+                session.console.progress(self._line(self.measured), duration.total, duration.epochs, self.budget)
             if ended:
                 self._end_epoch(state.images // len(loader))
             self._pause(ended, last, decided)
@@ -96,8 +98,7 @@ class Loop:
         terms: Terms = {}
         for phase in state.phases.values():
             if (state.updates + 1) % phase.every == 0:
-                terms |= self.recovery.run(phase.name, partial(phase.compute, batch, first))
-                state.update(phase.optimizer)
+                terms |= self.graphs.update(phase, batch, first)
         self.recovery.again(partial(self._take_in, terms))
         state.images += session.batch
         state.updates += 1

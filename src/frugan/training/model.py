@@ -60,11 +60,12 @@ class Model:
             "average": [t for t in averaged if t.device.type == self.device.type],
         }
 
-    def growth(self, phase: str, levers: tuple[Lever, ...]) -> Growth:
-        """What a micro-batch of ``phase`` allocates with ``levers``; it finds gradients of an earlier one."""
+    def growth(self, phase: str, levers: tuple[Lever, ...], largest: int = 0) -> Growth:
+        """What a micro-batch of ``phase`` allocates with ``levers``, looked at with ``largest`` samples too if that is said; it
+        finds gradients of an earlier one."""
         if not self._met:
             self.warm()
-        return traced(lambda count: self._trace(phase, Layout((count,), levers)), self._granule)
+        return traced(lambda count: self._trace(phase, Layout((count,), levers)), self._granule, largest)
 
     def warm(self, count: int = SMALL) -> None:
         """Does all that a training does on ``count`` samples: libraries load what they need, and masks are drawn ahead."""
@@ -110,15 +111,15 @@ class Model:
             for parameter in [*self.generator.parameters(), *self.discriminator.parameters()]:
                 parameter.grad = None
 
-    def sampling(self) -> Growth:
-        """What making images allocates, in the number that is made at a time."""
-        noise = torch.zeros(16, self.recipe.network.latent_dim)
+    def sampling(self, largest: int = 0) -> Growth:
+        """What making images allocates, in the number that is made at a time; right at ``largest`` of them, if that is said."""
+        noise = torch.zeros(max(16, largest), self.recipe.network.latent_dim)
 
         def sample(count: int) -> Timeline:
             inputs = noise[:count], count, self._classes(count)
             return trace(lambda: sampling.to_images(self._sampled(), *inputs), self.held(), device=self.device)
 
-        return traced(sample, self._granule)
+        return traced(sample, self._granule, largest)
 
     def _sampled(self) -> nn.Module:
         return self.average.module if self.average else self.generator

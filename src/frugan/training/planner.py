@@ -99,7 +99,8 @@ class Planner:
     def _besides(self, micro_batch: int) -> dict[str, Beside]:
         """What happens between phases, while no gradients are there, but for evaluations."""
         pictures = 2 * GRID * math.prod(self.recipe.data.shape) if self.device.type == "cpu" else 0
-        found = {"samples": Beside(self.traces.sampling().timeline((micro_batch,)), {"pictures": pictures})}
+        sampling = self.traces.sampling(micro_batch if self.device.type != "cpu" else 0)
+        found = {"samples": Beside(sampling.timeline((micro_batch,)), {"pictures": pictures})}
         if self.recipe.memory.moments != "fp32":  # else Adam allocates nothing, offloaded moments have memory of their own
             updates = [self.traces.updating(phase).timeline((1,)) for phase in PHASES]
             found["update"] = Beside(max(updates, key=lambda t: t.peak().bytes), {})

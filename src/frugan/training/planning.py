@@ -88,9 +88,8 @@ def plan_for(
         UserError: as for a training.
     """
     recipe, source = resolved(recipe, device, tell)
-    with arithmetic(recipe.memory.precision, device):  # which refuses what the device has not
+    with arithmetic(recipe.memory.precision, device), limit.seldom_collected():  # refuses what the device has not
         keep = keepable(limit.budget(memory, device), device)
-    held = bytes_of(source, recipe.data, recipe.training.batch_size, keep)
-    let_go = (lambda: True) if source.random_access and held else None
-    with limit.seldom_collected():
+        held = bytes_of(source, recipe.data, recipe.training.batch_size, keep)
+        let_go = (lambda: True) if source.random_access and held else None
         return find(recipe, device, data=held, memory=memory, approximate=approximate, let_go=let_go)

@@ -62,15 +62,16 @@ class Traces:
         """Bytes besides tensors that come with ``lever``: of torch's formulas of forward mode, in place of double backward's."""
         return self._read("loads", [lever], int) if lever == "penalty" and self.device.type == "cpu" else 0
 
-    def growth(self, phase: str, levers: Levers) -> Growth:
-        """What a micro-batch of ``phase`` allocates with ``levers``."""
+    def growth(self, phase: str, levers: Levers, largest: int = 0) -> Growth:
+        """What a micro-batch of ``phase`` allocates with ``levers``, looked at with ``largest`` samples too if that is said."""
         for lever in levers:
             self.loads(lever.name)  # which a trace would have loaded already
-        return self._read("growth", [phase, [lever.name for lever in levers]], Growth.from_dict)
+        sizes = [largest] if largest else []
+        return self._read("growth", [phase, [lever.name for lever in levers], *sizes], Growth.from_dict)
 
-    def sampling(self) -> Growth:
-        """What making images allocates."""
-        return self._read("sampling", [], Growth.from_dict)
+    def sampling(self, largest: int = 0) -> Growth:
+        """What making images allocates; right at ``largest`` of them at a time, if that is said."""
+        return self._read("sampling", [largest] if largest else [], Growth.from_dict)
 
     def updating(self, phase: str) -> Growth:
         """What an update of the network that ``phase`` trains allocates."""

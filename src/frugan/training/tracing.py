@@ -86,7 +86,7 @@ class InProcess:
         if what == "loads":
             return self._loads(*arguments)
         if what == "growth":
-            arguments = [arguments[0], named(arguments[1])]
+            arguments = [arguments[0], named(arguments[1]), *arguments[2:]]
         found: Growth = getattr(self._model(), what)(*arguments)
         return found.as_dict()
 

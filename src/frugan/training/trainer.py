@@ -9,7 +9,7 @@ from pathlib import Path
 from frugan.memory import limit
 from frugan.training.checkpoints import begin
 from frugan.training.features import learn_features
-from frugan.training.holding import peak, recovery
+from frugan.training.holding import peak, updates
 from frugan.training.loop import Loop, OnUpdate
 from frugan.training.messages import introduce, out_of_memory
 from frugan.training.observer import Observer
@@ -72,7 +72,7 @@ class Trainer:
                 state = begin(session)
                 session.duration.begin(state.images)  # refuses before anything is written; the loop begins it anew, after features
                 loop = Loop(
-                    session, budget, state, recovery(session, plan, state, observer.event), observer, signals, self.on_update
+                    session, budget, state, updates(session, plan, state, observer.event), observer, signals, self.on_update
                 )
                 resumed = session.folder.claim(session.recipe, session.about() | plan.as_dict(), state.images)
                 observer.begin(state.images)

@@ -36,8 +36,15 @@ def choose(name: str) -> torch.device:
             device = torch.device(device.type, torch.get_device_module(device).current_device() if asked else 0)
         if there := accelerator(device):
             there.meet()
-        device = torch.empty(1, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError, AttributeError):
+        first = torch.empty(1, device=device, requires_grad=device.type == "cuda")
+        device = first.device
+        if first.requires_grad:  # cuBLAS warns where it is the first thing that a thread does, as backward's would
+            (first * 1).backward()  # type: ignore[no-untyped-call]
+    except torch.OutOfMemoryError:
+        raise UserError(f"--device {name}: other programs have taken all of its memory; close some of them, or use cpu.") from None
+    except (RuntimeError, AssertionError, NotImplementedError, AttributeError) as error:
+        if "out of memory" in str(error):  # CUDA's own words, where not even its context has room
+            raise UserError(f"--device {name}: other programs have taken its memory; close some of them, or use cpu.") from None
         raise missing from None
     if device.type == "cuda" and torch.version.cuda:
         capability, built_for = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
@@ -79,9 +86,10 @@ def fast_precision(device: torch.device) -> str:
 
 @contextmanager
 def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
-    """While open, products in single precision are as ``precision`` says: TF32 (10 bits of mantissa) for ``tf32``, whole otherwise.
+    """While open, products in single precision are as ``precision`` says: TF32 (10 bits of mantissa) for ``tf32``, whole otherwise;
+    and convolutions give the same bits each time.
 
-    torch by itself lets convolutions round to TF32 on GPUs that have it (Ampere and later).
+    torch by itself lets convolutions round to TF32 on GPUs that have it (Ampere and later), and cuDNN add up in any order.
 
     Raises:
         UserError: TF32 on a device that has none.
@@ -91,10 +99,13 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
         raise UserError(f"--precision tf32 is of NVIDIA GPUs from Ampere on, and {device} has none: use fp32, or bf16.")
     places = [torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul]  # type: ignore[attr-defined]
     before = [place.fp32_precision for place in places]
+    repeats = torch.backends.cudnn.deterministic
     for place in places:
         place.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    torch.backends.cudnn.deterministic = True
     try:
         yield
     finally:
+        torch.backends.cudnn.deterministic = repeats
         for place, value in zip(places, before, strict=True):
             place.fp32_precision = value

@@ -28,6 +28,26 @@ def derive(seed: int, *purpose: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
+def hashed(seed: int, first: int | Tensor, count: int, words: int, device: torch.device) -> Tensor:
+    """Rows ``first`` to ``first + count`` of random bits: int64 ``[count, words]`` on ``device``.
+
+    Each number is a hash of its place, by SplitMix64 (Steele et al. 2014), so that an accelerator makes all of them at once; a
+    generator would have to be set to each row in turn.
+    """
+    rows = (torch.arange(count, device=device) + first).mul_(_signed(0xD1342543DE82EF95)).add_(_signed(seed))
+    bits = rows[:, None] + torch.arange(1, words + 1, device=device).mul_(_signed(0x9E3779B97F4A7C15))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, None)):
+        bits ^= (bits >> shift).bitwise_and_((1 << (64 - shift)) - 1)  # int64 brings its sign along
+        if factor is not None:
+            bits *= _signed(factor)
+    return bits
+
+
+def _signed(number: int) -> int:
+    """64 bits as int64 has them."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
 class Order:
     """A random permutation of ``n`` numbers that can be read anywhere.
 
@@ -85,25 +105,30 @@ class Draws:
         """The same, uniform in [0, 1)."""
         return self._rows(purpose, first, count, lambda: torch.empty(BLOCK, *shape), self._cpu, Tensor.uniform_)
 
-    def keep(self, purpose: str, first: int, count: int, shape: tuple[int, ...], p: float) -> Tensor:
-        """Rows of a dropout mask on the device, true with chance ``1 - p`` rounded to 1/65536: bool ``[count, *shape]``."""
-        device = self._device.device
-        if device.type not in ("cpu", "cuda"):  # not every accelerator (MPS) draws all of 64 bits
-            return self._rows(
-                purpose, first, count, lambda: torch.empty(MASK_BLOCK, *shape, device=device), self._device,
-                lambda numbers, generator: numbers.uniform_(generator=generator) >= p, MASK_BLOCK,
-            )  # fmt: skip
+    def among(self, purpose: str, first: int, count: int, numbers: tuple[int, ...]) -> Tensor:
+        """Rows of which each is one of ``numbers``, all as likely: int64 ``[count]`` on the CPU."""
+        place = self.uniform(purpose, first, count).mul(len(numbers)).long().clamp_(max=len(numbers) - 1)
+        return torch.tensor(numbers)[place]
 
+    def keep(self, purpose: str, first: int | Tensor, count: int, shape: tuple[int, ...], p: float) -> Tensor:
+        """Rows of a dropout mask on the device, true with chance ``1 - p`` rounded to 1/65536: bool ``[count, *shape]``.
+
+        On an accelerator ``first`` may be an int64 tensor ``[]`` there: nothing is asked of the host.
+        """
+        device, least = self._device.device, round(p * 65536) - 32768
+
+        # Four masks from 64 bits: nine times as fast as bernoulli_ on a CPU.
         def mask(bits: Tensor, generator: torch.Generator) -> Tensor:
-            # Four masks from one draw of 64 bits: nine times as fast as bernoulli_ on a CPU.
             bits.random_(-(2**63), None, generator=generator)
-            return (bits.view(torch.int16) >= round(p * 65536) - 32768).view(MASK_BLOCK, *shape)
+            return (bits.view(torch.int16) >= least).view(MASK_BLOCK, *shape)
 
-        words = MASK_BLOCK * math.prod(shape) // 4
-        return self._rows(
-            purpose, first, count, lambda: torch.empty(words, dtype=torch.int64, device=device),
-            self._device, mask, MASK_BLOCK,
-        )  # fmt: skip
+        size = math.prod(shape)
+        if device.type != "cpu":
+            bits = hashed(derive(self.seed, purpose), first, count, -(-size // 4), device)
+            return (bits.view(torch.int16)[:, :size] >= least).view(count, *shape)
+        assert isinstance(first, int)
+        words = MASK_BLOCK * size // 4
+        return self._rows(purpose, first, count, lambda: torch.empty(words, dtype=torch.int64), self._device, mask, MASK_BLOCK)
 
     def kept(self) -> list[Tensor]:
         """The blocks that are kept for the next rows."""

@@ -218,17 +218,18 @@ class Average(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[n, c, h, w]`` to ``[n, c, size, size]``."""
         divides = x.shape[-1] % self.size == 0 and x.shape[-2] % self.size == 0
-        if divides or x.device.type in ("cpu", "cuda", "meta"):
+        if divides or x.device.type in ("cpu", "meta"):
             return nn.functional.adaptive_avg_pool2d(x, self.size)
-        # Where windows differ in size some accelerators (MPS) refuse; the same as two products with matrices of means.
+        # Where windows differ in size MPS refuses, and CUDA's gradient has other last bits each time; the same as two products with
+        # matrices of means.
         return means(x.shape[-2], self.size, x) @ x @ means(x.shape[-1], self.size, x).T
 
 
 def means(length: int, size: int, like: Tensor) -> Tensor:
     """The matrix ``[size, length]`` that takes adaptive means along a dimension, in the dtype and on the device of ``like``."""
-    number = torch.arange(size)
+    number = torch.arange(size, device=like.device)
     begin, end = number * length // size, -(-(number + 1) * length // size)
-    place = torch.arange(length)
+    place = torch.arange(length, device=like.device)
     covered = (place >= begin[:, None]) & (place < end[:, None])
     return (covered / (end - begin)[:, None]).to(like)
 

@@ -6,8 +6,11 @@ from the initialisation (Fixup, Zhang et al. 2019): the last convolution of each
 scaled by (number of blocks)^-1/4.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from frugan.config.architectures import R3
 from frugan.gan.networks.blocks import Average, Block, Head, Network
@@ -58,7 +61,40 @@ class Enlarge(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[n, c, h, w]`` to ``[n, c, size, size]``."""
-        return nn.functional.interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=False)
+        if x.device.type == "cuda":
+            enlarged: Tensor = Enlarged.apply(x, self.size)
+            return enlarged
+        return _enlarged(x, self.size)
+
+
+def _enlarged(x: Tensor, size: int) -> Tensor:
+    return nn.functional.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+
+
+class Enlarged(torch.autograd.Function):
+    """Bilinear upsampling whose gradient is two products of matrices: that of CUDA's own kernel has other last bits each time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
+        """``[n, c, h, w]`` to ``[n, c, size, size]``."""
+        ctx.before, ctx.after = x.shape[2:], size
+        return _enlarged(x, size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Of ``[n, c, size, size]`` to ``[n, c, h, w]``."""
+        down, across = (_weights(n, ctx.after, gradient) for n in ctx.before)
+        return down.T @ (gradient @ across), None
+
+
+def _weights(before: int, after: int, like: Tensor) -> Tensor:
+    """The matrix ``[after, before]`` of bilinear upsampling of a line (`torch.nn.functional.interpolate`, not aligned)."""
+    place = (
+        torch.arange(after, dtype=torch.float32, device=like.device).add_(0.5).mul_(before / after).sub_(0.5).clamp_(0, before - 1)
+    )
+    apart = (place[:, None] - torch.arange(before, device=like.device)).abs_()
+    return (1 - apart).clamp_(min=0).to(like.dtype)
 
 
 class GenerativeBasis(nn.Module):

@@ -1,0 +1,174 @@
+"""Phases as CUDA graphs: their work is recorded once, and then given to the GPU as a whole.
+
+Started one by one from Python, the operators of a small network take the host longer than the GPU. What is computed is the same, to
+the bit; docs/gpu.md says how much faster.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from frugan.data.loader import Batch
+from frugan.gan.build import Phase
+from frugan.gan.step import Step
+from frugan.gan.tape import Tape
+from frugan.memory import limit
+from frugan.memory.layout import Layout
+from frugan.memory.recover import Recovery
+from frugan.training.state import State as State
+from frugan.training.state import Terms
+
+HOST = {"offload_activations", "checkpoint_blocks"}  # levers that wait for the host
+
+
+def possible(state: State, device: torch.device) -> bool:
+    """Whether what ``state`` trains asks the host nothing in the middle of a phase but what a `Tape` has."""
+    memory = state.recipe.memory
+    return (
+        device.type == "cuda"
+        and memory.precision != "fp16"  # whose scale is read after every update
+        and memory.moments == "fp32"
+        and memory.offload_state != "yes"
+        and state.adaptation is None  # p is a number of the host
+    )
+
+
+class Recorded:
+    """A phase with one layout.
+
+    Args:
+        phase: what is recorded.
+        layout: how it is computed.
+        state: of the training.
+        device: on what.
+    """
+
+    def __init__(self, phase: Phase, layout: Layout, state: State, device: torch.device) -> None:
+        self.phase = phase
+        self.layout = layout
+        self.step = state.step
+        self.tape = Tape(state.step.draws, device)
+        self.rate = torch.zeros((), device=device)
+        self.terms: Terms = {}
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def put(self, batch: Batch, first: int) -> None:
+        """Sets everything that the phase asks for to what it is for ``batch``."""
+        self.tape.put(batch, first)
+        self.rate.fill_(self.phase.optimizer.param_groups[0]["lr"])
+
+    def compute(self, first: int) -> Terms:
+        """The phase, from what was `put`."""
+        with _drawing(self.step, self.tape):
+            return self.phase.compute(self.tape.batch, first, self.layout)
+
+    def update(self, first: int) -> None:
+        """The phase and its optimizer's update; ``terms`` is what was measured."""
+        self.terms = self.compute(first)
+        group = self.phase.optimizer.param_groups[0]
+        rate, group["lr"] = group["lr"], self.rate
+        try:
+            self.phase.optimizer.step()
+        finally:
+            group["lr"] = rate
+            self.phase.optimizer.zero_grad(set_to_none=True)
+
+    def record(self, first: int, stream: torch.cuda.Stream, pool: Any) -> None:
+        """Records `update`, which is not done by that; ``pool`` is the memory of other graphs."""
+        self.tape.closed = True
+        graph = torch.cuda.CUDAGraph()
+        # By this thread alone: others may write pictures meanwhile.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self.update(first)
+        self.graph = graph
+
+
+@contextmanager
+def _drawing(step: Step, tape: Tape) -> Iterator[None]:
+    """While open, ``step`` draws from ``tape``."""
+    step.draws = tape
+    try:
+        yield
+    finally:
+        step.draws = tape.draws
+
+
+class Graphs:
+    """Updates of phases, recorded as soon as they have been computed twice.
+
+    The first time libraries load what they need, and the second time the tape is made; both are updates like any other. Where
+    memory runs out, graphs are given up, and training goes on without.
+
+    Args:
+        state: of the training.
+        recovery: runs phases that are not recorded.
+        device: on what.
+        used: whether phases are recorded, if that is `possible`.
+        tell: is called with what a person should know.
+    """
+
+    def __init__(self, state: State, recovery: Recovery, device: torch.device, used: bool, tell: Callable[[str], None]) -> None:
+        self.state = state
+        self.recovery = recovery
+        self.device = device
+        self.used = used and possible(state, device)
+        self.tell = tell
+        self.recorded: dict[str, Recorded] = {}
+        self._met: set[tuple[str, Layout]] = set()
+        self._stream: torch.cuda.Stream | None = None
+        recovery.let_go = self.give_up
+
+    def update(self, phase: Phase, batch: Batch, first: int) -> Terms:
+        """Computes ``phase`` and updates its network; what was measured.
+
+        Raises:
+            frugan.memory.recover.OutOfMemory: the cheapest layout needs more than there is.
+        """
+        layout = self.recovery.layouts[phase.name]
+        recorded = self.recorded.get(phase.name)
+        try:
+            if self.used and recorded and recorded.layout == layout:
+                recorded.put(batch, first)
+                if recorded.graph or self._record(recorded, first):
+                    assert recorded.graph
+                    recorded.graph.replay()
+                    return recorded.terms
+            elif self.used and (phase.name, layout) in self._met and not any(x.name in HOST for x in layout.levers):
+                recorded = self.recorded[phase.name] = Recorded(phase, layout, self.state, self.device)
+                recorded.put(batch, first)
+        except limit.SHORTAGE as error:  # nothing was computed
+            if not limit.is_out_of_memory(error):
+                raise
+            self.give_up()
+        self._met.add((phase.name, layout))
+        taped = self.recorded.get(phase.name)
+
+        def compute(layout: Layout) -> Terms:
+            return taped.compute(first) if taped and taped.layout == layout else phase.compute(batch, first, layout)
+
+        terms = self.recovery.run(phase.name, compute)
+        self.state.update(phase.optimizer)
+        return terms
+
+    def give_up(self) -> None:
+        """Lets go of all graphs, and of their memory; there are none from now on."""
+        self.used = False
+        self.recorded.clear()
+
+    def _record(self, recorded: Recorded, first: int) -> bool:
+        """Records a phase; whether that can be done."""
+        self._stream = self._stream or torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        pools = [other.graph.pool() for other in self.recorded.values() if other.graph]
+        try:
+            recorded.record(first, self._stream, next(iter(pools), None))
+        except RuntimeError as error:
+            recorded.phase.network.zero_grad(set_to_none=True)
+            limit.wait(self.device)
+            if limit.is_out_of_memory(error):
+                raise
+            self.give_up()
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            self.tell(f"Going on without CUDA graphs, which cannot be recorded here: {reason}.")
+        return recorded.graph is not None
