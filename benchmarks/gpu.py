@@ -639,8 +639,7 @@ class Section:
 
 def each(*cells: Cell) -> Cells:
     """A group of cells that need nothing of one another."""
-    for cell in cells:
-        yield cell  # noqa: UP028 (a tuple cannot be sent what is found)
+    return (cell for cell in cells)
 
 
 def hardware(options: Options) -> list[Cells]:
@@ -949,7 +948,7 @@ def measured(cell: Cell, options: Options, left: float, cache: str) -> Found:
     out, error, why = ended(command, seconds, **environment)
     results = [line.removeprefix("RESULT ") for line in out.splitlines() if line.startswith("RESULT ")]
     found: Found = json.loads(results[-1]) if results else {}
-    if why:
+    if "Traceback" in error:
         print(error[-6000:], file=sys.stderr)
     return found | {"failed": why} if why else found
 
@@ -1021,6 +1020,9 @@ def main(options: Options) -> None:
                     break
                 cell |= {"quick": options.quick}
                 found = measured(cell, options, left, cache)
+                if name == "hardware" and "failed" in found:
+                    print(found["failed"], file=sys.stderr)
+                    sys.exit(1)
                 done.append((cell, found))
                 took = f"{time.monotonic() - begun:5.0f} s"
                 print(took, name, json.dumps(cell), json.dumps(found), file=sys.stderr, flush=True)
@@ -1034,9 +1036,6 @@ def main(options: Options) -> None:
     asked = {name: section for name, section in SECTIONS.items() if name not in unreached}
     with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(options.jobs) as pool:
         results["hardware"] = run("hardware", SECTIONS["hardware"].cells(options)[0], cache)
-        if failed := results["hardware"][0][1].get("failed"):
-            print(failed, file=sys.stderr)
-            sys.exit(1)
         together = {
             name: [pool.submit(run, name, group, cache) for group in section.cells(options)]
             for name, section in asked.items() if not section.alone

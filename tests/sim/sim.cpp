@@ -149,6 +149,11 @@ std::recursive_mutex lock;
 Device devices[DEVICES];
 thread_local c10::DeviceIndex current = 0;
 
+struct Back {  // at its end the current device is what it was, also where memory ran out
+  c10::DeviceIndex before = current;
+  ~Back() { current = before; }
+};
+
 struct Place {
   int device;
   void* pointer;
@@ -240,10 +245,9 @@ struct Hooks final : at::PrivateUse1HooksInterface {
     return at::make_generator<SimGenerator>(index < 0 ? current : index, at::detail::createCPUGenerator());
   }
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override {
-    c10::DeviceIndex before = current;
+    Back back;
     current = storage.device().index();
     auto fresh = allocator.allocate(bytes);
-    current = before;
     std::memcpy(fresh.get(), storage.data(), std::min(bytes, storage.nbytes()));
     storage.set_data_ptr_noswap(std::move(fresh));
     storage.set_nbytes(bytes);
@@ -292,11 +296,10 @@ struct Crossing {  // of one call: host tensors on the same bytes, and the way b
         view.unsafeGetTensorImpl()->set_sizes_and_strides(t.sizes(), t.strides(), t.storage_offset());
         return view;
       }
-    c10::DeviceIndex before = current;
+    Back back;
     current = index < 0 ? current : index;
     auto made = at::detail::empty_strided_generic(
         t.sizes(), t.strides(), &allocator, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), t.scalar_type());
-    current = before;
     if (made.storage().nbytes()) std::memcpy(made.mutable_data_ptr(), t.const_data_ptr(), made.storage().nbytes());
     return made;
   }
@@ -307,10 +310,9 @@ struct Crossing {  // of one call: host tensors on the same bytes, and the way b
       size_t bytes = made.storage().nbytes();
       auto* impl = sim.unsafeGetTensorImpl();
       if (bytes > sim.storage().nbytes()) {
-        c10::DeviceIndex before = current;
+        Back back;
         current = sim.device().index();
         auto fresh = allocator.allocate(bytes);
-        current = before;
         sim.storage().set_data_ptr_noswap(std::move(fresh));
         sim.storage().set_nbytes(bytes);
       }
@@ -391,22 +393,20 @@ void everything(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::
 
 at::Tensor empty(c10::SymIntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>, std::optional<at::Device> device,
                  std::optional<bool>, std::optional<at::MemoryFormat> format) {
-  c10::DeviceIndex before = current;
+  Back back;
   if (device && device->has_index()) current = device->index();
   TORCH_CHECK(current < DEVICES, "sim: invalid device ordinal ", int(current));
   auto made = at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(size), &allocator, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
                                         c10::dtype_or_default(dtype), format);
-  current = before;
   return made;
 }
 
 at::Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride, std::optional<at::ScalarType> dtype,
                          std::optional<at::Layout>, std::optional<at::Device> device, std::optional<bool>) {
-  c10::DeviceIndex before = current;
+  Back back;
   if (device && device->has_index()) current = device->index();
   auto made = at::detail::empty_strided_generic(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), &allocator,
                                                 c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), c10::dtype_or_default(dtype));
-  current = before;
   return made;
 }
 

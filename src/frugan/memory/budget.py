@@ -148,27 +148,33 @@ class BudgetPlanner:
             TooLittle: none does; names the smallest budget that would do, and what binds it.
         """
         process = self.process()
-        budget = self._budget(process)
         while self.named is None or self.named >= process.begun - AHEAD:
-            try:
-                with self._held():
-                    if plan := self._fitting(process, budget):
-                        return plan
-            except limit.SHORTAGE as error:  # to look for it takes more already
-                if not limit.is_out_of_memory(error):
-                    raise
-            limit.at_rest(self.device)  # what looking for it has left must not count
+            plan = self._fitting(process)
+            before, process = process, self.process()
+            if plan and process.base <= before.base:
+                return plan
+            if plan:
+                continue  # what was run for it has loaded more, which counts
             if not (self.let_go and self.let_go()):
                 break
             self.let_go, self.data = None, 0
             process = self.process()
-        raise self.refusal(process, budget)
+        raise self.refusal()
 
-    def _fitting(self, process: Process, budget: int) -> Plan | None:
+    def _fitting(self, process: Process) -> Plan | None:
+        """The fastest plan that fits beside what ``process`` holds."""
+        budget = self._budget(process)
         available = self.available(process, budget)
-        choice = self.search.choose(available)
-        plan = choice and self._described(choice, process, budget)
-        return plan if choice and plan and plan.predicted <= budget and self._between(_last(choice)) <= available else None
+        try:
+            with self._held():
+                choice = self.search.choose(available)
+                plan = choice and self._described(choice, process, budget)
+                if choice and plan and plan.predicted <= budget and self._between(_last(choice)) <= available:
+                    return plan
+        except limit.SHORTAGE as error:  # to look for it takes more already
+            if not limit.is_out_of_memory(error):
+                raise
+        return None
 
     def _held(self) -> AbstractContextManager[None]:
         """While open, an accelerator is held to the budget: there, planning runs whole micro-batches."""
@@ -189,15 +195,17 @@ class BudgetPlanner:
 
     def smallest(self) -> tuple[int, Candidate]:
         """The smallest budget that would do, and what binds it."""
-        process = self.process()
         binding = max(self.search.smallest().values(), key=lambda c: c.needs("return"))
         held = max(binding.needs("return"), self._between(binding.layout.micro_batch))
+        process = self.process()  # with what that has loaded
         needs = process.framework() + self.data + MARGIN + self._ahead() + held
         return math.ceil(max(needs, process.begun) / MIB) * MIB, binding
 
-    def refusal(self, process: Process, budget: int) -> TooLittle:
-        """What says that nothing fits into ``budget``."""
+    def refusal(self) -> TooLittle:
+        """What says that nothing fits into the budget."""
         smallest, binding = self.smallest()
+        process = self.process()
+        budget = self._budget(process)
         parts = self.search.exact(binding.job, binding.layout).moment.parts
         state = sum(parts.get(name, 0) for name in ("weights", "moments", "average", "gradients"))
         shortage = Shortage(
