@@ -193,7 +193,7 @@ class Frugan:
         from frugan.gan.levers import named
         from frugan.memory.layout import Layout
         from frugan.memory.recover import Recovery
-        from frugan.training.graphs import Graphs
+        from frugan.training.graphs import Graphs, possible
         from frugan.training.state import State
 
         self.batch = len(images)
@@ -205,7 +205,7 @@ class Frugan:
             levers=dict.fromkeys(self.state.phases, ()), smallest=dict.fromkeys(self.state.phases, self.batch), coupled=True,
             changed=print, needs=lambda phase, layout: None,
         )  # fmt: skip
-        self.graphs = Graphs(self.state, recovery, gpu.device, graphs, print)
+        self.graphs = Graphs(self.state, recovery, gpu.device, graphs and possible(recipe, gpu.device), print)
         kept = images.to(gpu.device)
         self.images = Batch(lambda row, n: kept[row % self.batch : row % self.batch + n])
 

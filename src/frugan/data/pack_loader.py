@@ -104,7 +104,7 @@ class PackLoader:
         """The same images, with their classes, to be read in pieces; only what is asked for is copied."""
         if self._kept is not None:
             kept = self._kept
-            return Batch(lambda begin, number: kept[self._indices(begin, number).to(kept.device)], self.labels)
+            return Batch(lambda begin, number: kept[_there(self._indices(begin, number), kept.device)], self.labels)
         pack = self._pack
         assert pack
         pack.expect(self._indices(first + count, count).numpy())
@@ -136,3 +136,8 @@ class PackLoader:
             pieces.append(piece)
             first, count = first + len(piece), count - len(piece)
         return torch.cat(pieces)
+
+
+def _there(indices: Tensor, device: torch.device) -> Tensor:
+    """``indices`` on ``device``; pinned on their way to a GPU, for which the host would else wait until all before is done."""
+    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices.to(device)

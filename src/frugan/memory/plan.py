@@ -24,6 +24,7 @@ class Plan:
         guarantee: what is left as it is.
         reserved: bytes of addresses that libraries reserve beyond ``framework`` and never touch.
         planned: the layouts that were planned, where memory ran out since and ``layouts`` are others.
+        graphs: whether phases are recorded as CUDA graphs, and what these take is counted.
     """
 
     layouts: dict[str, Layout]
@@ -37,6 +38,7 @@ class Plan:
     guarantee: Guarantee
     reserved: int = 0
     planned: dict[str, Layout] | None = None
+    graphs: bool = False
 
     @property
     def allocated(self) -> int:
@@ -56,7 +58,7 @@ class Plan:
             "guarantee": str(self.guarantee), "freed_memory": self.freed,
             "budget": self.budget, "budget_named": self.named, "predicted": self.predicted,
             "framework": self.framework, "data": self.data, "training_allocates": self.allocated, "training_holds": self.held,
-            "phases": self.phases, "reserved": self.reserved,
+            "phases": self.phases, "reserved": self.reserved, "cuda_graphs": self.graphs,
         }  # fmt: skip
 
     @classmethod

@@ -52,8 +52,7 @@ def updates(session: Session, plan: Plan, state: State, note: Callable[[Event], 
         smallest=dict.fromkeys(PHASES, 2) if coupled and approximate else least, coupled=coupled, changed=changed, needs=needs,
         planned=plan.planned,
     )  # fmt: skip
-    asked = session.run.cuda_graphs
-    return Graphs(state, made, device, asked == "yes" or (asked == "auto" and not plan.named), session.console.tell)
+    return Graphs(state, made, device, plan.graphs, session.console.tell)
 
 
 def peak(session: Session, plan: Plan, images: int) -> MemoryMeasured | None:

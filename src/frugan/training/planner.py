@@ -9,7 +9,8 @@ import torch
 from frugan.config.recipe import Recipe
 from frugan.gan.levers import PHASES, jobs
 from frugan.memory import limit
-from frugan.memory.budget import AHEAD, MARGIN, Beside, BudgetPlanner, Process, TooLittle
+from frugan.memory.budget import AHEAD, MARGIN, Beside, BudgetPlanner, Process
+from frugan.memory.budget import TooLittle as TooLittle
 from frugan.memory.layout import SMALLEST_COUPLED, Layout
 from frugan.memory.plan import Plan
 from frugan.memory.search import Search

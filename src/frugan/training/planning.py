@@ -10,10 +10,10 @@ from frugan.config.recipe import Recipe
 from frugan.data.opening import bytes_of, keepable
 from frugan.gan.levers import LEVERS
 from frugan.memory import limit
-from frugan.memory.budget import TooLittle
 from frugan.memory.layout import Guarantee
 from frugan.memory.plan import Plan
-from frugan.training.planner import Planner
+from frugan.training.graphs import with_graphs
+from frugan.training.planner import Planner, TooLittle
 from frugan.training.session import Session, resolved
 from frugan.utils.device import arithmetic
 
@@ -63,18 +63,21 @@ def plan_of(session: Session, evaluation: int) -> tuple[Plan, Recipe]:
             planner = Planner(recipe, session.device, **options)
             plan = planner.with_layouts(begun.layouts, begun.freed)
             if plan is not None:
-                return replace(_in_this_process(plan, planner), planned=begun.planned), recipe
+                return replace(_in_this_process(plan, planner, run.cuda_graphs), planned=begun.planned), recipe
             session.console.tell("The plan this run was started with does not fit any more; planning anew.")
     planner, plan = find(recipe, session.device, let_go=loader.let_go, **options)
-    return _in_this_process(plan, planner), planner.recipe
+    return _in_this_process(plan, planner, run.cuda_graphs), planner.recipe
 
 
-def _in_this_process(plan: Plan, planner: Planner) -> Plan:
-    """``plan`` with what planning has left in this process, if it was made here, as on the CPU without a named budget.
+def _in_this_process(plan: Plan, planner: Planner, graphs: str) -> Plan:
+    """``plan`` with what planning has left in this process, if it was made here, as on the CPU without a named budget; and with
+    CUDA graphs.
 
     The code that planning ran is counted: training runs it too.
     """
-    if plan.named or planner.device.type != "cpu":
+    if planner.device.type != "cpu":
+        return with_graphs(plan, planner.recipe, graphs, planner.device)
+    if plan.named:
         return plan
     return replace(plan, framework=max(plan.framework, limit.at_rest(planner.device) + planner.facts.loaded_each))
 
@@ -92,4 +95,5 @@ def plan_for(
         keep = keepable(limit.budget(memory, device), device)
         held = bytes_of(source, recipe.data, recipe.training.batch_size, keep)
         let_go = (lambda: True) if source.random_access and held else None
-        return find(recipe, device, data=held, memory=memory, approximate=approximate, let_go=let_go)
+        planner, plan = find(recipe, device, data=held, memory=memory, approximate=approximate, let_go=let_go)
+        return planner, with_graphs(plan, planner.recipe, "auto", device)
