@@ -17,7 +17,7 @@ from frugan.gan.levers import LEVERS, allowed, named
 from frugan.memory.calls import tensors_in
 from frugan.memory.layout import Layout
 from frugan.training.graphs import HOST, Recorded
-from frugan.training.state import State
+from frugan.training.state import Mean, State
 
 from . import sim
 from .conftest import SMALL
@@ -31,6 +31,7 @@ WAYS: list[dict[str, Any]] = [
     {"recipe": "dcgan", "flip": "yes", "augment": "diff", "conditional": True},
     {"recipe": "dcgan", "conditional": True, "class_sampling": "balanced", "objective": "hinge"},
     {"recipe": "mlp", "dropout": 0.3},
+    {"recipe": "dcgan", "augment": "ada"},
     {"recipe": "r3", "flip": "yes", "conditional": True, "augment": "diff", "augment_policy": "translation,cutout"},
     {"recipe": "dcgan", "objective": "wgan-gp", "norm_d": "group"},
 ]  # fmt: skip
@@ -77,7 +78,11 @@ def test_a_phase_from_its_tape_computes_what_it_does_without(way: dict[str, Any]
     layout = Layout((8, 5, 3))
     batch = images(CPU)
     recorded = {name: Recorded(phase, layout, taped, CPU) for name, phase in taped.phases.items()}
+    means, kept = (Mean(), Mean()), dict[str, Tensor]()  # where a graph leaves its terms, the next update's lie over them
     for first in (0, 16, 32):
+        for state in (plain, taped):
+            if state.step.augment:
+                state.step.augment.p = first / 50  # as `Adaptive` moves it
         for name, phase in plain.phases.items():
             terms = phase.compute(batch(first), first, layout)
             plain.update(phase.optimizer)
@@ -87,6 +92,11 @@ def test_a_phase_from_its_tape_computes_what_it_does_without(way: dict[str, Any]
             of_tape.tape.closed = True
             assert terms.keys() == of_tape.terms.keys()
             assert all(torch.equal(terms[key], of_tape.terms[key]) for key in terms), name
+            for key, value in of_tape.terms.items():
+                kept.setdefault(key, torch.zeros(())).copy_(value)
+            for mean, found in zip(means, (terms, {key: kept[key] for key in terms}), strict=True):
+                mean.take_in(mean.plus(found))
+    assert means[0].take() == means[1].take()
     ours = numbers(taped)
     assert all(torch.equal(tensor, ours[key]) for key, tensor in numbers(plain).items())
     assert taped.step.draws is not recorded["D"].tape and taped.optimizer_d.param_groups[0]["lr"] == 2**-9

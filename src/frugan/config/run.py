@@ -15,7 +15,7 @@ class Run(Section):
     allow_approximate: bool = option(False, "where nothing else fits, micro-batches below 16 under batch norm, and bf16")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: the first of cuda, mps, cpu that is there")
     cuda_graphs: Literal["auto", "yes", "no"] = option(
-        "auto", "give the GPU whole phases at once, several times as fast where networks are small; auto: where memory suffices"
+        "auto", "give the GPU whole phases at once, several times as fast where networks are small; auto: without a named budget"
     )
     threads: int | None = option(None, "processor threads; unset: all cores, or as the run was started with", least=1)
     workers: int = option(2, "threads that decode images ahead of training", least=1)

@@ -39,10 +39,10 @@ class Operation:
     """
 
     numbers: int
-    function: Callable[[Tensor, Tensor, float], Tensor]
+    function: Callable[[Tensor, Tensor, float | Tensor], Tensor]
 
 
-def color(images: Tensor, numbers: Tensor, p: float) -> Tensor:
+def color(images: Tensor, numbers: Tensor, p: float | Tensor) -> Tensor:
     """Brightness + U(-1/2, 1/2), then saturation * U(0, 2), then contrast * U(1/2, 3/2), each with chance ``p``.
 
     All three are linear: with the mean g of a pixel's channels and the mean m of the image they are
@@ -59,7 +59,7 @@ def color(images: Tensor, numbers: Tensor, p: float) -> Tensor:
     return images * (k * s) + (images.mean(1, keepdim=True) * (k * (1 - s)) + shift)
 
 
-def translation(images: Tensor, numbers: Tensor, p: float) -> Tensor:
+def translation(images: Tensor, numbers: Tensor, p: float | Tensor) -> Tensor:
     """Moved by whole pixels, up to an eighth of the side both ways, with chance ``p``; what comes in is 0."""
     _, _, height, width = images.shape
     on = numbers[:, 0] < p
@@ -73,7 +73,7 @@ def translation(images: Tensor, numbers: Tensor, p: float) -> Tensor:
     return _moved(images, rows.clamp(0, height - 1), columns.clamp(0, width - 1)).masked_fill(~there[:, None], 0.0)
 
 
-def cutout(images: Tensor, numbers: Tensor, p: float) -> Tensor:
+def cutout(images: Tensor, numbers: Tensor, p: float | Tensor) -> Tensor:
     """A square of half the side, its middle anywhere in the image, is 0, with chance ``p``."""
     _, _, height, width = images.shape
     inside = []
@@ -107,6 +107,9 @@ class Augment:
         policy: names of `OPERATIONS`, with commas, in the order in which they are applied.
         p: the chance of each, for each sample.
 
+    Attributes:
+        place: where p lies on the device, ``[]``, for as long as it is read from there.
+
     Raises:
         UserError: an operation that there is not, or none at all.
     """
@@ -120,6 +123,11 @@ class Augment:
                 raise UserError(f"there is no operation {name!r} in --augment-policy: {nearest(name, OPERATIONS)}")
         self.operations = [OPERATIONS[name] for name in names]
         self.p = p
+        self.place: Tensor | None = None
+
+    def chance(self, like: Tensor) -> Tensor:
+        """p, ``[]``, where and as ``like`` is."""
+        return like.new_full((), self.p) if self.place is None else self.place.to(like, copy=True)
 
     def __call__(self, images: Tensor, rows: Rows) -> Tensor:
         """Images ``[n, c, h, w]`` in [-1, 1] as D sees them: for the same use of the same samples always the same.
@@ -131,7 +139,7 @@ class Augment:
         counts = [operation.numbers for operation in self.operations]
         numbers = rows.draws.uniform(f"augment/{rows.scope}", rows.first, rows.count, sum(counts)).to(images.device)
         for operation, own in zip(self.operations, torch.split(numbers, counts, 1), strict=True):
-            images = operation.function(images, own, self.p).to(images.dtype)
+            images = operation.function(images, own, self.p if self.place is None else self.place).to(images.dtype)
         return images
 
 
@@ -158,7 +166,7 @@ class Adaptive:
 
     def plus(self, terms: Mapping[str, Tensor]) -> Tensor:
         """The sum with what D's phase measured; takes nothing in yet, as memory may run out."""
-        return terms["r_t"] if self.sum is None else self.sum + terms["r_t"]
+        return terms["r_t"].clone() if self.sum is None else self.sum + terms["r_t"]
 
     def take_in(self, total: Tensor) -> None:
         """Takes in what `plus` gave after an update."""

@@ -119,7 +119,7 @@ class Step(Passes):
             self._whole.bring_back("real", partial(self._carry, "real", judge_real, self._learning))
             self._whole.bring_back("fake", partial(self._carry, "fake", judge_fake, self._learning))
         if self.augment:
-            total["p"] = self.like.new_full((), self.augment.p)
+            total["p"] = self.augment.chance(self.like)
         return total
 
     def generator_phase(self, batch: Batch, first: int, layout: Layout) -> Terms:

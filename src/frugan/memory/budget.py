@@ -18,6 +18,7 @@ from frugan.memory.layout import Layout
 from frugan.memory.limit import MIB
 from frugan.memory.plan import Plan
 from frugan.memory.search import Choice, Search
+from frugan.memory.segments import LEAST
 from frugan.memory.trace import Timeline
 from frugan.utils.errors import UserError
 from frugan.utils.units import size
@@ -253,7 +254,9 @@ class BudgetPlanner:
         return (process.base if process.now is None else process.now) + self.spare()
 
     def _ahead(self) -> int:
-        return AHEAD if self.device.type == "cpu" else 0  # an accelerator's context does not differ
+        if self.device.type == "cpu":
+            return AHEAD
+        return min(LEAST, self.process().framework() // 32)  # what planning has left may pin a segment more in the next process
 
     def _between(self, micro_batch: int) -> int:
         """Bytes that what happens between phases holds at most."""

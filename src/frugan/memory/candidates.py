@@ -92,10 +92,11 @@ class Candidate:
 
 
 class Exact:
-    """What a layout allocates, as its timeline says."""
+    """What a layout allocates, as its timeline says; ``lacked``: there was not enough memory to run it."""
 
-    def __init__(self, timeline: Timeline, holds: Callable[[Freed, int], int]) -> None:
+    def __init__(self, timeline: Timeline, holds: Callable[[Freed, int], int], *, lacked: bool = False) -> None:
         self.timeline = timeline
+        self.lacked = lacked
         self.moment = timeline.peak()
         self._holds = holds
 

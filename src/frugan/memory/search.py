@@ -27,6 +27,7 @@ from frugan.utils.accelerator import accelerator
 
 KEPT = 1.4  # times what is live is what the C library's heap holds where there is no pool: 1.08 to 1.6 were seen (docs/LOG.md)
 SEGMENTS_MARGIN = 1.02  # the same of an accelerator's segments: a guess, until `make gpu` has measured it
+LACKED = 1.1  # by how much an estimate was short, where memory ran out
 SLOWER = 1.05  # micro-batches alone that take no longer than this, of the whole batch's time, are not bettered by levers
 
 # Those of accelerators are of a small GPU's data sheet and of PCIe 3; unmeasured.
@@ -76,7 +77,7 @@ class Search:
                         raise
                     # More than there is now, whatever few samples tell; it is asked anew where there may be more.
                     timeline = growth.timeline(shortened(layout.sizes))
-                    return Exact(timeline, partial(self._with_margin, timeline, there.total()))
+                    return Exact(timeline, partial(self._with_margin, timeline, there.total()), lacked=True)
                 finally:
                     there.release()
             timeline = growth.timeline(shortened(layout.sizes))
@@ -235,7 +236,8 @@ class Search:
                 candidate = self.candidate(estimate.job, estimate.layout)
                 if candidate.needs(freed) <= available:
                     return candidate
-                short = candidate.needs(freed) / estimate.needs(freed)
+                lacked = candidate.exact and candidate.exact.lacked  # then nobody knows by how much
+                short = short * LACKED if lacked else candidate.needs(freed) / estimate.needs(freed)
             refused[estimate.job.name] = estimate
         return None
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from frugan.config.recipe import Recipe
 from frugan.data.loader import Batch
@@ -39,14 +40,16 @@ def possible(recipe: Recipe, device: torch.device) -> bool:
         and memory.precision != "fp16"  # whose scale is read after every update
         and memory.moments == "fp32"
         and memory.offload_state != "yes"
-        and recipe.augmentation.augment != "ada"  # p is a number of the host
     )
 
 
 def with_graphs(plan: Plan, recipe: Recipe, asked: str, device: torch.device) -> Plan:
-    """``plan`` with graphs, if they are ``asked`` for (yes, no, or auto: where they fit) and `possible`."""
+    """``plan`` with graphs, if they are ``asked`` for and `possible`; auto: without a named budget, where they fit.
+
+    What CUDA takes for them is not torch's, and cannot be refused: on an H200 a budget of 1,426 MiB was exceeded by 58.
+    """
     levers = {lever.name for layout in plan.layouts.values() for lever in layout.levers}
-    if asked == "no" or not possible(recipe, device) or levers & HOST:
+    if asked == "no" or (asked == "auto" and plan.named) or not possible(recipe, device) or levers & HOST:
         return plan
     more = replace(plan, framework=plan.framework + DRIVER, held=plan.held + POOL + int(SHARE * plan.held), graphs=True)
     return more if asked == "yes" or more.predicted <= plan.budget else plan
@@ -68,6 +71,7 @@ class Recorded:
         self.step = state.step
         self.tape = Tape(state.step.draws, device)
         self.rate = torch.zeros((), device=device)
+        self.chance = torch.zeros((), device=device)  # that D's images are augmented
         self.terms: Terms = {}
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -75,10 +79,12 @@ class Recorded:
         """Sets everything that the phase asks for to what it is for ``batch``."""
         self.tape.put(batch, first)
         self.rate.fill_(self.phase.optimizer.param_groups[0]["lr"])
+        if self.step.augment:
+            self.chance.fill_(self.step.augment.p)
 
     def compute(self, first: int) -> Terms:
         """The phase, from what was `put`."""
-        with _drawing(self.step, self.tape):
+        with _reading(self.step, self.tape, self.chance):
             return self.phase.compute(self.tape.batch, first, self.layout)
 
     def update(self, first: int) -> None:
@@ -103,13 +109,17 @@ class Recorded:
 
 
 @contextmanager
-def _drawing(step: Step, tape: Tape) -> Iterator[None]:
-    """While open, ``step`` draws from ``tape``."""
+def _reading(step: Step, tape: Tape, chance: Tensor) -> Iterator[None]:
+    """While open, ``step`` draws from ``tape``, and augments with ``chance``."""
     step.draws = tape
+    if step.augment:
+        step.augment.place = chance
     try:
         yield
     finally:
         step.draws = tape.draws
+        if step.augment:
+            step.augment.place = None
 
 
 class Graphs:

@@ -32,7 +32,8 @@ class Mean:
 
     def plus(self, terms: Mapping[str, Tensor]) -> Terms:
         """The sums with one update's terms; takes nothing in yet, as memory may run out."""
-        return {name: self.sums[name] + value if name in self.sums else value for name, value in terms.items()}
+        # A copy of the first: where phases are recorded, the next update writes its terms over these.
+        return {name: self.sums[name] + value if name in self.sums else value.clone() for name, value in terms.items()}
 
     def take_in(self, sums: Terms) -> None:
         """Takes in what `plus` gave."""
