@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from frugan.config.architectures import R3, Dcgan, Mlp, Projected, Upsample
+from frugan.config.augmentation import Augmentation
 from frugan.config.objectives import Bce, RpGan
 from frugan.config.recipe import Memory, Optimizer, Recipe, Training, read
 from frugan.utils.errors import UserError, nearest
@@ -45,6 +46,7 @@ def resize() -> Recipe:
         network=Dcgan(upsampling="nearest", width_g=32),
         objective=Bce(label_smoothing=0.1),
         optimizer=Optimizer(lr_g=1e-3, lr_d=1e-3, beta1=0.5, beta2=0.999, schedule="cosine"),
+        augmentation=Augmentation(augment="auto"),
         training=Training(batch_size=64),
         memory=Memory(precision="auto"),
     )

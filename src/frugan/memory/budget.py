@@ -25,6 +25,7 @@ from frugan.utils.units import size
 
 MARGIN = 12 << 20  # bytes of a budget left free: the framework differs by a few from process to process
 AHEAD = 8 << 20  # bytes that what is named as smallest has above what would do: the next process may hold a little more
+TRIES = 4  # of a plan, while what is run for it loads more
 SIZES = 3  # of micro-batches, of which two phases have two each, that there is room for
 
 
@@ -148,11 +149,11 @@ class BudgetPlanner:
         Raises:
             TooLittle: none does; names the smallest budget that would do, and what binds it.
         """
-        process = self.process()
+        process, tries = self.process(), 0
         while self.named is None or self.named >= process.begun - AHEAD:
             plan = self._fitting(process)
-            before, process = process, self.process()
-            if plan and process.base <= before.base:
+            before, process, tries = process, self.process(), tries + 1
+            if plan and (process.base <= before.base or tries == TRIES):
                 return plan
             if plan:
                 continue  # what was run for it has loaded more, which counts
