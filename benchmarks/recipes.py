@@ -32,7 +32,6 @@ TRAININGS = {
     "clothing": (CLOTHING, "--image-size 64 --epochs 30 --threads 1 --sample-every 10"),
     "emoji": (EMOJI, "--image-size 64 --epochs 30 --threads 1 --sample-every 10"),
 }
-SHOWN = {"emoji": 0}  # which of the pictures of samples is shown, where it is not the last: later ones are worse
 
 
 @dataclass
@@ -55,7 +54,7 @@ def main(options: Options) -> None:
         table.add_row(f"{data} {flags}", f"{last.images:,}", f"{minutes:.1f}", f"{last.speed:,.0f}")
         if options.pictures:
             options.pictures.mkdir(parents=True, exist_ok=True)
-            shutil.copy(run.pictures_of_samples()[SHOWN.get(name, -1)][1], options.pictures / f"{name}.png")
+            shutil.copy(run.pictures_of_samples()[-1][1], options.pictures / f"{name}.png")
     Console(width=140).print(table)
 
 
