@@ -28,6 +28,8 @@ from typing import Any, Literal
 
 import tyro
 
+from frugan.cli import WORKSPACES
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "gpu.md"
 MIB = 1 << 20
@@ -938,9 +940,7 @@ def measured(cell: Cell, options: Options, left: float, cache: str) -> Found:
         named = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
         return {"summary": summary, "lines": [sentence(RuntimeError(line)) for line in named[:20]]}
     command = [sys.executable, __file__, "--device", options.device, "--cell", json.dumps(cell)]
-    # The workspaces as the command line sets them.
-    workspaces = {"CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8", "CUBLASLT_WORKSPACE_SIZE": "4096"}
-    environment = {"FRUGAN_CACHE": cache, "PYTHONWARNINGS": "ignore"} | workspaces
+    environment = {"FRUGAN_CACHE": cache, "PYTHONWARNINGS": "ignore"} | WORKSPACES
     if cell["measure"] == "offloading":
         environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS does not repeat itself
     if mode := cell.get("allocator"):  # the newer name and the older one

@@ -25,7 +25,7 @@ from unseen import COLUMNS, Judge, samples_of, words
 from frugan.config.recipe import Data
 from frugan.reporting.run_folder import RunFolder
 
-# What was fastest of what was no worse than the recipe as it comes (docs/LOG.md): large batches, where updates cost hardly more.
+# On a GPU larger batches, where an update costs little more, with higher rates: the only ones that were timed (docs/gpu.md).
 SETTINGS = {"cuda": "--batch-size 512 --lr-g 2e-3 --lr-d 2e-3", "cpu": ""}
 
 

@@ -200,7 +200,7 @@ class BudgetPlanner:
         binding = max(self.search.smallest().values(), key=lambda c: c.needs("return"))
         held = max(binding.needs("return"), self._between(binding.layout.micro_batch))
         process = self.process()  # with what that has loaded
-        needs = process.framework() + self.data + MARGIN + self._ahead() + held
+        needs = process.framework() + self.data + MARGIN + self._ahead(process) + held
         return math.ceil(max(needs, process.begun) / MIB) * MIB, binding
 
     def refusal(self) -> TooLittle:
@@ -212,7 +212,7 @@ class BudgetPlanner:
         state = sum(parts.get(name, 0) for name in ("weights", "moments", "average", "gradients"))
         shortage = Shortage(
             budget, self.named is not None, smallest, process.framework(), self.data, process.begun, binding, state,
-            MARGIN + self._ahead(),
+            MARGIN + self._ahead(process),
         )  # fmt: skip
         return TooLittle(shortage.sentence(size(budget)), smallest, shortage)
 
@@ -254,10 +254,11 @@ class BudgetPlanner:
             return self.named
         return (process.base if process.now is None else process.now) + self.spare()
 
-    def _ahead(self) -> int:
+    def _ahead(self, process: Process) -> int:
         if self.device.type == "cpu":
             return AHEAD
-        return min(LEAST, self.process().framework() // 32)  # what planning has left may pin a segment more in the next process
+        # What planning has left may pin a segment more in the next process; unrun on a GPU.
+        return min(LEAST, process.framework() // 32)
 
     def _between(self, micro_batch: int) -> int:
         """Bytes that what happens between phases holds at most."""

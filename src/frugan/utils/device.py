@@ -36,10 +36,7 @@ def choose(name: str) -> torch.device:
             device = torch.device(device.type, torch.get_device_module(device).current_device() if asked else 0)
         if there := accelerator(device):
             there.meet()
-        first = torch.empty(1, device=device, requires_grad=device.type == "cuda")
-        device = first.device
-        if first.requires_grad:  # cuBLAS warns where it is the first thing that a thread does, as backward's would
-            (first * 1).backward()  # type: ignore[no-untyped-call]
+        device = torch.empty(1, device=device).device
     except torch.OutOfMemoryError:
         raise UserError(f"--device {name}: other programs have taken all of its memory; close some of them, or use cpu.") from None
     except (RuntimeError, AssertionError, NotImplementedError, AttributeError) as error:
@@ -53,6 +50,8 @@ def choose(name: str) -> torch.device:
                 f"--device {name}: torch {torch.__version__} is not built for {torch.cuda.get_device_name(device)} (compute "
                 f"capability {capability[0]}.{capability[1]}, it has {', '.join(built_for)}); install a torch that is, or use cpu."
             )
+    if device.type == "cuda":  # cuBLAS warns where it is the first thing that a thread does, as it would be in backward's
+        (torch.empty(1, device=device, requires_grad=True) * 1).backward()  # type: ignore[no-untyped-call]
     return device
 
 
