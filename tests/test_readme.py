@@ -10,6 +10,7 @@ import pytest
 import frugan
 from frugan.cli import main, parse
 from frugan.config import recipes
+from frugan.config.augmentation import FEW
 from frugan.gan.levers import LEVERS
 from frugan.memory.layout import Guarantee
 
@@ -45,6 +46,8 @@ def test_its_table_of_recipes_has_them_all_with_the_default_and_its_precision() 
     assert inspect.signature(frugan.train).parameters["recipe"].default == recipes.DEFAULT
     automatic = [name for name in recipes.RECIPES if recipes.get(name).memory.precision != "fp32"]
     assert automatic == re.findall(r"`(\w+)` asks for `--precision auto`", text)
+    augmented = [name for name in recipes.RECIPES if recipes.get(name).augmentation.augment == "auto"]
+    assert augmented == re.findall(rf"^\| `(\w+)`.*below {FEW:,} images D sees them augmented", text, re.M)
 
 
 def test_its_make_targets_exist() -> None:
