@@ -161,3 +161,22 @@ def test_code_that_was_let_go_comes_back() -> None:
     assert dropped < before
     assert float(torch.nn.functional.conv2d(torch.ones(2, 3, 8, 8), torch.ones(4, 3, 3, 3)).sum()) == 2 * 4 * 36 * 27
     assert limit.most() >= before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_results_of_calls_that_are_not_run_are_zeros_that_hold_no_memory(dtype: torch.dtype) -> None:
+    calls = Calls()
+    given = torch.ones(1, 64, 512, 512, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    def ran(func: Any, args: Any, kwargs: Any) -> tuple[Any, list[int], int, None]:
+        return func(*args, **kwargs), [], 0, None
+
+    first, _ = calls.run(torch.ops.aten.mul.Tensor, (given, given), {}, ran)
+    before = host.resident()
+    found = [calls.run(torch.ops.aten.mul.Tensor, (given, given), {}, ran)[0] for _ in range(8)]
+    assert host.resident() - before < first.nbytes, "eight of them"
+    for one in found[:2]:
+        assert not one.any() and one.stride() == first.stride() and one.dtype == dtype
+        assert one.untyped_storage().nbytes() == first.nbytes
+    found[0].add_(1)
+    assert found[0].all() and not found[1].any()

@@ -29,6 +29,8 @@ from frugan.training.model import Model
 from frugan.utils.errors import UserError
 
 ENOUGH = 8  # samples from which on libraries use the kernels, and keep the buffers, that they do for more
+PRODUCTS = 3 << 19  # bytes of buffers for products of many rows, 0 to 5 MB (docs/LOG.md), where D is dense
+TRACED = 5 << 19  # bytes of what forward mode loads that tracing has loaded before (torch 2.14; docs/LOG.md)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class InProcess:
         self.device = device
         self.model: Model | None = None
         self._doubled: int | None = None  # bytes that double backward loads
+        self._traced = False
 
     def _model(self) -> Model:
         if self.model is None:
@@ -87,6 +90,7 @@ class InProcess:
             return self._loads(*arguments)
         if what == "growth":
             arguments = [arguments[0], named(arguments[1]), *arguments[2:]]
+        self._traced = True
         found: Growth = getattr(self._model(), what)(*arguments)
         return found.as_dict()
 
@@ -113,6 +117,7 @@ class InProcess:
         (loaded, reserved), (loaded_each, reserved_each) = (
             (max(0, b[0] - a[0]), b[1] - b[0] - a[1] + a[0]) for a, b in pairwise(found)
         )
+        loaded += PRODUCTS if all(p.dim() <= 2 for p in model.discriminator.parameters()) else 0
         return Facts(
             model.generator.couples_samples, model.discriminator.couples_samples, _bytes(model), loaded, reserved,
             loaded_each, max(0, reserved_each),
@@ -134,7 +139,7 @@ class InProcess:
             self._load_double_backward(model)
         before = limit.at_rest(self.device)
         model.run("D", Layout((ENOUGH,), named([lever])))
-        return max(0, limit.at_rest(self.device) - before - (self._doubled or 0))
+        return max(0, limit.at_rest(self.device) - before - (self._doubled or 0)) + (TRACED if self._traced else 0)
 
     def close(self) -> None:
         """Lets go of the networks."""
