@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from frugan.config import recipes
 from frugan.config.run import Run
 from frugan.gan.levers import named as levers_called
 from frugan.memory import limit
+from frugan.memory.calls import tensors_in
 from frugan.memory.layout import Guarantee, Layout, slices
 from frugan.memory.recover import PATIENCE, Change, OutOfMemory, Recovery
 from frugan.reporting.console import Console
@@ -38,9 +38,9 @@ class Scarce(TorchDispatchMode):
         self.allocations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        known = {t.untyped_storage()._cdata for t in tensors_in([args, kwargs])}
         result = func(*args, **(kwargs or {}))
-        if any(t.untyped_storage()._cdata not in known for t in tree_leaves(result) if isinstance(t, Tensor)):
+        if any(t.untyped_storage()._cdata not in known for t in tensors_in(result)):
             self.allocations += 1
             if self.allocations - 1 == self.fails:
                 torch.empty(1 << 60, dtype=torch.uint8, device=self.device)  # more than there is: the allocator's own error
@@ -76,11 +76,11 @@ def test_memory_running_out_at_every_allocation_of_an_update(name: str, few: Pat
                 loop.advance()
             return everything(trainer), scarce.allocations
 
-        gc.collect()
-        gc.freeze()  # what is there now is not looked at again each time memory runs out
         changes: list[Change] = []
         recovery.changed = changes.append
         wanted, allocations = update(None)
+        gc.collect()
+        gc.freeze()  # what is there now is not looked at again each time memory runs out
         assert allocations > 50
         for fails in range(allocations):
             for already in ("reuse", "return"):
