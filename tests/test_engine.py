@@ -273,7 +273,7 @@ from frugan.memory import Engine, limit
 from frugan.memory.layout import WHOLE_BATCH_NORM
 
 layers = [nn.Conv2d(3, 16, 3, padding=1)]
-for _ in range(20):
+for _ in range(14):
     layers += [nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.Conv2d(16, 16, 3, padding=1)]
 model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 images = torch.randn(96, 3, 16, 16)
