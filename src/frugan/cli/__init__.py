@@ -75,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command, said = parse(arguments or ["--help"])
         command.run(said)
     except UserError as error:
-        print(f"frugan: {error}", file=sys.stderr)
+        if not error.said:
+            print(f"frugan: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

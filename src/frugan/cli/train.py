@@ -24,12 +24,14 @@ def run(said: Any) -> None:
     recipe = recipe_said(said)
     asked = Run(**{f.name: getattr(said, f.name) for f in fields(Run)})
     spin_briefly()
+    from frugan.utils.processes import leads
     from frugan.utils.signals import Stopped
 
     try:
         run_training(recipe, asked, said.quiet)
     except Stopped as stopped:
-        print(f"frugan: {stopped}", file=sys.stderr)
+        if leads():
+            print(f"frugan: {stopped}", file=sys.stderr)
         sys.exit(128 + stopped.number)
 
 

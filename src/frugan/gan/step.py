@@ -47,6 +47,7 @@ class Step(Passes):
         channels_last: memory format of the images that enter the networks.
         conditional: whether both networks are told the classes of images, which then need labels.
         balanced: the classes that generated images have equally often; none: each has the class of the real image of its number.
+        whole: samples of a batch, where other processes compute some of them; None: all are in the layout.
     """
 
     generator: Network
@@ -60,6 +61,7 @@ class Step(Passes):
     channels_last: bool = False
     conditional: bool = False
     balanced: tuple[int, ...] = ()
+    whole: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,10 +84,10 @@ class Step(Passes):
 
         Returns:
             Means over the batch, as tensors without graph: ``Loss_D``, ``D(x)``, each penalty, and ``r_t`` and ``p`` if images
-            are augmented.
+            are augmented. Of some of a batch (``whole``), what these add to them.
         """
         total: Terms = {}
-        whole, parts = sum(layout.sizes), _parts(first, layout)
+        whole, parts = self.whole or sum(layout.sizes), _parts(first, layout)
         self._set_learning(True)
         compute = self._one_by_one if layout.uses("separate_terms") else self._at_once
 
@@ -119,7 +121,7 @@ class Step(Passes):
             self._whole.bring_back("real", partial(self._carry, "real", judge_real, self._learning))
             self._whole.bring_back("fake", partial(self._carry, "fake", judge_fake, self._learning))
         if self.augment:
-            total["p"] = self.augment.chance(self.like)
+            total["p"] = self.augment.chance(self.like) * (sum(layout.sizes) / whole)
         return total
 
     def generator_phase(self, batch: Batch, first: int, layout: Layout) -> Terms:
@@ -129,7 +131,7 @@ class Step(Passes):
             Means over the batch: ``Loss_G`` and ``D(G(z))``, of D as it is now.
         """
         total: Terms = {}
-        whole, parts = sum(layout.sizes), _parts(first, layout)
+        whole, parts = self.whole or sum(layout.sizes), _parts(first, layout)
         self._set_learning(False)
 
         def generate(first: int, count: int) -> Tensor:
@@ -166,7 +168,7 @@ class Step(Passes):
     def score_generated(self, first: int, layout: Layout, labels: Labels = unlabelled) -> Tensor:
         """Mean D(G(z)) of both networks as they are now, on the noise and ``labels`` of `generator_phase`; changes neither."""
         total: Terms = {}
-        parts = _parts(first, layout)
+        whole, parts = self.whole or sum(layout.sizes), _parts(first, layout)
 
         def generate(first: int, count: int) -> Tensor:
             rows = self._of_fake("latent/g", first, count, labels)
@@ -181,7 +183,7 @@ class Step(Passes):
             self._measured(layout, parts, {"latent/g": generate, "g/fake": judge}),
         ):  # fmt: skip
             for part in parts:
-                _add(total, {"D(G(z))": self._score(judge(*part))}, sum(layout.sizes))
+                _add(total, {"D(G(z))": self._score(judge(*part))}, whole)
         return total["D(G(z))"]
 
     def _at_once(self, real: Tensor, fake: Tensor, of_real: Rows, of_fake: Rows, batch: int, layout: Layout) -> Terms:

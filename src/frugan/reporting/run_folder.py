@@ -221,6 +221,23 @@ class RunFolder:
             raise UserError(f"{self.plan_file} cannot be read: {error}; give another --out.") from None
 
 
+class Followed(RunFolder):
+    """The folder of a training of several processes, for those that do not write: nothing is changed in it."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+    def claim(self, recipe: Recipe, plan: Mapping[str, Any], images: int) -> bool:
+        """Whether there was a checkpoint to go on from."""
+        return self.newest_checkpoint() is not None
+
+    def rewrite_plan(self, changes: Mapping[str, Any]) -> None:
+        """Changes nothing."""
+
+
 def load_generator(run: str | Path, device: str = "cpu", *, best: bool = False) -> Generator:
     """The generator of a run folder, or of a ``generator.safetensors`` alone.
 

@@ -61,12 +61,16 @@ def run_training(recipe: Recipe, run: Run, quiet: bool = False, on_update: Calla
     from frugan.reporting.console import Console
     from frugan.training.session import Session
     from frugan.training.trainer import Trainer
+    from frugan.utils import processes
 
     if _begun:
         gc.collect()  # what an earlier training left, if it was broken off: `Trainer` freezes what is there
     _begun.append(True)
-    with limit.as_before():
-        return Trainer(Session.open(recipe, run, Console(quiet), began), on_update).train()
+    with limit.as_before(), processes.joined(run.device) as group:
+        console = Console(quiet or not group.leads)
+        session = group.first(lambda: Session.open(recipe, run, console, began, group))
+        group.agree(session.essence())
+        return Trainer(session, on_update).train()
 
 
 def load(run: str | Path, device: str = "cpu", *, best: bool = False) -> "Generator":

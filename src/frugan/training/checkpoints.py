@@ -62,11 +62,13 @@ def _resume(session: Session, state: State) -> None:
 
 
 def save(session: Session, state: State) -> None:
-    """Writes a checkpoint and the generator, and prunes old checkpoints.
+    """Writes a checkpoint and the generator, and prunes old checkpoints; of several processes the first does.
 
     Raises:
         UserError: the training diverged, or a file cannot be written.
     """
+    if not session.group.leads:
+        return
     limit.release(session.device)
     limit.wait(session.device)  # copies to moments on the host may be under way
     tensors, numbers = state.capture()
@@ -82,5 +84,6 @@ def save(session: Session, state: State) -> None:
 
 
 def save_generator(session: Session, state: State) -> None:
-    """Writes the generator to use, with its recipe."""
-    sampling.save(session.folder.generator_file, state.averaged, session.recipe, state.images)
+    """Writes the generator to use, with its recipe; of several processes the first does."""
+    if session.group.leads:
+        sampling.save(session.folder.generator_file, state.averaged, session.recipe, state.images)

@@ -82,6 +82,13 @@ class Epochs:
         """Looks at the clock after an update; what it decides, if anything."""
         return None
 
+    def decision(self, decided: DurationDecided | None) -> tuple[float, float, float]:
+        """What `look` has ``decided`` in numbers, zeros if nothing, for `follow`."""
+        return 0, 0, 0
+
+    def follow(self, images: float, share: float, total: float) -> None:
+        """Takes up what another process has decided."""
+
     def due(self) -> tuple[bool, bool]:
         """Whether it is time for pictures, and for a checkpoint, in the midst of an epoch."""
         return False, False
@@ -220,6 +227,16 @@ class Minutes(Epochs):
         self.decisions.append(Decision(images, share, total))
         self._measure(images)
         return DurationDecided(images=images, total=total, seconds=self.spent)
+
+    def decision(self, decided: DurationDecided | None) -> tuple[float, float, float]:
+        """As `Epochs` says."""
+        return (self.decisions[-1].images, self.decisions[-1].share, self.decisions[-1].total) if decided else (0, 0, 0)
+
+    def follow(self, images: float, share: float, total: float) -> None:
+        """As `Epochs` says."""
+        if total:
+            self._changed = False
+            self.decisions.append(Decision(int(images), share, int(total)))
 
     def due(self) -> tuple[bool, bool]:
         """As `Epochs` says."""

@@ -23,6 +23,7 @@ from frugan.memory.plan import Plan
 from frugan.memory.recover import Recovery
 from frugan.training.state import State as State
 from frugan.training.state import Terms
+from frugan.utils.processes import Alone
 
 HOST = {"offload_activations", "checkpoint_blocks"}  # levers that wait for the host
 
@@ -134,14 +135,18 @@ class Graphs:
         device: on what.
         used: whether phases are recorded.
         tell: is called with what a person should know.
+        group: the processes that compute the rest of each batch.
     """
 
-    def __init__(self, state: State, recovery: Recovery, device: torch.device, used: bool, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, state: State, recovery: Recovery, device: torch.device, used: bool, tell: Callable[[str], None], group: Alone
+    ) -> None:  # fmt: skip
         self.state = state
         self.recovery = recovery
         self.device = device
         self.used = used
         self.tell = tell
+        self.group = group
         self.recorded: dict[str, Recorded] = {}
         self._met: set[tuple[str, Layout]] = set()
         self._stream: torch.cuda.Stream | None = None
@@ -175,7 +180,8 @@ class Graphs:
         def compute(layout: Layout) -> Terms:
             return taped.compute(first) if taped and taped.layout == layout else phase.compute(batch, first, layout)
 
-        terms = self.recovery.run(phase.name, compute)
+        terms = self.group.sum_terms(self.recovery.run(phase.name, compute))
+        self.group.sum_gradients(phase.network)
         self.state.update(phase.optimizer)
         return terms
 

@@ -12,7 +12,7 @@ from frugan.reporting.records import DurationDecided, Line
 from frugan.training.checkpoints import save, save_generator
 from frugan.training.graphs import Graphs
 from frugan.training.messages import diverged
-from frugan.training.observer import Observer
+from frugan.training.observer import Bystander
 from frugan.training.session import Session
 from frugan.training.state import Labels, Mean, State, Terms
 from frugan.utils.errors import UserError
@@ -35,7 +35,7 @@ class Loop:
     """
 
     def __init__(
-        self, session: Session, budget: int | None, state: State, graphs: Graphs, observer: Observer, signals: Signals,
+        self, session: Session, budget: int | None, state: State, graphs: Graphs, observer: Bystander, signals: Signals,
         on_update: OnUpdate | None = None,
     ) -> None:  # fmt: skip
         self.session = session
@@ -64,7 +64,7 @@ class Loop:
         while not duration.over(state.images):
             drawn = state.images
             terms, labels = self.advance()
-            decided = duration.look(state.images)
+            decided = self._decided(state.images)
             ended = state.images // len(loader) > drawn // len(loader)
             within = state.images % len(loader) // session.batch  # updates of this epoch, so that a resumed log is the same
             last = duration.over(state.images)
@@ -88,10 +88,11 @@ class Loop:
             UserError: images cannot be reached any more; everything until now is saved.
         """
         session, state = self.session, self.state
-        first = state.images
-        state.set_rates(first / len(session.loader), session.duration.share(first))
+        share = session.share
+        first = state.images + share.begin
+        state.set_rates(state.images / len(session.loader), session.duration.share(state.images))
         try:
-            batch = self.recovery.again(partial(session.loader.pieces, first, session.batch))
+            batch = self.recovery.again(partial(session.loader.pieces, first, share.count))
         except UserError:  # nothing of this update has happened yet
             save(session, state)
             raise
@@ -103,6 +104,16 @@ class Loop:
         state.images += session.batch
         state.updates += 1
         return terms, batch.labels
+
+    def _decided(self, images: int) -> DurationDecided | None:
+        """What the clock of the first process decides after ``images`` images; and whichever process got a signal, all have it."""
+        session, signals = self.session, self.signals
+        decided = session.duration.look(images) if session.group.leads else None
+        signal, *decision = session.group.most([signals.received or 0, *session.duration.decision(decided)])
+        signals.received = int(signal) or None
+        if not session.group.leads:
+            session.duration.follow(*decision)
+        return decided
 
     def _take_in(self, terms: Terms) -> None:
         """Means, the average if G has moved, and how often D's images are augmented: what allocates comes before what changes."""
@@ -120,13 +131,17 @@ class Loop:
         """D's scores of generated images before and after the update of both, if both were updated."""
         if "Loss_G" not in terms:
             return {}
-        layout = self.recovery.layouts["G"]
+        layout, group = self.recovery.layouts["G"], self.session.group
+        first += self.session.share.begin
         after = self.recovery.again(lambda: self.state.step.score_generated(first, layout, labels))
+        after = group.sum_terms({"after": after})["after"]
         return {"D(G(z)) before": float(terms["D(G(z))"]), "D(G(z)) after": float(after)}
 
     def _report(self, scores: dict[str, float]) -> None:
         state = self.state
         measured = self.mean.take() | scores
+        if not self.session.group.leads:
+            return
         # fp16 overflows now and then: the scaler skips the update and lowers its scale, at worst until nothing is left of it.
         skipping = state.scaler.is_enabled() and state.scaler.get_scale() >= 1
         for name, value in list(measured.items()):

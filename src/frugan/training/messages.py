@@ -64,6 +64,10 @@ def notices(session: Session, plan: Plan, generator: Network, discriminator: Net
         if network.couples_samples and cut:
             sizes = " and ".join(f"{size} in {p}'s phase" for p, size in cut.items())
             told.append(f"Approximate: batch norm in the {name} takes its statistics from micro-batches of {sizes}.")
+    if session.group.size > 1:
+        told.append(f"{session.group.size} processes, each with {session.share.count} of the {session.batch} images of an update.")
+        if generator.couples_samples or discriminator.couples_samples:
+            told.append(f"Approximate: batch norm takes its statistics from the {session.share.count} images of each process.")
     if any(layout.uncoupled for layout in plan.layouts.values()):
         told.append(
             "Batch norm takes its statistics from the whole batch, in several passes over its micro-batches; --whole-batch-norm no "

@@ -17,7 +17,34 @@ from frugan.training.evaluating import Evaluating, Sample
 ROWS = 16  # classes in pictures of samples
 
 
-class Observer:
+class Bystander:
+    """In place of an `Observer`, where another process observes: sees nothing."""
+
+    def needs(self) -> int:
+        """Nothing."""
+        return 0
+
+    def begin(self, images: int) -> None:
+        """Takes up nothing."""
+
+    def line(self, line: Line) -> None:
+        """Takes in nothing."""
+
+    def event(self, event: Event) -> None:
+        """Takes in nothing."""
+
+    def look(self, epoch: float, images: int, updates: int, sample: Sample, pictures: bool, last: bool) -> bool:
+        """Looks at nothing."""
+        return False
+
+    def finish(self, sample: Sample) -> None:
+        """Nothing is left to be done."""
+
+    def close(self) -> None:
+        """Has nothing open."""
+
+
+class Observer(Bystander):
     """The eyes of one run: what it calls at every report, event and end of an epoch.
 
     Args:

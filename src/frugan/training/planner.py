@@ -31,6 +31,7 @@ class Planner:
         approximate: whether batch norm may work on micro-batches below `SMALLEST_COUPLED`.
         let_go: is called where nothing fits beside images that are kept in memory; gives them up, and says whether there were any.
         separate: whether what must be run for a plan is run by another process (`Traces`).
+        beside: how many processes share what is free, this one with them.
 
     Raises:
         UserError: the budget says nothing, is more than the machine has, or cannot be held on this device.
@@ -38,7 +39,7 @@ class Planner:
 
     def __init__(
         self, recipe: Recipe, device: torch.device, *, data: int = 0, evaluation: int = 0, memory: str | None = None,
-        approximate: bool = False, let_go: Callable[[], bool] | None = None, separate: bool = False,
+        approximate: bool = False, let_go: Callable[[], bool] | None = None, separate: bool = False, beside: int = 1,
     ) -> None:  # fmt: skip
         self.recipe = recipe
         self.device = device
@@ -59,7 +60,7 @@ class Planner:
             raise
         moments = {"evaluating": self.facts.held | {"evaluation": evaluation}} if evaluation else {}
         self.budget = BudgetPlanner(
-            search, device, named, self._process, lambda: limit.spare(device), data, self._besides, moments,
+            search, device, named, self._process, lambda: limit.spare(device) // beside, data, self._besides, moments,
             self._let_go if let_go else None,
         )  # fmt: skip
 

@@ -53,20 +53,22 @@ def plan_of(session: Session, evaluation: int) -> tuple[Plan, Recipe]:
     Raises:
         UserError: nothing fits; names the smallest budget that would do.
     """
-    recipe, run, loader, folder = session.recipe, session.run, session.loader, session.folder
-    options: dict[str, Any] = {"data": loader.ahead(session.batch), "memory": run.memory, "evaluation": evaluation}
-    options |= {"approximate": run.allow_approximate, "separate": True}
+    run, loader, folder, share = session.run, session.loader, session.folder, session.share.count
+    recipe = session.recipe.replace(batch_size=share)
+    options: dict[str, Any] = {"data": loader.ahead(share), "memory": run.memory, "evaluation": evaluation}
+    options |= {"approximate": run.allow_approximate, "separate": True, "beside": session.group.here}
+    graphs = run.cuda_graphs if session.group.size == 1 else "no"  # gradients are exchanged between phases and updates
     saved = folder.saved_plan() if folder.newest_checkpoint() else {}
     if "layouts" in saved:
         begun = Plan.from_dict(saved, LEVERS.values())
-        if all(sum(layout.sizes) == session.batch for layout in begun.layouts.values()):
+        if all(sum(layout.sizes) == share for layout in begun.layouts.values()):
             planner = Planner(recipe, session.device, **options)
             plan = planner.with_layouts(begun.layouts, begun.freed)
             if plan is not None:
-                return replace(_in_this_process(plan, planner, run.cuda_graphs), planned=begun.planned), recipe
+                return replace(_in_this_process(plan, planner, graphs), planned=begun.planned), session.recipe
             session.console.tell("The plan this run was started with does not fit any more; planning anew.")
     planner, plan = find(recipe, session.device, let_go=loader.let_go, **options)
-    return _in_this_process(plan, planner, run.cuda_graphs), planner.recipe
+    return _in_this_process(plan, planner, graphs), planner.recipe.replace(batch_size=session.batch)
 
 
 def _in_this_process(plan: Plan, planner: Planner, graphs: str) -> Plan:

@@ -3,6 +3,7 @@
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ import torch
 
 from frugan.config.recipe import Recipe
 from frugan.config.run import Run
+from frugan.config.section import flag
 from frugan.data.opening import Loader, Source, Tell, classes_of, keepable, open_loader, opened, present
 from frugan.memory import limit
 from frugan.reporting.console import Console
-from frugan.reporting.run_folder import RunFolder
+from frugan.reporting.run_folder import Followed, RunFolder
 from frugan.training.duration import Epochs, duration_of, now
 from frugan.training.mirroring import decided
 from frugan.utils import device
 from frugan.utils.errors import UserError
+from frugan.utils.processes import Alone, Share, place
 
 PACKING = 160 << 20  # bytes that decoding and packing images may take: below that a budget is not held while it goes on
 
@@ -52,6 +55,7 @@ class Session:
         folder: the run folder.
         console: what speaks to the person.
         duration: how long training goes on.
+        group: the processes that train together.
     """
 
     recipe: Recipe
@@ -63,16 +67,19 @@ class Session:
     folder: RunFolder
     console: Console
     duration: Epochs
+    group: Alone
 
     @classmethod
-    def open(cls, recipe: Recipe, run: Run, console: Console, began: float | None = None) -> "Session":
+    def open(
+        cls, recipe: Recipe, run: Run, console: Console, began: float | None = None, group: Alone | None = None
+    ) -> "Session":  # fmt: skip
         """Finds and resolves everything, for a command that began when the clock (`frugan.training.duration`) showed ``began``.
 
         Raises:
             UserError: anything about data, recipe or folder that cannot be trained; nothing was written then.
         """
-        began = now() if began is None else began
-        where = device.choose(run.device)
+        began, group = now() if began is None else began, group or Alone()
+        where = device.choose(place(run.device))
         limit.set_freed("return", where)  # until there is a plan
         recipe, source = resolved(recipe, where, console.tell)
         loader = _loader(source, recipe, run, where, console)
@@ -82,7 +89,9 @@ class Session:
                 f"--batch-size {batch} is more than the {len(loader)} images of {source.name}: "
                 f"use --batch-size {min(64, len(loader))} or fewer."
             )
-        folder = RunFolder(Path(run.out) if run.out else Path("runs") / f"{source.name}-{recipe.recipe}")
+        group.share(batch)  # refuses what does not divide
+        out = Path(run.out) if run.out else Path("runs") / f"{source.name}-{recipe.recipe}"
+        folder = RunFolder(out) if group.leads else Followed(out)
         saved = folder.saved_plan()
         _set_threads(run, saved.get("threads"), console.tell)  # before anything is computed
         recipe = decided(recipe, loader, folder, console.tell)
@@ -92,7 +101,12 @@ class Session:
             recipe = recipe.replace(offload_state="yes")
         # Not the source, which may hold a million names.
         duration = duration_of(recipe.training, len(loader), began)
-        return cls(recipe, run, where, source.name, len(source.classes), loader, folder, console, duration)
+        return cls(recipe, run, where, source.name, len(source.classes), loader, folder, console, duration, group)
+
+    @property
+    def share(self) -> Share:
+        """What of a batch this process computes."""
+        return self.group.share(self.batch)
 
     @property
     def batch(self) -> int:
@@ -107,12 +121,17 @@ class Session:
         """What results depend on up to rounding: torch's version, the kind of device, the number of threads."""
         return {"torch": torch.__version__, "device": self.device.type, "threads": torch.get_num_threads()}
 
+    def essence(self) -> dict[str, Any]:
+        """What several processes must have in common to train together."""
+        settings = {flag(name): value for name, value in self.recipe.flat().items() if name != "data"}
+        return settings | {"frugan": version("frugan"), "torch": torch.__version__, "images": self.loader.fingerprint[:12]}
+
     def about(self) -> dict[str, Any]:
         """What this run is about, so that it is known again."""
         return {
             "images": len(self.loader), "fingerprint": self.loader.fingerprint, "device": str(self.device),
             "precision": self.recipe.memory.precision, "updates": (self.duration.total or 0) // self.batch,
-            "offload_state": self.recipe.memory.offload_state, "threads": torch.get_num_threads(),
+            "offload_state": self.recipe.memory.offload_state, "threads": torch.get_num_threads(), "processes": self.group.size,
         }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from frugan.training.features import learn_features
 from frugan.training.holding import peak, updates
 from frugan.training.loop import Loop, OnUpdate
 from frugan.training.messages import introduce, out_of_memory
-from frugan.training.observer import Observer
+from frugan.training.observer import Bystander, Observer
 from frugan.training.planning import plan_of
 from frugan.training.session import Session
 from frugan.utils.signals import Signals
@@ -42,7 +42,7 @@ class Trainer:
             Stopped: by SIGINT or SIGTERM, with everything saved.
         """
         session = self.session
-        signals = Signals()
+        signals = Signals(quiet=not session.group.leads)
         try:
             with _frozen() as freeze, session.folder, signals, session.arithmetic():
                 self._train(signals, freeze)
@@ -61,15 +61,16 @@ class Trainer:
         observer = Observer(
             session.recipe, session.run, session.folder, session.loader, session.name, session.classes, session.console,
             session.device,
-        )  # fmt: skip
+        ) if session.group.leads else Bystander()  # fmt: skip
         with closing(observer):
-            plan, recipe = plan_of(session, observer.needs())
+            plan, recipe = session.group.first(lambda: plan_of(session, observer.needs()))
             self.session = session = replace(session, recipe=recipe)
             gc.collect()
             freeze()  # planning imports much
             budget = plan.budget if plan.named else None
             with limit.held_to(budget, session.device, plan.reserved, plan.held):
                 state = begin(session)
+                state.step.whole = session.batch
                 session.duration.begin(state.images)  # refuses before anything is written; the loop begins it anew, after features
                 loop = Loop(
                     session, budget, state, updates(session, plan, state, observer.event), observer, signals, self.on_update
@@ -81,7 +82,10 @@ class Trainer:
                 if resumed:
                     session.console.tell(f"Going on from {state.images:,} images.")
                 if not session.duration.over(state.images):
-                    learn_features(session, state, plan.layouts["G"].micro_batch, plan.held, signals, observer.event)
+                    micro_batch = plan.layouts["G"].micro_batch
+                    session.group.first(lambda: learn_features(session, state, micro_batch, plan.held, signals, observer.event))
+                    networks = (state.generator, state.discriminator)
+                    session.group.give([t for network in networks for t in (*network.parameters(), *network.buffers())])
                     limit.release(session.device)
                     loop.run()
                     loop.finish()

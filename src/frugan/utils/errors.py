@@ -5,7 +5,13 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """What was wrong, where, and what to do, in one sentence; the command line prints it and exits with 2."""
+    """What was wrong, where, and what to do, in one sentence; the command line prints it and exits with 2.
+
+    Attributes:
+        said: whether another process says it already.
+    """
+
+    said = False
 
 
 def nearest(word: str, options: Iterable[str]) -> str:

@@ -19,9 +19,13 @@ class Signals:
     """While open, the first SIGINT or SIGTERM is only noted in ``received``; a second one ends the process at once.
 
     Outside the main thread, where Python delivers no signals, it does nothing.
+
+    Args:
+        quiet: whether nothing is said then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -38,4 +42,5 @@ class Signals:
         if self.received is not None:
             os._exit(128 + number)
         self.received = number
-        os.write(2, b"\nStopping after this update and saving; once more stops at once.\n")  # print could be in use
+        if not self.quiet:
+            os.write(2, b"\nStopping after this update and saving; once more stops at once.\n")  # print could be in use

@@ -1,0 +1,141 @@
+"""Several processes that train together: what one process trains, however many there are, killed and gone on with."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from frugan.config import recipes
+
+from .conftest import OWN_CODE, SMALL, assert_same_state, final_state
+
+WORKER = """
+import json, os, signal, sys, torch, frugan
+from frugan.utils.errors import UserError
+torch.set_default_dtype(torch.float64)
+settings, kill = json.loads(sys.argv[3]), json.loads(sys.argv[4])
+first = not os.path.exists(sys.argv[2] + ".killed")
+
+def on_update(images):
+    if kill and first and os.environ["RANK"] == str(kill[0]) and images == kill[1]:
+        open(sys.argv[2] + ".killed", "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+settings |= settings.pop("of", {}).get(os.environ.get("RANK", "0"), {})
+try:
+    frugan.train(settings.pop("data", sys.argv[1]), out=sys.argv[2], on_update=on_update, **settings)
+except UserError as error:
+    if not error.said:
+        print("SAID", error, flush=True)
+    sys.exit(2)
+"""
+
+
+def together(
+    processes: int, data: Path, out: Path, *, kill: tuple[int, int] | None = None, restarts: int = 0, **settings: Any
+) -> Any:
+    """A training by ``processes`` processes in double precision; ``kill``: which of them is killed once, after how many images."""
+    script = out.parent / "worker.py"
+    script.write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
+    command += ["--monitor-interval", "0.2", "--master-port", "0", "--standalone", str(script), str(data), str(out)]
+    command += [json.dumps(SMALL | settings), json.dumps(kill)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def alone(data: Path, out: Path, **settings: Any) -> None:
+    """The same by one process."""
+    script = out.parent / "worker.py"
+    script.write_text(WORKER)
+    command = [sys.executable, str(script), str(data), str(out), json.dumps(SMALL | settings), "null"]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+
+
+def assert_near(run: Path, other: Path, tolerance: float = 1e-10) -> None:
+    """The same weights, moments and averages up to rounding in double precision."""
+    (tensors, numbers), (others, other_numbers) = final_state(run), final_state(other)
+    assert tensors.keys() == others.keys() and numbers["images"] == other_numbers["images"]
+    for name, tensor in tensors.items():
+        assert torch.allclose(tensor.double(), others[name].double(), rtol=tolerance, atol=tolerance), name
+
+
+def uncoupled(name: str) -> dict[str, Any]:
+    """Settings with which samples of the recipe ``name`` do not depend on one another."""
+    known = recipes.get(name).flat()
+    return {"recipe": name} | {norm: "group" for norm in ("norm_g", "norm_d") if norm in known}
+
+
+@pytest.mark.parametrize("name", OWN_CODE)
+def test_processes_train_what_one_process_trains(name: str, few: Path, tmp_path: Path) -> None:
+    known = recipes.get(name).flat()
+    asked = {k: v for k, v in SMALL.items() if k in known} | uncoupled(name)
+    asked |= {"epochs": 5, "conditional": True, "augment": "ada", "flip": "yes", "accumulation_steps": 2}
+    if "feature_updates" in known:
+        asked["feature_updates"] = 4
+    alone(few, tmp_path / "one", **asked)
+    for processes in (2, 4) if name == "dcgan" else (2,):
+        done = together(processes, few, tmp_path / str(processes), **asked)
+        assert done.returncode == 0, done.stderr[-3000:]
+        tensors, numbers = final_state(tmp_path / str(processes))
+        assert numbers["updates"] == 20 and all(t.dtype == torch.float64 for t in tensors.values() if t.is_floating_point())
+        assert_near(tmp_path / "one", tmp_path / str(processes))
+
+
+def test_one_of_two_is_killed_and_the_group_ends_as_if_it_had_not_been(few: Path, tmp_path: Path) -> None:
+    asked = uncoupled("r3") | {"epochs": 4, "width_g": 4, "width_d": 4}
+    whole = together(2, few, tmp_path / "whole", **asked)
+    assert whole.returncode == 0, whole.stdout + whole.stderr[-3000:]
+    for rank in (0, 1):  # the one that writes, and the other; in the midst of an epoch
+        out = tmp_path / f"killed{rank}"
+        done = together(2, few, out, kill=(rank, 160), restarts=1, **asked)
+        assert done.returncode == 0 and Path(f"{out}.killed").exists(), done.stderr[-3000:]
+        assert_same_state(tmp_path / "whole", out)
+
+
+def test_going_on_with_other_numbers_of_processes_trains_the_same(few: Path, tmp_path: Path) -> None:
+    asked = uncoupled("dcgan")
+    alone(few, tmp_path / "one", **asked, epochs=6)
+    alone(few, tmp_path / "many", **asked, epochs=2)
+    for epochs, processes in ((4, 4), (6, 2)):
+        done = together(processes, few, tmp_path / "many", **asked, epochs=epochs)
+        assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert_near(tmp_path / "one", tmp_path / "many")
+
+
+def test_what_processes_cannot_do_is_one_sentence_from_one_of_them(few: Path, tmp_path: Path) -> None:
+    for sentence, asked in {
+        "do not train the same: --lr-g is 0.001 in process 0 and 0.002 in process 1": {
+            "lr_g": 1e-3, "of": {"1": {"lr_g": 2e-3}},
+        },
+        "--batch-size 15 does not divide among 2 processes: 14 or 16 does": {"batch_size": 15},
+        "there is no folder": {"of": {"1": {"data": "nowhere"}}},
+        "the smallest that works is": {"memory": "64MiB"},
+    }.items():  # fmt: skip
+        done = together(2, few, tmp_path / "out", **asked)
+        said = [line for line in done.stdout.splitlines() if "SAID" in line]
+        assert done.returncode != 0 and len(said) == 1 and sentence in said[0], (sentence, done.stdout, done.stderr[-2000:])
+        assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_others_that_do_not_come_are_waited_for_until_a_limit(few: Path, tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    there = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9", "FRUGAN_MEET": "3"}
+    for rank in ("0", "1"):
+        port = "9" if rank == "1" else "0"
+        command = [sys.executable, str(script), str(few), str(tmp_path / "r"), json.dumps(SMALL), "null"]
+        environment = os.environ | there | {"RANK": rank, "MASTER_PORT": port}
+        began = time.monotonic()
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and "the 2 processes could not meet at 127.0.0.1" in done.stdout, (
+            done.stdout,
+            done.stderr[-2000:],
+        )
+        assert time.monotonic() - began < 60 and not (tmp_path / "r").exists()
