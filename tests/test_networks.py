@@ -7,7 +7,7 @@ from torch import nn
 from frugan.config import recipes
 from frugan.config.architectures import R3, Architecture, Dcgan, Upsampling
 from frugan.gan.networks import build
-from frugan.gan.networks.blocks import ResizedConv, means
+from frugan.gan.networks.blocks import ResizedConv, means, norm
 from frugan.gan.networks.generators import GENERATORS
 from frugan.gan.networks.r3 import Enlarge, Enlarged
 from frugan.gan.summary import summarise
@@ -117,3 +117,10 @@ def test_the_gradient_of_bilinear_upsampling_as_products_is_torchs(before: int, 
         for enlarged in (lambda x: Enlarged.apply(x, after), Enlarge(after))
     )
     assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 8, 16, 48])
+def test_dense_layers_are_normalised_over_groups_of_several_numbers(channels: int) -> None:
+    network = nn.Sequential(*norm("group", channels, flat=True))
+    x = torch.arange(1.0, channels + 1)[None]
+    assert network(x).any()

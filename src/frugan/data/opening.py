@@ -1,6 +1,7 @@
 """From what was asked for to images: a source, what is not said about it filled in, and a loader."""
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,16 @@ from frugan.data.classes import present as present
 from frugan.data.decode import background_colour, flatten, is_grey
 from frugan.data.loader import Loader as Loader
 from frugan.data.pack_loader import SMALL, PackLoader
+from frugan.data.sources import Source as Source
+from frugan.data.sources import Tell as Tell
 from frugan.data.sources import open_source
-from frugan.data.sources.base import Source as Source
-from frugan.data.sources.base import Tell as Tell
 from frugan.data.sources.streams import ShardSource
 from frugan.data.stream_loader import StreamLoader, block_of
 from frugan.memory import limit
+from frugan.utils.errors import UserError
 
 DEFAULT_SIZE = 64  # pixels, where images have no size in common
+PACKING = 160 << 20  # bytes that decoding and packing images may take: below that a budget is not held while it goes on
 LOOKED_AT = 256  # images that decide whether a folder is grey
 
 
@@ -70,6 +73,34 @@ def open_loader(source: Source, data: Data, *, seed: int, workers: int, tell: Te
     for problem in source.problems:
         tell(problem)
     return StreamLoader(source.shards, data, seed=seed, workers=workers, tell=tell)
+
+
+def open_within(memory: str | None, source: Source, data: Data, batch: int, device: torch.device, **options: Any) -> Loader:
+    """The same for trainings in batches of ``batch`` on ``device``; packing is held to the budget ``memory``, as said, on the CPU,
+    if that leaves room for it.
+
+    Raises:
+        UserError: memory ran out; or there are fewer images than in a batch.
+    """
+    budget = limit.budget(memory, device)
+    room = source.random_access and device.type == "cpu" and budget is not None and budget - limit.held(device) > PACKING
+    try:
+        with limit.limited(budget, device) if budget is not None and room else nullcontext():
+            loader = open_loader(source, data, keep=keepable(budget, device), device=device, **options)
+    except limit.SHORTAGE as error:
+        if isinstance(error, UserError) or not limit.is_out_of_memory(error):
+            raise
+    else:
+        if batch > len(loader):
+            raise UserError(
+                f"--batch-size {batch} is more than the {len(loader)} images of {source.name}: "
+                f"use --batch-size {min(64, len(loader))} or fewer."
+            )
+        return loader
+    within = f" within --memory {memory}" if room else ""
+    raise UserError(
+        f"memory ran out while packing {source.name}{within}: use fewer --workers, or pack it first with frugan data pack."
+    )
 
 
 def bytes_of(source: Source, data: Data, batch: int, keep: int = SMALL) -> int:

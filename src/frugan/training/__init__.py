@@ -1,6 +1,7 @@
 """Training, from Python: `train` and, for what it made, `load`. torch is imported only once there is work to do."""
 
 import gc
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -54,9 +55,7 @@ def train(
 
 def run_training(recipe: Recipe, run: Run, quiet: bool = False, on_update: Callable[[int], None] | None = None) -> Path:
     """What `train` does, once it is clear what is asked for."""
-    from frugan.training.duration import now
-
-    began = now()
+    began = time.monotonic()  # as `frugan.training.duration.now`
     from frugan.memory import limit
     from frugan.reporting.console import Console
     from frugan.training.session import Session

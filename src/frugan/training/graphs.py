@@ -23,7 +23,6 @@ from frugan.memory.plan import Plan
 from frugan.memory.recover import Recovery
 from frugan.training.state import State as State
 from frugan.training.state import Terms
-from frugan.utils.processes import Alone
 
 HOST = {"offload_activations", "checkpoint_blocks"}  # levers that wait for the host
 
@@ -135,18 +134,19 @@ class Graphs:
         device: on what.
         used: whether phases are recorded.
         tell: is called with what a person should know.
-        group: the processes that compute the rest of each batch.
+        exchange: is given a network and what was measured of a part of a batch; gradients and terms become the whole batch's.
     """
 
     def __init__(
-        self, state: State, recovery: Recovery, device: torch.device, used: bool, tell: Callable[[str], None], group: Alone
+        self, state: State, recovery: Recovery, device: torch.device, used: bool, tell: Callable[[str], None],
+        exchange: Callable[[torch.nn.Module, Terms], Terms],
     ) -> None:  # fmt: skip
         self.state = state
         self.recovery = recovery
         self.device = device
         self.used = used
         self.tell = tell
-        self.group = group
+        self.exchange = exchange
         self.recorded: dict[str, Recorded] = {}
         self._met: set[tuple[str, Layout]] = set()
         self._stream: torch.cuda.Stream | None = None
@@ -180,8 +180,7 @@ class Graphs:
         def compute(layout: Layout) -> Terms:
             return taped.compute(first) if taped and taped.layout == layout else phase.compute(batch, first, layout)
 
-        terms = self.group.sum_terms(self.recovery.run(phase.name, compute))
-        self.group.sum_gradients(phase.network)
+        terms = self.exchange(phase.network, self.recovery.run(phase.name, compute))
         self.state.update(phase.optimizer)
         return terms
 

@@ -52,7 +52,7 @@ def updates(session: Session, plan: Plan, state: State, note: Callable[[Event], 
         smallest=dict.fromkeys(PHASES, 2) if coupled and approximate else least, coupled=coupled, changed=changed, needs=needs,
         planned=plan.planned,
     )  # fmt: skip
-    return Graphs(state, made, device, plan.graphs, session.console.tell, session.group)
+    return Graphs(state, made, device, plan.graphs, session.console.tell, session.group.sum_phase)
 
 
 def peak(session: Session, plan: Plan, images: int) -> MemoryMeasured | None:

@@ -1,7 +1,7 @@
 """A session: everything that a training is about, found and resolved before anything is planned or written."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -11,18 +11,14 @@ import torch
 
 from frugan.config.recipe import Recipe
 from frugan.config.run import Run
-from frugan.config.section import flag
-from frugan.data.opening import Loader, Source, Tell, classes_of, keepable, open_loader, opened, present
+from frugan.data.opening import Loader, Source, Tell, classes_of, open_within, opened, present
 from frugan.memory import limit
 from frugan.reporting.console import Console
 from frugan.reporting.run_folder import Followed, RunFolder
 from frugan.training.duration import Epochs, duration_of, now
 from frugan.training.mirroring import decided
 from frugan.utils import device
-from frugan.utils.errors import UserError
 from frugan.utils.processes import Alone, Share, place
-
-PACKING = 160 << 20  # bytes that decoding and packing images may take: below that a budget is not held while it goes on
 
 
 def resolved(recipe: Recipe, where: torch.device, tell: Tell) -> tuple[Recipe, Source]:
@@ -82,14 +78,12 @@ class Session:
         where = device.choose(place(run.device))
         limit.set_freed("return", where)  # until there is a plan
         recipe, source = resolved(recipe, where, console.tell)
-        loader = _loader(source, recipe, run, where, console)
         batch = recipe.training.batch_size
-        if batch > len(loader):
-            raise UserError(
-                f"--batch-size {batch} is more than the {len(loader)} images of {source.name}: "
-                f"use --batch-size {min(64, len(loader))} or fewer."
-            )
         group.share(batch)  # refuses what does not divide
+        loader = open_within(
+            run.memory, source, recipe.data, batch, where, seed=recipe.training.seed, workers=run.workers, tell=console.tell,
+            progress=console.packing,
+        )  # fmt: skip
         out = Path(run.out) if run.out else Path("runs") / f"{source.name}-{recipe.recipe}"
         folder = RunFolder(out) if group.leads else Followed(out)
         saved = folder.saved_plan()
@@ -123,7 +117,7 @@ class Session:
 
     def essence(self) -> dict[str, Any]:
         """What several processes must have in common to train together."""
-        settings = {flag(name): value for name, value in self.recipe.flat().items() if name != "data"}
+        settings = {f"--{name.replace('_', '-')}": value for name, value in self.recipe.flat().items() if name != "data"}
         return settings | {"frugan": version("frugan"), "torch": torch.__version__, "images": self.loader.fingerprint[:12]}
 
     def about(self) -> dict[str, Any]:
@@ -133,26 +127,6 @@ class Session:
             "precision": self.recipe.memory.precision, "updates": (self.duration.total or 0) // self.batch,
             "offload_state": self.recipe.memory.offload_state, "threads": torch.get_num_threads(), "processes": self.group.size,
         }  # fmt: skip
-
-
-def _loader(source: Source, recipe: Recipe, run: Run, where: torch.device, console: Console) -> Loader:
-    """The images of ``source``; packing them is held to a budget on the CPU, if that leaves room for it."""
-    budget = limit.budget(run.memory, where)
-    keep = keepable(budget, where)
-    room = source.random_access and where.type == "cpu" and budget is not None and budget - limit.held(where) > PACKING
-    try:
-        with limit.limited(budget, where) if budget is not None and room else nullcontext():
-            return open_loader(
-                source, recipe.data, seed=recipe.training.seed, workers=run.workers, tell=console.tell, keep=keep, device=where,
-                progress=console.packing,
-            )  # fmt: skip
-    except limit.SHORTAGE as error:
-        if isinstance(error, UserError) or not limit.is_out_of_memory(error):
-            raise
-    within = f" within --memory {run.memory}" if room else ""
-    raise UserError(
-        f"memory ran out while packing {source.name}{within}: use fewer --workers, or pack it first with frugan data pack."
-    )
 
 
 def _set_threads(run: Run, before: object, tell: Tell) -> None:

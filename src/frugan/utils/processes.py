@@ -71,8 +71,9 @@ class Alone:
         """``action`` in the first process, and when it is done there in the others, which find in caches what it has made."""
         return action()
 
-    def sum_gradients(self, network: nn.Module) -> None:
-        """Gradients become their sums over all processes, in place."""
+    def sum_phase(self, network: nn.Module, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The sums of ``terms`` over all processes; the network's gradients become theirs, in place."""
+        return self.sum_terms(terms)
 
     def sum_terms(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The sums of ``terms``, numbers, over all processes."""
@@ -119,7 +120,7 @@ class Together(Alone):
             self._wait()
         return result
 
-    def sum_gradients(self, network: nn.Module) -> None:
+    def sum_phase(self, network: nn.Module, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As `Alone` says."""
         found = [p for p in network.parameters() if p.grad is not None]
         for p in found:
@@ -130,6 +131,7 @@ class Together(Alone):
             begun = [self._dist.all_reduce(_flat(p.grad), group=self._tensors, async_op=True) for p in found if p.grad is not None]
             for work in begun:
                 work.wait()
+        return self.sum_terms(terms)
 
     def sum_terms(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As `Alone` says."""

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from frugan.config.recipe import Data
-from frugan.data.sources.base import Source, plain
+from frugan.data.sources.base import Source as Source
+from frugan.data.sources.base import Tell as Tell
+from frugan.data.sources.base import plain
 from frugan.data.sources.files import archive, folder
 from frugan.data.sources.idx import CLASSES, idx_files
 from frugan.data.sources.packs import pack

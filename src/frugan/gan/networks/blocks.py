@@ -149,8 +149,8 @@ def norm(kind: Norm, channels: int, *, flat: bool = False) -> list[nn.Module]:
     """The normalisation called ``kind`` for ``[n, channels, h, w]``, or ``[n, channels]`` if ``flat``."""
     if kind == "batch":
         return [nn.BatchNorm1d(channels) if flat else nn.BatchNorm2d(channels)]
-    if kind == "group":
-        groups = next(g for g in range(min(16, channels), 0, -1) if channels % g == 0)
+    if kind == "group" and not (flat and channels == 1):  # a number alone would become 0
+        groups = next(g for g in range(min(16, max(1, channels // 2) if flat else channels), 0, -1) if channels % g == 0)
         return [nn.GroupNorm(groups, channels)]
     return []
 
