@@ -2,16 +2,19 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from frugan.config import recipes
+from frugan.reporting.run_folder import RunFolder
 
 from .conftest import OWN_CODE, SMALL, assert_same_state, final_state
 
@@ -36,6 +39,9 @@ except UserError as error:
     sys.exit(2)
 """
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--monitor-interval", "0.2"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+
 
 def together(
     processes: int, data: Path, out: Path, *, kill: tuple[int, int] | None = None, restarts: int = 0, **settings: Any
@@ -43,11 +49,9 @@ def together(
     """A training by ``processes`` processes in double precision; ``kill``: which of them is killed once, after how many images."""
     script = out.parent / "worker.py"
     script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
-    command += ["--monitor-interval", "0.2", "--master-port", "0", "--standalone", str(script), str(data), str(out)]
-    command += [json.dumps(SMALL | settings), json.dumps(kill)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = [*TORCHRUN, "--nproc-per-node", str(processes), "--max-restarts", str(restarts), "--standalone"]
+    command += [str(script), str(data), str(out), json.dumps(SMALL | settings), json.dumps(kill)]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
 def alone(data: Path, out: Path, **settings: Any) -> None:
@@ -139,3 +143,32 @@ def test_others_that_do_not_come_are_waited_for_until_a_limit(few: Path, tmp_pat
             done.stderr[-2000:],
         )
         assert time.monotonic() - began < 60 and not (tmp_path / "r").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a machine is played by an address of the loopback range")
+def test_two_machines_of_which_one_cannot_be_reached_for_a_while(few: Path, tmp_path: Path) -> None:
+    asked, out, script = uncoupled("dcgan"), tmp_path / "two", tmp_path / "worker.py"
+    alone(few, tmp_path / "one", **asked, epochs=40)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    machines = []
+    for number in (1, 2):
+        command = [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "frugan"]
+        command += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", f"127.0.0.{number}"]
+        command += [str(script), str(few), str(out), json.dumps(SMALL | asked | {"epochs": 40}), "null"]
+        machines.append(subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    while not list(out.glob("checkpoints/*")):
+        assert all(machine.poll() is None for machine in machines)
+        time.sleep(0.05)
+    away = [psutil.Process(machines[1].pid), *psutil.Process(machines[1].pid).children(recursive=True)]
+    for process in away:
+        process.suspend()
+    time.sleep(1)
+    before = RunFolder(out).newest_checkpoint()
+    time.sleep(3)
+    assert RunFolder(out).newest_checkpoint() == before, "it waits"
+    for process in away:
+        process.resume()
+    assert [machine.wait(120) for machine in machines] == [0, 0]
+    assert_near(tmp_path / "one", out)

@@ -1,5 +1,6 @@
 """The plan of a run, or of a training that is not begun: the first that fits of the ways that are allowed."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -81,7 +82,8 @@ def _in_this_process(plan: Plan, planner: Planner, graphs: str) -> Plan:
         return with_graphs(plan, planner.recipe, graphs, planner.device)
     if plan.named:
         return plan
-    return replace(plan, framework=max(plan.framework, limit.at_rest(planner.device) + planner.facts.loaded_each))
+    ahead = planner.facts.loaded_each + (0 if "matplotlib.figure" in sys.modules else planner.traces.plots()[0])
+    return replace(plan, framework=max(plan.framework, limit.at_rest(planner.device) + ahead))
 
 
 def plan_for(

@@ -4,9 +4,11 @@ import hashlib
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,12 +53,29 @@ class Traces:
 
     @property
     def facts(self) -> Facts:
-        """See `Facts`.
+        """See `Facts`; with what plots load.
 
         What is loaded shows in a process that has loaded nothing yet: facts of a separate process are preferred.
         """
         elsewhere = ["separate"] if self.separate or self._key("facts", ["separate"]) in self._known else []
-        return self._read("facts", elsewhere, lambda known: Facts(**known))
+        found = self._read("facts", elsewhere, lambda known: Facts(**known))
+        held, reserved = self.plots() if self.device.type == "cpu" else (0, 0)
+        return replace(found, loaded=found.loaded + held, reserved=found.reserved + reserved)
+
+    def plots(self) -> tuple[int, int]:
+        """Bytes that drawing plots loads on the CPU: held, and of addresses.
+
+        They are the same for all recipes, so that only the first plan on a machine takes half a second for them.
+        """
+        about = [torch.__version__, version("matplotlib"), version("numpy"), sys.version, platform.machine(), platform.libc_ver()]
+        file = self.file.with_name(f"plots-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]}.json")
+        with suppress(OSError, ValueError):
+            held, reserved = map(int, json.loads(cached(file).read_text()))
+            return held, reserved
+        held, reserved = self._made("plots", [])
+        with suppress(UserError):
+            write_text(file, json.dumps([held, reserved]))
+        return held, reserved
 
     def loads(self, lever: str) -> int:
         """Bytes besides tensors that come with ``lever``: of torch's formulas of forward mode, in place of double backward's."""

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -41,7 +40,7 @@ class Facts:
         coupled_g: whether samples of the generator depend on one another.
         coupled_d: the same of the discriminator.
         held: bytes that are there all the time, by what they are for.
-        loaded: bytes that the process comes to hold by and by besides tensors (libraries, their code, plots), on the CPU.
+        loaded: bytes that the process comes to hold by and by besides tensors (libraries, their code), on the CPU.
         reserved: bytes by which addresses grow more than what the process holds (or less).
         loaded_each: the same as ``loaded`` of every further size of micro-batch, for which libraries make code of their own.
         reserved_each: the same as ``reserved``.
@@ -60,7 +59,7 @@ class Maker(Protocol):
     """Makes what `Traces` does not know yet."""
 
     def ask(self, what: str, arguments: list[Any]) -> Any:
-        """The answer, as JSON has it: ``facts``; ``growth`` of a phase with levers; ``loads`` of a lever; ``sampling``,
+        """The answer, as JSON has it: ``facts``; ``plots``; ``growth`` of a phase with levers; ``loads`` of a lever; ``sampling``,
         ``updating`` and ``features``."""
 
     def close(self) -> None:
@@ -86,6 +85,8 @@ class InProcess:
         """See `Maker`."""
         if what == "facts":  # wherever they are asked for
             return asdict(self._facts())
+        if what == "plots":
+            return self._plots()
         if what == "loads":
             return self._loads(*arguments)
         if what == "growth":
@@ -103,12 +104,9 @@ class InProcess:
             model = self._model()
             return Facts(model.generator.couples_samples, model.discriminator.couples_samples, _bytes(model), 0, 0, 0, 0)
         found = [(limit.baseline(self.device), host.status("VmData"))]
-        with ThreadPoolExecutor(1) as plots:
-            drawn = plots.submit(warm_up)
-            model = self._model()
-            with model.unpenalised():
-                model.warm(ENOUGH)
-            drawn.result()
+        model = self._model()
+        with model.unpenalised():
+            model.warm(ENOUGH)
         tensors = sum(_bytes(model).values())
         self._load_double_backward(model)
         found.append((limit.at_rest(self.device) - tensors, host.status("VmData") - tensors))
@@ -122,6 +120,12 @@ class InProcess:
             model.generator.couples_samples, model.discriminator.couples_samples, _bytes(model), loaded, reserved,
             loaded_each, max(0, reserved_each),
         )  # fmt: skip
+
+    def _plots(self) -> list[int]:
+        """Bytes that drawing plots loads: held, and of addresses."""
+        before = limit.at_rest(self.device), host.status("VmData")
+        warm_up()
+        return [max(0, limit.at_rest(self.device) - before[0]), max(0, host.status("VmData") - before[1])]
 
     def _load_double_backward(self, model: Model) -> None:
         self._doubled = 0
