@@ -255,10 +255,10 @@ print("torch._dynamo" in sys.modules, hash(str(frugan.load(run).generate(4).toli
     for name in ("traced", "remembered", "damaged"):
         command = [sys.executable, "-c", script, str(tmp_path / name)]
         said.append(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split())
-        plans = list((tmp_path / "cache" / "plans").iterdir())
-        assert len(plans) == 1
+        traces, plots = sorted((tmp_path / "cache" / "plans").iterdir(), key=lambda path: path.name.startswith("plots"))
         if name == "remembered":
-            plans[0].write_text(plans[0].read_text()[:-20])
+            traces.write_text(traces.read_text()[:-20])
+            plots.write_text(plots.read_text()[:-5])
     assert [imports for imports, _ in said] == ["False", "False", "False"]  # which holds 150 MiB
     assert len({images for _, images in said}) == 1
     for name in ("traced", "remembered"):  # what planning leaves in the process is in the prediction
