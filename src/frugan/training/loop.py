@@ -77,9 +77,9 @@ class Loop:
             self._pause(ended, last, decided)
             if self.on_update:
                 self.on_update(state.images)
-            if self.signals.received is not None and not last:
+            if (signal := self._signal()) and not last:
                 save(session, state)
-                raise Stopped(self.signals.received, state.images)
+                raise Stopped(signal, state.images)
 
     def advance(self) -> tuple[Terms, Labels]:
         """One update: every phase whose turn it is, then the average; what was measured, and the labels of the batch.
@@ -106,14 +106,17 @@ class Loop:
         return terms, batch.labels
 
     def _decided(self, images: int) -> DurationDecided | None:
-        """What the clock of the first process decides after ``images`` images; and whichever process got a signal, all have it."""
-        session, signals = self.session, self.signals
-        decided = session.duration.look(images) if session.group.leads else None
-        signal, *decision = session.group.most([signals.received or 0, *session.duration.decision(decided)])
-        signals.received = int(signal) or None
-        if not session.group.leads:
-            session.duration.follow(*decision)
+        """What the clock of the first process decides after ``images`` images."""
+        duration, group = self.session.duration, self.session.group
+        decided = duration.look(images) if group.leads else None
+        decision = group.most(duration.decision(decided))
+        if not group.leads:
+            duration.follow(*decision)
         return decided
+
+    def _signal(self) -> int:
+        """The signal that a process was sent, or 0."""
+        return int(*self.session.group.most([self.signals.received or 0]))
 
     def _take_in(self, terms: Terms) -> None:
         """Means, the average if G has moved, and how often D's images are augmented: what allocates comes before what changes."""

@@ -47,7 +47,7 @@ class Alone:
 
     rank = 0
     size = 1
-    here = 1  # processes on this machine
+    here = 1  # processes that share the memory of this machine, or of a GPU
 
     @property
     def leads(self) -> bool:
@@ -107,6 +107,8 @@ class Together(Alone):
         self._dist = dist
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.here = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        if kind == "cuda":
+            self.here = -(-self.here // torch.cuda.device_count())
         backend = "nccl" if kind == "cuda" else "gloo"
         self._words: Any = dist.new_group(backend="gloo", timeout=WORK)
         self._tensors: Any = self._words if backend == "gloo" else dist.new_group(backend=backend, timeout=WORK)
