@@ -2,8 +2,9 @@
 
     python benchmarks/processes.py [--data ../shared/data/fashion-mnist] [--recipes dcgan r3] [--processes 1 2] [--rounds 3]
 
-`frugan train` with the cores of this machine shared out evenly: one process with all of them, two with half each, one with half. a second are of the last line of the log; ways take turns, medians. *Exchanged*: the bytes of gradients in an update, and how long
-summing them takes when all processes begin at once (medians of 50), as a share of an update.
+`frugan train` with the cores of this machine shared out evenly: one process with all, two with half each, one with half.
+Images a second are of the last line of the log; ways take turns, medians. *Exchanged*: the bytes of gradients in an update, and how
+long summing them takes when all processes begin at once (medians of 50), as a share of an update.
 """
 
 import json
