@@ -1,7 +1,6 @@
 """Batch norm over the whole batch: micro-batches give the gradients and the running statistics of the batch computed at once."""
 
-import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -172,15 +171,6 @@ def test_any_cut_of_a_foreign_module_is_its_whole_batch(sizes: list[int], blocks
     assert_equal(*found)
 
 
-@pytest.fixture
-def _frozen() -> Iterator[None]:
-    gc.collect()
-    gc.freeze()  # what is there now is not looked at again by every plan
-    yield
-    gc.unfreeze()
-
-
-@pytest.mark.usefixtures("_frozen")
 def test_the_engine_is_exact_in_micro_batches_and_says_so() -> None:
     x, y = torch.randn(12, 3, 5, 5, dtype=torch.float64), torch.randn(12, 4, dtype=torch.float64)
     states = []
@@ -200,7 +190,6 @@ def test_the_engine_is_exact_in_micro_batches_and_says_so() -> None:
     assert_equal(*states)
 
 
-@pytest.mark.usefixtures("_frozen")
 def test_what_cannot_be_computed_again_is_refused() -> None:
     class Uneven(nn.Module):
         def __init__(self) -> None:

@@ -1,10 +1,9 @@
 """The engine trains anyone's module as a plain loop does, whatever the optimizer, the number of samples and what is drawn."""
 
 import copy
-import gc
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
@@ -26,14 +25,6 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "Rprop": partial(Rprop, lr=0.01),
     "Adagrad from 0.5": partial(Adagrad, lr=0.1, initial_accumulator_value=0.5),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _frozen() -> Iterator[None]:
-    gc.collect()
-    gc.freeze()  # what is there now is not looked at again by every plan
-    yield
-    gc.unfreeze()
 
 
 def squares(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Torch's private parts are used in one module, and frugan goes on without any of them."""
 
 import ast
-import gc
 import os
 import subprocess
 import sys
@@ -21,14 +20,6 @@ from frugan.memory.search import Search
 from frugan.memory.trace import allocations, trace
 
 SOURCES = Path(frugan.__file__).parent
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _frozen() -> Iterator[None]:
-    gc.collect()
-    gc.freeze()  # what is there now is not looked at again by every plan
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Training, from Python: `train` and, for what it made, `load`. torch is imported only once there is work to do."""
 
 import gc
-import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -55,17 +54,18 @@ def train(
 
 def run_training(recipe: Recipe, run: Run, quiet: bool = False, on_update: Callable[[int], None] | None = None) -> Path:
     """What `train` does, once it is clear what is asked for."""
-    began = time.monotonic()  # as `frugan.training.duration.now`
+    from frugan.training.duration import now
+
+    began = now()
     from frugan.memory import limit
     from frugan.reporting.console import Console
-    from frugan.training.session import Session
+    from frugan.training.session import Session, joined
     from frugan.training.trainer import Trainer
-    from frugan.utils import processes
 
     if _begun:
         gc.collect()  # what an earlier training left, if it was broken off: `Trainer` freezes what is there
     _begun.append(True)
-    with limit.as_before(), processes.joined(run.device) as group:
+    with limit.as_before(), joined(run.device) as group:
         console = Console(quiet or not group.leads)
         session = group.first(lambda: Session.open(recipe, run, console, began, group))
         group.agree(session.essence())

@@ -19,6 +19,7 @@ from frugan.training.duration import Epochs, duration_of, now
 from frugan.training.mirroring import decided
 from frugan.utils import device
 from frugan.utils.processes import Alone, Share, place
+from frugan.utils.processes import joined as joined
 
 
 def resolved(recipe: Recipe, where: torch.device, tell: Tell) -> tuple[Recipe, Source]:
