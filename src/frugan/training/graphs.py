@@ -134,12 +134,13 @@ class Graphs:
         device: on what.
         used: whether phases are recorded.
         tell: is called with what a person should know.
-        exchange: is given a network and what was measured of a part of a batch; gradients and terms become the whole batch's.
+        exchange: is given a network and what was measured of a part of a batch; gradients and terms become the whole batch's. One
+            process has the whole batch.
     """
 
     def __init__(
         self, state: State, recovery: Recovery, device: torch.device, used: bool, tell: Callable[[str], None],
-        exchange: Callable[[torch.nn.Module, Terms], Terms],
+        exchange: Callable[[torch.nn.Module, Terms], Terms] = lambda network, terms: terms,
     ) -> None:  # fmt: skip
         self.state = state
         self.recovery = recovery
