@@ -163,6 +163,7 @@ def test_code_that_was_let_go_comes_back() -> None:
     assert limit.most() >= before
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere zeros are written")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_results_of_calls_that_are_not_run_are_zeros_that_hold_no_memory(dtype: torch.dtype) -> None:
     calls = Calls()

@@ -118,6 +118,7 @@ def test_what_processes_cannot_do_is_one_sentence_from_one_of_them(few: Path, tm
         "do not train the same: --lr-g is 0.001 in process 0 and 0.002 in process 1": {
             "lr_g": 1e-3, "of": {"1": {"lr_g": 2e-3}},
         },
+        "--device cuda:7: there is no such device": {"device": "cuda:7"},
         "--batch-size 15 does not divide among 2 processes: 14 or 16 does": {"batch_size": 15},
         "there is no folder": {"of": {"1": {"data": "nowhere"}}},
         "the smallest that works is": {"memory": "64MiB"},

@@ -1,9 +1,9 @@
 """A session: everything that a training is about, found and resolved before anything is planned or written."""
 
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,9 @@ class Session:
     def essence(self) -> dict[str, Any]:
         """What several processes must have in common to train together."""
         settings = {f"--{name.replace('_', '-')}": value for name, value in self.recipe.flat().items() if name != "data"}
-        return settings | {"frugan": version("frugan"), "torch": torch.__version__, "images": self.loader.fingerprint[:12]}
+        with suppress(PackageNotFoundError):  # run from its sources
+            settings["frugan"] = version("frugan")
+        return settings | {"torch": torch.__version__, "images": self.loader.fingerprint[:12]}
 
     def about(self) -> dict[str, Any]:
         """What this run is about, so that it is known again."""

@@ -107,9 +107,10 @@ class Together(Alone):
         self._dist = dist
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.here = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
-        if kind == "cuda":
+        backend = "gloo"
+        if kind == "cuda":  # unrun: there was no machine with two GPUs
             self.here = -(-self.here // torch.cuda.device_count())
-        backend = "nccl" if kind == "cuda" else "gloo"
+            backend = "nccl"
         self._words: Any = dist.new_group(backend="gloo", timeout=WORK)
         self._tensors: Any = self._words if backend == "gloo" else dist.new_group(backend=backend, timeout=WORK)
 
@@ -211,6 +212,10 @@ def joined(name: str) -> Iterator[Alone]:
     import torch.distributed as dist
 
     kind = place(name).split(":")[0]
+    if kind == "cuda" and not torch.cuda.is_available():
+        kind = "cpu"  # the first process says that there is no such device
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: several processes train together on cpu or cuda alone; use one of them, or one process.")
     backend = "NCCL" if kind == "cuda" else "gloo"
     if not dist.is_available() or not (dist.is_nccl_available() if backend == "NCCL" else dist.is_gloo_available()):
         raise UserError(f"this torch cannot exchange tensors between processes on {kind}: install one with {backend}.")
@@ -241,7 +246,10 @@ def _met() -> Any:
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    timeout = timedelta(seconds=float(os.environ.get("FRUGAN_MEET", MEET.total_seconds())))
+    try:
+        timeout = timedelta(seconds=float(os.environ.get("FRUGAN_MEET", MEET.total_seconds())))
+    except (ValueError, OverflowError):
+        raise UserError(f"FRUGAN_MEET={os.environ['FRUGAN_MEET']} is no number of seconds.") from None
     try:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         # Those that were started again would find where the ones before them were to be reached.
