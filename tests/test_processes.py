@@ -141,6 +141,8 @@ def test_others_that_do_not_come_are_waited_for_until_a_limit(few: Path, tmp_pat
     for process in waiting:
         said, errors = process.communicate(timeout=120)
         assert process.returncode == 2 and "the 2 processes could not meet at 127.0.0.1" in said, (said, errors[-2000:])
+    half = subprocess.run(command, env=ENVIRONMENT | {"WORLD_SIZE": "2"}, capture_output=True, text=True)
+    assert half.returncode == 2 and "nothing says RANK: start them with torchrun" in half.stdout, half.stderr[-2000:]
     assert time.monotonic() - began < 60 and not (tmp_path / "r").exists()
 
 

@@ -250,6 +250,11 @@ def _met() -> Any:
         timeout = timedelta(seconds=float(os.environ.get("FRUGAN_MEET", MEET.total_seconds())))
     except (ValueError, OverflowError):
         raise UserError(f"FRUGAN_MEET={os.environ['FRUGAN_MEET']} is no number of seconds.") from None
+    if unsaid := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise UserError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that several processes train together, and nothing says {unsaid[0]}: "
+            "start them with torchrun, or unset WORLD_SIZE."
+        )
     try:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         # Those that were started again would find where the ones before them were to be reached.
