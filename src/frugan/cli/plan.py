@@ -22,6 +22,8 @@ def options(arguments: Sequence[str]) -> type[Any]:
         Plan, arguments, *[o for o in described(Run) if o[0] in ("memory", "allow_approximate", "device", "threads")],
         extra("json", bool, "print the plan as JSON", False),
         extra("compare", tyro.conf.FlagCreatePairsOff[bool], "list every combination of levers, and time the one chosen", False),
+        extra("processes", int | None, "say what it would be in up to so many processes, each like this one, and time that"),
+        extra("link", str | None, "bytes a second between two of --processes, as 12GB/s; unset: measured here, on the CPU"),
         extra("plot", str | None, "picture of memory over one update to write"),
     )  # fmt: skip
 
@@ -31,11 +33,14 @@ def run(said: Any) -> None:
     recipe = recipe_said(said)
     if said.plot and Path(said.plot).suffix.lower() not in (".png", ".jpg", ".jpeg", ".svg", ".pdf"):
         raise UserError(f"--plot {said.plot}: pictures are written as .png, .jpg, .svg or .pdf.")
+    if said.link is not None and said.processes is None:
+        raise UserError("--link says how fast processes exchange: say how many there are too, as in --processes 8.")
     spin_briefly()
     import frugan.training.trainer  # noqa: F401  # what a training imports is part of what it needs
     from frugan.reporting import pictures
     from frugan.reporting.console import Console
-    from frugan.training.planning import plan_for
+    from frugan.training.planning import proposed
+    from frugan.training.scaling import Scaling
     from frugan.utils import device
     from frugan.utils.units import size
 
@@ -45,12 +50,16 @@ def run(said: Any) -> None:
 
         torch.set_num_threads(said.threads)
     where = device.choose(said.device)
-    planner, found = plan_for(recipe, where, console.tell, memory=said.memory, approximate=said.allow_approximate)
+    training = proposed(recipe, where, console.tell, memory=said.memory, approximate=said.allow_approximate)
+    scaling = Scaling(training, said.processes, said.link) if said.processes is not None else None
+    planner, found = training.plan()
     recipe = planner.recipe
     looked_at = planner.budget.compared(found) if said.compare else []
     speed = planner.images_per_second(found) if said.compare else None
+    scales = [row.as_dict() for row in scaling.rows(planner)] if scaling else []
     if said.json:
         about = {"precision": planner.recipe.memory.precision, "candidates": looked_at, "images_per_second": speed}
+        about |= {"processes": scales} if scaling else {}
         print(json.dumps(found.as_dict() | about))
     else:
         console.bytes(found)
@@ -62,6 +71,8 @@ def run(said: Any) -> None:
         precision = planner.recipe.memory.precision
         if speed is not None:
             console.tell(f"Speed: about {speed:,.0f} images/s in {precision}: one micro-batch of each phase was run and timed.")
+        if scales:
+            console.scales(scales, said.link)
     if said.plot:
         courses = {
             f"{name}: {min(2, parts)} of {parts} micro-batches" if parts > 1 else name: timeline.course()

@@ -136,6 +136,36 @@ class Console:
         self.rich.print(table, soft_wrap=False)
         self.rich.print()
 
+    def scales(self, rows: Sequence[Mapping[str, Any]], link: str | None) -> None:
+        """The training in more and more processes, and from how many on exchanging takes longer than computing."""
+        title = "In more processes, each like this one"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+        for heading in ("processes", "images", "memory", "together", "computing", "exchange", "images/s", ""):
+            table.add_column(heading, justify="right", no_wrap=True)
+        fits = [row for row in rows if row["memory"]]
+        for row in rows:
+            number, begin = row["processes"], [str(row["processes"]), str(row["images"])]
+            if row not in fits:
+                table.add_row(*begin, f"needs {size(row['smallest'])}", *["-"] * 5)
+                continue
+            table.add_row(
+                *begin, size(row["memory"]), size(number * row["memory"]), f"{row['computing'] * 1e3:.4g} ms",
+                f"{row['exchanging'] * 1e3:.3g} ms" if number > 1 else "-", f"{row['images_per_second']:,.0f}",
+                f"{row['images_per_second'] / rows[0]['images_per_second']:.2f}x" if rows[0] in fits else "-",
+            )  # fmt: skip
+        self.rich.print(table, soft_wrap=False)
+        self.rich.print()
+        how = (
+            "as two processes on this machine do"
+            if link is None
+            else f"at {link.removesuffix('/s')}/s, without the delay of messages,"
+        )
+        if longer := [row["processes"] for row in fits if row["exchanging"] > row["computing"]]:
+            self.tell(f"From {longer[0]} processes on, exchanging gradients {how} takes longer than computing them.")
+        elif fits and (last := fits[-1])["processes"] > 1:
+            share = last["exchanging"] / (last["computing"] + last["exchanging"])
+            self.tell(f"Exchanging gradients {how} is {share:.1%} of an update in {last['processes']} processes.")
+
     def found(self, report: Report, problems: Iterable[str], data: Data) -> None:
         """What `frugan data check` found."""
         for problem in problems:

@@ -1,7 +1,7 @@
 """A training on zeros and few samples: what its phases allocate."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -108,8 +108,7 @@ class Model:
             if update:
                 self.phases[phase].optimizer.step()
         finally:
-            for parameter in [*self.generator.parameters(), *self.discriminator.parameters()]:
-                parameter.grad = None
+            self._forget_gradients()
 
     def sampling(self, largest: int = 0) -> Growth:
         """What making images allocates, in the number that is made at a time; right at ``largest`` of them, if that is said."""
@@ -158,16 +157,26 @@ class Model:
         return traced(update, self._granule)
 
     def seconds(self, phase: str, layout: Layout) -> float:
-        """How long ``phase`` takes here: run twice, the second time by the clock."""
+        """How long ``phase`` takes here: one micro-batch and the update are run twice, the second time by the clock."""
         short = replace(layout, sizes=layout.sizes[:1])
-        took = 0.0
+        computing = updating = 0.0
         for _ in range(2):
-            limit.wait(self.device)
-            begin = time.perf_counter()
-            self.run(phase, short)
-            limit.wait(self.device)
-            took = time.perf_counter() - begin
-        return took * sum(layout.sizes) / sum(short.sizes)
+            computing = self._timed(lambda: self.phases[phase].compute(self._batch(), self._first, short))
+            updating = self._timed(self.phases[phase].optimizer.step)
+        self._forget_gradients()
+        return computing * sum(layout.sizes) / sum(short.sizes) + updating
+
+    def _timed(self, action: Callable[[], Any]) -> float:
+        self._first += 1 << 20  # rows that were not drawn before
+        limit.wait(self.device)
+        begin = time.perf_counter()
+        action()
+        limit.wait(self.device)
+        return time.perf_counter() - begin
+
+    def _forget_gradients(self) -> None:
+        for parameter in [*self.generator.parameters(), *self.discriminator.parameters()]:
+            parameter.grad = None
 
     def _batch(self) -> Batch:
         images = lambda first, count: torch.empty(count, *self.recipe.data.shape, dtype=torch.uint8)  # noqa: E731

@@ -32,6 +32,7 @@ class Planner:
         let_go: is called where nothing fits beside images that are kept in memory; gives them up, and says whether there were any.
         separate: whether what must be run for a plan is run by another process (`Traces`).
         beside: how many processes share what is free, this one with them.
+        before: another planner of this process, before it had planned anything: what was held then counts.
 
     Raises:
         UserError: the budget says nothing, is more than the machine has, or cannot be held on this device.
@@ -40,14 +41,16 @@ class Planner:
     def __init__(
         self, recipe: Recipe, device: torch.device, *, data: int = 0, evaluation: int = 0, memory: str | None = None,
         approximate: bool = False, let_go: Callable[[], bool] | None = None, separate: bool = False, beside: int = 1,
+        before: "Planner | None" = None,
     ) -> None:  # fmt: skip
         self.recipe = recipe
         self.device = device
         named = limit.budget(memory, device)
         self.let_go = let_go
         self.approximate = approximate
-        self._before = limit.baseline(device)  # in this process, without what planning leaves in it
-        self._most = limit.most() if device.type == "cpu" else 0
+        # In this process, without what planning leaves in it.
+        self._before: int = before._before if before else limit.baseline(device)
+        self._most: int = before._most if before else limit.most() if device.type == "cpu" else 0
         self.traces = Traces(recipe, device, separate=separate and named is not None)
         try:
             self.facts = self.traces.facts

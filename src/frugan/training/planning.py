@@ -2,13 +2,13 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from frugan.config.recipe import Recipe
-from frugan.data.opening import bytes_of, keepable
+from frugan.data.opening import Source, bytes_of, keepable
 from frugan.gan.levers import LEVERS
 from frugan.memory import limit
 from frugan.memory.layout import Guarantee
@@ -86,18 +86,48 @@ def _in_this_process(plan: Plan, planner: Planner, graphs: str) -> Plan:
     return replace(plan, framework=max(plan.framework, limit.at_rest(planner.device) + ahead))
 
 
-def plan_for(
+@dataclass(frozen=True)
+class Proposal:
+    """A training that is not begun, and how it may be planned.
+
+    Args:
+        recipe: what is trained, resolved.
+        source: its images.
+        device: on what.
+        memory: the budget, as said.
+        approximate: whether what changes results may be done where nothing else fits.
+    """
+
+    recipe: Recipe
+    source: Source
+    device: torch.device
+    memory: str | None
+    approximate: bool
+
+    def plan(self, batch: int | None = None, before: Planner | None = None) -> tuple[Planner, Plan]:
+        """Its planner and plan; with batches of ``batch`` if that is said, in a process as ``before`` found it.
+
+        Raises:
+            UserError: as for a training.
+        """
+        recipe = self.recipe.replace(batch_size=batch) if batch else self.recipe
+        with arithmetic(recipe.memory.precision, self.device), limit.seldom_collected():  # refuses what the device has not
+            keep = keepable(limit.budget(self.memory, self.device), self.device)
+            held = bytes_of(self.source, recipe.data, recipe.training.batch_size, keep)
+            let_go = (lambda: True) if self.source.random_access and held else None
+            planner, plan = find(
+                recipe, self.device, data=held, memory=self.memory, approximate=self.approximate, let_go=let_go,
+                before=before,
+            )  # fmt: skip
+            return planner, with_graphs(plan, planner.recipe, "auto", self.device)
+
+
+def proposed(
     recipe: Recipe, device: torch.device, tell: Callable[[str], None], *, memory: str | None, approximate: bool
-) -> tuple[Planner, Plan]:
-    """The planner and the plan of a training of ``recipe`` that is not begun.
+) -> Proposal:
+    """A training of ``recipe`` that is not begun, to be planned.
 
     Raises:
-        UserError: as for a training.
+        UserError: its images are not there, or cannot be read.
     """
-    recipe, source = resolved(recipe, device, tell)
-    with arithmetic(recipe.memory.precision, device), limit.seldom_collected():  # refuses what the device has not
-        keep = keepable(limit.budget(memory, device), device)
-        held = bytes_of(source, recipe.data, recipe.training.batch_size, keep)
-        let_go = (lambda: True) if source.random_access and held else None
-        planner, plan = find(recipe, device, data=held, memory=memory, approximate=approximate, let_go=let_go)
-        return planner, with_graphs(plan, planner.recipe, "auto", device)
+    return Proposal(*resolved(recipe, device, tell), device, memory, approximate)

@@ -60,10 +60,7 @@ class Alone:
         Raises:
             UserError: there is not as much for each.
         """
-        if batch % self.size:
-            less, more = batch // self.size * self.size, -(-batch // self.size) * self.size
-            near = f"{less} or {more} does" if less else f"{more} does"
-            raise UserError(f"--batch-size {batch} does not divide among {self.size} processes: {near}.")
+        check_share(batch, self.size)
         count = batch // self.size
         return Share(self.rank * count, count)
 
@@ -176,6 +173,18 @@ class Together(Alone):
     def _wait(self) -> None:
         with _answered():
             self._dist.barrier(group=self._words)
+
+
+def check_share(batch: int, processes: int) -> None:
+    """A batch must divide among processes.
+
+    Raises:
+        UserError: it does not.
+    """
+    if batch % processes:
+        less, more = batch // processes * processes, -(-batch // processes) * processes
+        near = f"{less} or {more} does" if less else f"{more} does"
+        raise UserError(f"--batch-size {batch} does not divide among {processes} processes: {near}.")
 
 
 def started() -> bool:
