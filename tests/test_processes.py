@@ -19,6 +19,7 @@ from frugan.config import recipes
 from frugan.reporting.run_folder import RunFolder
 
 from .conftest import OWN_CODE, SMALL, assert_same_state, final_state
+from .test_stream import numbered, write_shard
 
 WORKER = """
 import json, os, signal, sys, torch, frugan
@@ -91,6 +92,16 @@ def test_processes_train_what_one_process_trains(name: str, few: Path, tmp_path:
         tensors, numbers = final_state(tmp_path / str(processes))
         assert numbers["updates"] == 20 and all(t.dtype == torch.float64 for t in tensors.values() if t.dim())
         assert_near(tmp_path / "one", tmp_path / str(processes))
+
+
+def test_a_stream_is_decoded_once_by_all_together(tmp_path: Path) -> None:
+    for number in range(2):
+        write_shard(tmp_path / f"s-{number}.tar", {f"{i}.png": numbered(40 * number + i) for i in range(40)})
+    asked = uncoupled("r3") | {"stream": True, "channels": 1, "epochs": 3, "width_g": 4, "width_d": 4}
+    alone(tmp_path, tmp_path / "one", **asked)
+    done = together(2, tmp_path, tmp_path / "two", **asked)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_near(tmp_path / "one", tmp_path / "two")
 
 
 def test_one_of_two_is_killed_and_the_group_ends_as_if_it_had_not_been(few: Path, tmp_path: Path) -> None:

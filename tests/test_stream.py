@@ -27,6 +27,7 @@ from frugan.data.sources import open_source, streams
 from frugan.data.sources.streams import Shard, ShardSource
 from frugan.data.stream_loader import StreamLoader
 from frugan.utils.errors import UserError
+from frugan.utils.processes import Share
 
 from .conftest import SMALL, assert_same_state, final_state
 
@@ -75,12 +76,13 @@ def load(where: str, said: list[str] | None = None, **options: object) -> Stream
 
 READ = """
 import sys
+from frugan.utils.processes import Share
 from tests.test_stream import load, numbers
 where, rank, first, last, batch = sys.argv[1], *map(int, sys.argv[2:])
-loader = load(where, rank=rank, world=2)
+loader = load(where, batch=batch, share=Share(batch // 2 * rank, batch // 2))
 for begin in range(first, last, batch):
-    print(*numbers(loader.batch(begin, batch)), flush=True)
-    if begin == 90 and first == 0:
+    print(*numbers(loader.batch(begin + batch // 2 * rank, batch // 2)), flush=True)
+    if begin == 100 and first == 0:
         import os
         os.kill(os.getpid(), 9)
 """
@@ -88,23 +90,50 @@ for begin in range(first, last, batch):
 
 def test_two_processes_one_of_them_killed_read_every_image_once_an_epoch(shards: str) -> None:
     def read(rank: int, first: int) -> list[int]:
-        command = [sys.executable, "-c", READ, shards, *map(str, (rank, first, 600, 15))]
+        command = [sys.executable, "-c", READ, shards, *map(str, (rank, first, 600, 20))]
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
         assert done.returncode == (-9 if first == 0 else 0), done.stderr
         return [int(n) for n in done.stdout.split()]
 
     killed, resumed = {}, {}
     for rank in (0, 1):
-        killed[rank], resumed[rank] = read(rank, 0), read(rank, 105)
-    whole = [killed[0] + resumed[0], killed[1] + resumed[1]]
-    for epoch in (0, 1):
-        both = whole[0][epoch * 150 : (epoch + 1) * 150] + whole[1][epoch * 150 : (epoch + 1) * 150]
-        assert sorted(both) == list(range(300))
+        killed[rank], resumed[rank] = read(rank, 0), read(rank, 120)
+    whole = [np.reshape(killed[rank] + resumed[rank], (30, 10)) for rank in (0, 1)]
+    together = np.concatenate(whole, axis=1).ravel().tolist()
+    assert sorted(together[:300]) == sorted(together[300:]) == list(range(300))
     alone = load(shards)
-    together = [n for pair in zip(*whole, strict=True) for n in pair]
     assert numbers(alone.batch(0, 600)) == together
     assert together[:300] != together[300:]
     assert sum(a < b for a, b in pairwise(together[:300])) < 200  # shuffled
+
+
+def test_a_process_decodes_its_share_alone_and_has_the_rest_all_the_same(tmp_path: Path) -> None:
+    class Counting(StreamLoader):
+        decoded = 0
+
+        def _decode(self, name: str, content: bytes | str) -> Any:
+            self.decoded += 1
+            return super()._decode(name, content)
+
+    damaged = {23, 24, 61}  # of which two lie beside each other: what stands for them may be another process's
+    shard = tmp_path / "s.tar"
+    write_shard(shard, {f"{i:05}.png": b"no image" if i in damaged else numbered(i) for i in range(120)})
+    source = open_source(Data(data=str(shard), stream=True))
+    assert isinstance(source, ShardSource)
+    wanted = [0, 20, 40, 60, 80, 100]
+    options: dict[str, Any] = {"seed": 3, "workers": 2, "tell": lambda said: None, "block": 60}
+    with closing(StreamLoader(source.shards, DATA, **options)) as alone:
+        whole = numbers(alone.batch(0, 120))
+    for rank in (0, 1):
+        with closing(Counting(source.shards, DATA, **options, batch=20, share=Share(10 * rank, 10))) as loader:
+            mine = [n for first in wanted for n in numbers(loader.batch(first + 10 * rank, 10))]
+            assert mine == [n for first in wanted for n in whole[first + 10 * rank : first + 10 * rank + 10]]
+            assert numbers(loader.batch(0, 120)) == whole
+    write_shard(shard, {f"{i:05}.png": numbered(i) for i in range(120)})
+    with closing(Counting(source.shards, DATA, **options, batch=20, share=Share(0, 10))) as loader:
+        for first in wanted[:-1]:
+            loader.batch(first, 10)
+        assert loader.decoded <= 90  # 60 of this epoch, and of the block after it
 
 
 @settings(max_examples=15, deadline=None)

@@ -20,6 +20,7 @@ from frugan.data.sources.streams import ShardSource
 from frugan.data.stream_loader import StreamLoader, block_of
 from frugan.memory import limit
 from frugan.utils.errors import UserError
+from frugan.utils.processes import ALL, Share
 
 DEFAULT_SIZE = 64  # pixels, where images have no size in common
 PACKING = 160 << 20  # bytes that decoding and packing images may take: below that a budget is not held while it goes on
@@ -66,13 +67,16 @@ def _looks_grey(source: Source, index: int, background: tuple[int, int, int]) ->
         return None
 
 
-def open_loader(source: Source, data: Data, *, seed: int, workers: int, tell: Tell, **keeping: Any) -> Loader:
-    """What gives the images of ``source`` as ``data`` (resolved) wants them; ``keeping``: see `PackLoader`."""
+def open_loader(
+    source: Source, data: Data, *, seed: int, workers: int, tell: Tell, batch: int = 1, share: Share = ALL, **keeping: Any
+) -> Loader:  # fmt: skip
+    """What gives the images of ``source`` as ``data`` (resolved) wants them; ``batch`` and ``share``: see `StreamLoader`,
+    ``keeping``: see `PackLoader`."""
     if not isinstance(source, ShardSource):
         return PackLoader(source, data, seed=seed, workers=workers, tell=tell, **keeping)
     for problem in source.problems:
         tell(problem)
-    return StreamLoader(source.shards, data, seed=seed, workers=workers, tell=tell)
+    return StreamLoader(source.shards, data, seed=seed, workers=workers, tell=tell, batch=batch, share=share)
 
 
 def open_within(memory: str | None, source: Source, data: Data, batch: int, device: torch.device, **options: Any) -> Loader:
@@ -86,7 +90,7 @@ def open_within(memory: str | None, source: Source, data: Data, batch: int, devi
     room = source.random_access and device.type == "cpu" and budget is not None and budget - limit.held(device) > PACKING
     try:
         with limit.limited(budget, device) if budget is not None and room else nullcontext():
-            loader = open_loader(source, data, keep=keepable(budget, device), device=device, **options)
+            loader = open_loader(source, data, batch=batch, keep=keepable(budget, device), device=device, **options)
     except limit.SHORTAGE as error:
         if isinstance(error, UserError) or not limit.is_out_of_memory(error):
             raise

@@ -2,8 +2,8 @@
 
 An epoch reads all shards in a new order, one after the other, in blocks of images; within a block they are shuffled. Where an
 image comes in an epoch follows from the seed and the number of images alone, so that a training resumes at the image where it
-stopped, and processes that share an epoch take every ``world``-th image each, without knowing of one another. An image that cannot
-be read is named, and the one before it in its block stands in its place. Where the network or the system fails for a while, a shard
+stopped. Processes that train together each read all shards and decode their share of every batch. An image that cannot be read is
+named, and the one before it in its block stands in its place. Where the network or the system fails for a while, a shard
 is opened again at the image where it stopped: no image is replaced for that.
 """
 
@@ -28,8 +28,10 @@ from frugan.data.sources.base import Tell, loaded, reason, stamp_of
 from frugan.data.sources.streams import Damaged, Item, Shard, short
 from frugan.utils.draws import Order, derive
 from frugan.utils.errors import UserError
+from frugan.utils.processes import ALL, Share
 
 Row = tuple[Pixels, int]  # an image and its class
+Encoded = tuple[Item, int]  # the same as it was read
 
 BLOCK_BYTES = 32 << 20  # of decoded images that are shuffled among each other; two such blocks are held
 
@@ -48,21 +50,22 @@ class StreamLoader:
         seed: of their order.
         workers: threads that decode.
         tell: is called with each thing a person should know.
-        rank: which of ``world`` processes this is: it gets the images whose number leaves ``rank`` when divided by ``world``.
-        world: how many processes share the data.
+        batch: images of an update.
+        share: those of every batch that this process will ask for; others are there too, and take long.
         block: images that are shuffled among each other; None: as many as `BLOCK_BYTES` hold.
     """
 
     random_access = False
 
     def __init__(
-        self, shards: Sequence[Shard], data: Data, *, seed: int, workers: int, tell: Tell, rank: int = 0, world: int = 1,
+        self, shards: Sequence[Shard], data: Data, *, seed: int, workers: int, tell: Tell, batch: int = 1, share: Share = ALL,
         block: int | None = None,
     ) -> None:  # fmt: skip
         self.shards = [shard for shard in shards if shard.images]
         self.shape = data.shape
         self.background = background_colour(data.background)
-        self.seed, self.rank, self.world, self.tell = seed, rank, world, tell
+        self.seed, self.tell = seed, tell
+        self.of, self.share = batch, share
         self.length = sum(shard.images for shard in self.shards)
         self.labelled = all(shard.labels is not None for shard in self.shards)
         if not self.length:
@@ -90,29 +93,28 @@ class StreamLoader:
         return self.block
 
     def batch(self, first: int, count: int) -> Tensor:
-        """Those of images ``first`` to ``first + count`` of the endless order that are this process's: uint8 ``[n, c, h, w]``."""
+        """Images ``first`` to ``first + count`` of the endless order: uint8 ``[count, c, h, w]``."""
         return self.pieces(first, count).images(first, count)
 
     def pieces(self, first: int, count: int) -> Batch:
         """The same images to be read in pieces."""
-        found = {p: self._image(p) for p in range(first, first + count) if p % self.world == self.rank}
+        found = {p: self._image(p) for p in range(first, first + count)}
         rows, classes = {p: pixels for p, (pixels, _) in found.items()}, {p: label for p, (_, label) in found.items()}
 
         def images(begin: int, number: int) -> Tensor:
-            mine = [rows[p] for p in range(begin, begin + number) if p in rows]
-            return torch.from_numpy(np.stack(mine)) if mine else torch.empty(0, *self.shape, dtype=torch.uint8)
+            return torch.from_numpy(np.stack([rows[p] for p in range(begin, begin + number)]))
 
         def labels(begin: int, number: int) -> Tensor:
-            return torch.tensor([classes[p] for p in range(begin, begin + number) if p in classes], dtype=torch.int64)
+            return torch.tensor([classes[p] for p in range(begin, begin + number)], dtype=torch.int64)
 
         return Batch(images, labels if self.labelled else unlabelled)
 
     def ahead(self, batch: int) -> int:
-        """Bytes of the blocks that are held, and of the batch in use."""
-        return (2 * self.block // self.world + batch) * math.prod(self.shape)
+        """Bytes of the blocks that are held, whole as they may become, and of the batch in use."""
+        return (2 * self.block + batch) * math.prod(self.shape)
 
     def labels(self, first: int, count: int) -> Tensor | None:
-        """The classes of the images that `batch` gives: int64 ``[n]``, or None if there are none."""
+        """The classes of the images that `batch` gives: int64 ``[count]``, or None if there are none."""
         return self.pieces(first, count).labels(first, count)
 
     def reordered(self, seed: int) -> Loader:
@@ -135,10 +137,14 @@ class StreamLoader:
         if key not in self._blocks:
             self._blocks[key] = self._reader.submit(self._read, *key)
         try:
-            found = self._blocks[key].result()[offset % self.block]
+            rows = self._blocks[key].result()
+            if offset % self.block not in rows:  # of another process's share
+                self._blocks[key] = self._reader.submit(self._read, *key, whole=True)
+                rows = self._blocks[key].result()
         except Exception:
             del self._blocks[key]  # to be read anew if it is asked for again
             raise
+        found = rows[offset % self.block]
         if (after := self._after(key)) not in self._blocks:
             self._blocks = {key: self._blocks[key], after: self._reader.submit(self._read, *after)}
         return found
@@ -147,8 +153,11 @@ class StreamLoader:
         epoch, block = key
         return (epoch, block + 1) if (block + 1) * self.block < self.length else (epoch + 1, 0)
 
-    def _read(self, epoch: int, block: int) -> dict[int, Row]:
-        """This process's images of a block, with their classes, by their place in it."""
+    def _mine(self, position: int) -> bool:
+        return 0 <= position % self.of - self.share.begin < self.share.count
+
+    def _read(self, epoch: int, block: int, whole: bool = False) -> dict[int, Row]:
+        """Images of a block with their classes, by their place in it: this process's, or all."""
         begin = block * self.block
         count = min(self.block, self.length - begin)
         places = np.empty(count, np.int64)  # of the image that is read n-th
@@ -156,28 +165,38 @@ class StreamLoader:
         before, self._stream = self._stream, None  # what fails is not gone on with
         stream = before[2] if before and before[:2] == (epoch, begin) else self._from(epoch, begin)
         try:
-            waiting: dict[int, Future[Pixels | None]] = {}
-            classes: dict[int, int] = {}
+            waiting: dict[int, Future[Row | None]] = {}
+            previous: Encoded | None = None
             for place in places.tolist():
-                (name, content), classes[place] = next(stream)
-                if (epoch * self.length + begin + place) % self.world == self.rank:
-                    waiting[place] = self._decoders.submit(self._decode, name, content)
-                if len(waiting) % 64 == 0 and waiting:
-                    next(reversed(waiting.values())).result()  # what is encoded does not gather
+                encoded = next(stream)
+                if whole or self._mine(epoch * self.length + begin + place):
+                    waiting[place] = self._decoders.submit(self._decoded, encoded, None if whole else previous)
+                    if len(waiting) % 64 == 0:
+                        waiting[place].result()  # what is encoded does not gather
+                previous = encoded
             decoded = {place: future.result() for place, future in waiting.items()}
         except BaseException:
             stream.close()
             raise
         self._stream = (epoch, begin + count, stream)
-        good = next(((pixels, classes[place]) for place, pixels in decoded.items() if pixels is not None), None)
+        if None in decoded.values() and not whole:
+            return self._read(epoch, block, whole=True)  # what stands for it is another process's
+        good = next((row for row in decoded.values() if row is not None), None)
         if decoded and good is None:
             raise UserError(f"none of {len(decoded)} images in a row can be read, from {self.shards[0].name} on.")
         rows: dict[int, Row] = {}
-        for place, pixels in decoded.items():
-            good = (pixels, classes[place]) if pixels is not None else good
+        for place, row in decoded.items():
+            good = row or good
             if good is not None:
                 rows[place] = good
         return rows
+
+    def _decoded(self, encoded: Encoded, before: Encoded | None) -> Row | None:
+        """The image, or else the one ``before`` it."""
+        for (name, content), label in filter(None, (encoded, before)):
+            if (pixels := self._decode(name, content)) is not None:
+                return pixels, label
+        return None
 
     def _from(self, epoch: int, skip: int) -> Generator[tuple[Item, int]]:
         """Every image of an epoch but the first ``skip``, from shard to shard."""

@@ -80,10 +80,10 @@ class Session:
         limit.set_freed("return", where)  # until there is a plan
         recipe, source = resolved(recipe, where, console.tell)
         batch = recipe.training.batch_size
-        group.share(batch)  # refuses what does not divide
+        share = group.share(batch)  # refuses what does not divide
         loader = open_within(
             run.memory, source, recipe.data, batch, where, seed=recipe.training.seed, workers=run.workers, tell=console.tell,
-            progress=console.packing,
+            share=share, progress=console.packing,
         )  # fmt: skip
         out = Path(run.out) if run.out else Path("runs") / f"{source.name}-{recipe.recipe}"
         folder = RunFolder(out) if group.leads else Followed(out)
