@@ -27,7 +27,6 @@ from frugan.data.sources import open_source, streams
 from frugan.data.sources.streams import Shard, ShardSource
 from frugan.data.stream_loader import StreamLoader
 from frugan.utils.errors import UserError
-from frugan.utils.processes import Share
 
 from .conftest import SMALL, assert_same_state, final_state
 
@@ -76,10 +75,9 @@ def load(where: str, said: list[str] | None = None, **options: object) -> Stream
 
 READ = """
 import sys
-from frugan.utils.processes import Share
 from tests.test_stream import load, numbers
 where, rank, first, last, batch = sys.argv[1], *map(int, sys.argv[2:])
-loader = load(where, batch=batch, share=Share(batch // 2 * rank, batch // 2))
+loader = load(where, batch=batch, share=(batch // 2 * rank, batch // 2))
 for begin in range(first, last, batch):
     print(*numbers(loader.batch(begin + batch // 2 * rank, batch // 2)), flush=True)
     if begin == 100 and first == 0:
@@ -125,12 +123,12 @@ def test_a_process_decodes_its_share_alone_and_has_the_rest_all_the_same(tmp_pat
     with closing(StreamLoader(source.shards, DATA, **options)) as alone:
         whole = numbers(alone.batch(0, 120))
     for rank in (0, 1):
-        with closing(Counting(source.shards, DATA, **options, batch=20, share=Share(10 * rank, 10))) as loader:
+        with closing(Counting(source.shards, DATA, **options, batch=20, share=(10 * rank, 10))) as loader:
             mine = [n for first in wanted for n in numbers(loader.batch(first + 10 * rank, 10))]
             assert mine == [n for first in wanted for n in whole[first + 10 * rank : first + 10 * rank + 10]]
             assert numbers(loader.batch(0, 120)) == whole
     write_shard(shard, {f"{i:05}.png": numbered(i) for i in range(120)})
-    with closing(Counting(source.shards, DATA, **options, batch=20, share=Share(0, 10))) as loader:
+    with closing(Counting(source.shards, DATA, **options, batch=20, share=(0, 10))) as loader:
         for first in wanted[:-1]:
             loader.batch(first, 10)
         assert loader.decoded <= 90  # 60 of this epoch, and of the block after it

@@ -20,7 +20,6 @@ from frugan.data.sources.streams import ShardSource
 from frugan.data.stream_loader import StreamLoader, block_of
 from frugan.memory import limit
 from frugan.utils.errors import UserError
-from frugan.utils.processes import ALL, Share
 
 DEFAULT_SIZE = 64  # pixels, where images have no size in common
 PACKING = 160 << 20  # bytes that decoding and packing images may take: below that a budget is not held while it goes on
@@ -68,7 +67,8 @@ def _looks_grey(source: Source, index: int, background: tuple[int, int, int]) ->
 
 
 def open_loader(
-    source: Source, data: Data, *, seed: int, workers: int, tell: Tell, batch: int = 1, share: Share = ALL, **keeping: Any
+    source: Source, data: Data, *, seed: int, workers: int, tell: Tell, batch: int = 1, share: tuple[int, int] = (0, 1),
+    **keeping: Any,
 ) -> Loader:  # fmt: skip
     """What gives the images of ``source`` as ``data`` (resolved) wants them; ``batch`` and ``share``: see `StreamLoader`,
     ``keeping``: see `PackLoader`."""

@@ -28,7 +28,6 @@ from frugan.data.sources.base import Tell, loaded, reason, stamp_of
 from frugan.data.sources.streams import Damaged, Item, Shard, short
 from frugan.utils.draws import Order, derive
 from frugan.utils.errors import UserError
-from frugan.utils.processes import ALL, Share
 
 Row = tuple[Pixels, int]  # an image and its class
 Encoded = tuple[Item, int]  # the same as it was read
@@ -51,15 +50,15 @@ class StreamLoader:
         workers: threads that decode.
         tell: is called with each thing a person should know.
         batch: images of an update.
-        share: those of every batch that this process will ask for; others are there too, and take long.
+        share: the first of every batch that this process will ask for, and how many; others are there too, and take long.
         block: images that are shuffled among each other; None: as many as `BLOCK_BYTES` hold.
     """
 
     random_access = False
 
     def __init__(
-        self, shards: Sequence[Shard], data: Data, *, seed: int, workers: int, tell: Tell, batch: int = 1, share: Share = ALL,
-        block: int | None = None,
+        self, shards: Sequence[Shard], data: Data, *, seed: int, workers: int, tell: Tell, batch: int = 1,
+        share: tuple[int, int] = (0, 1), block: int | None = None,
     ) -> None:  # fmt: skip
         self.shards = [shard for shard in shards if shard.images]
         self.shape = data.shape
@@ -154,7 +153,8 @@ class StreamLoader:
         return (epoch, block + 1) if (block + 1) * self.block < self.length else (epoch + 1, 0)
 
     def _mine(self, position: int) -> bool:
-        return 0 <= position % self.of - self.share.begin < self.share.count
+        begin, count = self.share
+        return begin <= position % self.of < begin + count
 
     def _read(self, epoch: int, block: int, whole: bool = False) -> dict[int, Row]:
         """Images of a block with their classes, by their place in it: this process's, or all."""

@@ -83,7 +83,7 @@ class Session:
         share = group.share(batch)  # refuses what does not divide
         loader = open_within(
             run.memory, source, recipe.data, batch, where, seed=recipe.training.seed, workers=run.workers, tell=console.tell,
-            share=share, progress=console.packing,
+            share=(share.begin, share.count), progress=console.packing,
         )  # fmt: skip
         out = Path(run.out) if run.out else Path("runs") / f"{source.name}-{recipe.recipe}"
         folder = RunFolder(out) if group.leads else Followed(out)

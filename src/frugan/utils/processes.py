@@ -42,9 +42,6 @@ class Share:
     count: int
 
 
-ALL = Share(0, 1)  # of batches of one
-
-
 class Alone:
     """One process, which has nobody to exchange anything with; what `Together` does otherwise."""
 
