@@ -23,7 +23,7 @@ from frugan.training.model import Model
 from frugan.training.scaling import gradients
 
 MEASURED = 127.9  # updates a second of r3 at 28 pixels, batch 128, bf16, CUDA graphs, on an H200 (docs/gpu.md)
-LINKS = {"NVLink 4, 450 GB/s": 450e9, "a network of 400 Gbit/s": 50e9, "a network of 25 Gbit/s": 3.1e9}  # data sheets'
+LINKS = {"NVLink 4, 450 GB/s": 450e9, "a network of 400 Gbit/s": 50e9, "a network of 25 Gbit/s, 3.1 GB/s": 3.1e9}  # of data sheets
 PEAK = 989e12  # operations a second of an H200 in bf16, by its data sheet
 JPEG = 25e3  # bytes of an image of 256x256, a guess
 

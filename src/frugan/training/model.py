@@ -160,10 +160,12 @@ class Model:
         """How long ``phase`` takes here: one micro-batch and the update are run twice, the second time by the clock."""
         short = replace(layout, sizes=layout.sizes[:1])
         computing = updating = 0.0
-        for _ in range(2):
-            computing = self._timed(lambda: self.phases[phase].compute(self._batch(), self._first, short))
-            updating = self._timed(self.phases[phase].optimizer.step)
-        self._forget_gradients()
+        try:
+            for _ in range(2):
+                computing = self._timed(lambda: self.phases[phase].compute(self._batch(), self._first, short))
+                updating = self._timed(self.phases[phase].optimizer.step)
+        finally:
+            self._forget_gradients()
         return computing * sum(layout.sizes) / sum(short.sizes) + updating
 
     def _timed(self, action: Callable[[], Any]) -> float:
