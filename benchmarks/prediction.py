@@ -42,6 +42,7 @@ LEVERS: list[tuple[dict[str, Any], dict[str, Any]]] = [  # (settings, layout)
 @dataclass
 class Options:
     quick: bool = False  # a tenth of the cells
+    only: str = ""  # cells that have this word in them, as penalty
     cell: str | None = None  # used by the script itself: measures one
 
 
@@ -132,7 +133,8 @@ def main(options: Options) -> None:
     for heading in ("predicted", "allocator", "error", "predicted", "adds", "error"):
         table.add_column(heading, justify="right")
     errors, process_errors = [], []
-    for cell in list(cells())[:: 10 if options.quick else 1]:
+    chosen = [cell for cell in cells() if options.only in json.dumps(cell)]
+    for cell in chosen[:: 10 if options.quick else 1]:
         command = [sys.executable, __file__, "--cell", json.dumps(cell)]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         errors.append(found["predicted"] / found["allocated"] - 1)

@@ -300,6 +300,23 @@ def test_another_process_makes_the_same_traces(tmp_path: Path, monkeypatch: pyte
     assert known.knows("D", named(["separate_terms"])) and known.growth("D", named(["separate_terms"])).steps == made[1][0].steps
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="what a library loads is seen on Linux alone")
+def test_what_forward_mode_loads_does_not_depend_on_what_was_known_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    recipe, found = recipes.r3().replace(image_size=16, channels=1, batch_size=8), []
+    for name, apart in (("one", False), ("other", True)):
+        monkeypatch.setenv("FRUGAN_CACHE", str(tmp_path / name))
+        traces = Traces(recipe, CPU, separate=True)
+        assert traces.facts.loaded
+        if apart:  # another process finds the facts known
+            traces.close()
+            traces = Traces(recipe, CPU, separate=True)
+        found.append(traces.loads("penalty"))
+        traces.close()
+    assert abs(found[0] - found[1]) < 3 << 20 < sum(found)
+
+
 def test_memory_that_runs_out_in_the_process_that_plans_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FRUGAN_CACHE", str(tmp_path))
     traces = Traces(recipes.mlp().replace(image_size=16, channels=1), CPU, separate=True)

@@ -138,6 +138,7 @@ class InProcess:
         """Bytes that ``lever`` of D's phase loads in place of double backward."""
         model = self._model()
         if self._doubled is None:  # facts were known already
+            limit.baseline(self.device)  # lets go of code that imports have touched, as a training does
             with model.unpenalised():
                 model.warm(ENOUGH)
             self._load_double_backward(model)
