@@ -154,7 +154,7 @@ def at_rest(device: torch.device) -> int:
 @contextmanager
 def seldom_collected() -> Iterator[None]:
     """While open, Python looks for garbage seldom, and not at all that was imported: traces are many small objects that stay."""
-    gc.collect()
+    gc.collect(1)  # what is older are imports, and to look through these takes a tenth of a second
     gc.freeze()
     before = gc.get_threshold()
     gc.set_threshold(50_000, 20, 20)
