@@ -127,6 +127,10 @@ def test_a_process_decodes_its_share_alone_and_has_the_rest_all_the_same(tmp_pat
             mine = [n for first in wanted for n in numbers(loader.batch(first + 10 * rank, 10))]
             assert mine == [n for first in wanted for n in whole[first + 10 * rank : first + 10 * rank + 10]]
             assert numbers(loader.batch(0, 120)) == whole
+    with closing(Counting(source.shards, DATA, **options, batch=20, share=(0, 20))) as loader:
+        assert numbers(loader.batch(0, 60)) == whole[:60]
+        loader.close()
+        assert loader.decoded <= 120  # each once, although two that cannot be read lie beside each other
     write_shard(shard, {f"{i:05}.png": numbered(i) for i in range(120)})
     with closing(Counting(source.shards, DATA, **options, batch=20, share=(0, 10))) as loader:
         for first in wanted[:-1]:

@@ -158,6 +158,7 @@ class StreamLoader:
 
     def _read(self, epoch: int, block: int, whole: bool = False) -> dict[int, Row]:
         """Images of a block with their classes, by their place in it: this process's, or all."""
+        whole = whole or self.share == (0, self.of)
         begin = block * self.block
         count = min(self.block, self.length - begin)
         places = np.empty(count, np.int64)  # of the image that is read n-th
