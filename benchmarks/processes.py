@@ -4,7 +4,7 @@
 
 `frugan train` with the cores of this machine shared out evenly: one process with all, two with half each, one with half.
 Images a second are of the last line of the log; ways take turns, medians. *Exchanged*: the bytes of gradients in an update, and how
-long summing them takes when all processes begin at once (medians of 50), as a share of an update.
+long summing them takes (`frugan.training.scaling`: two processes that begin at once), as a share of an update.
 """
 
 import json
@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,9 @@ from typing import Any
 import tyro
 from rich.console import Console
 from rich.table import Table
+
+from frugan.config import recipes
+from frugan.training.scaling import gradients, measured
 
 
 @dataclass
@@ -31,31 +33,6 @@ class Options:
     batch: int = 128
     minutes: float = 0.4
     rounds: int = 3
-    exchange: str | None = None  # used by the script itself: a recipe whose gradients are exchanged
-
-
-def exchanged(name: str) -> dict[str, float]:
-    """Seconds that summing both networks' gradients takes, and their bytes."""
-    import torch
-
-    from frugan.config import recipes
-    from frugan.gan.networks import build
-    from frugan.utils.processes import joined
-
-    recipe = recipes.get(name).replace(image_size=28, channels=1)
-    networks = build(recipe.network, 28, 1)
-    parameters = [p for network in networks for p in network.parameters()]
-    for p in parameters:
-        p.grad = torch.zeros_like(p)
-    took = []
-    with joined("cpu") as group:
-        for _ in range(50):
-            group.most([0.0])
-            began = time.perf_counter()
-            for network in networks:
-                group.sum_phase(network, {"loss": torch.zeros(())})
-            took.append(time.perf_counter() - began)
-    return {"seconds": statistics.median(took), "bytes": float(sum(p.numel() * p.element_size() for p in parameters))}
 
 
 def started(processes: int, threads: int, command: list[str]) -> str:
@@ -76,11 +53,6 @@ def speed(options: Options, recipe: str, processes: int, threads: int) -> float:
 
 
 def main(options: Options) -> None:
-    if options.exchange:
-        found = exchanged(options.exchange)
-        if os.environ.get("RANK", "0") == "0":
-            print(json.dumps(found))
-        return
     cores = os.cpu_count() or 1
     ways = [(n, cores // n) for n in options.processes] + [(1, cores // max(options.processes))]
     table = Table(title=f"28x28 grey, batch {options.batch}, recipes as they come")
@@ -98,9 +70,10 @@ def main(options: Options) -> None:
             share = "-"
             moved = "-"
             if processes > 1:
-                found = json.loads(started(processes, threads, [__file__, "--exchange", recipe]).splitlines()[-1])
-                share = f"{found['seconds'] * median / options.batch:.1%}"
-                moved = f"{found['bytes'] / 2**20:.1f} MiB, {found['seconds'] * 1e3:.1f} ms"
+                sizes = gradients(recipes.get(recipe).replace(image_size=28, channels=1))
+                seconds = measured(sizes).seconds(processes)
+                share = f"{seconds * median / options.batch:.1%}"
+                moved = f"{sum(sizes) / 2**20:.1f} MiB, {seconds * 1e3:.1f} ms"
             table.add_row(recipe, str(processes), str(threads), f"{median:.0f}", f"{median / first:.2f}", moved, share)
     Console(width=120).print(table)
     import torch

@@ -23,9 +23,12 @@ from .test_stream import numbered, write_shard
 
 WORKER = """
 import json, os, signal, sys, torch, frugan
+from frugan.data.stream_loader import StreamLoader
 from frugan.utils.errors import UserError
 torch.set_default_dtype(torch.float64)
 settings, kills = json.loads(sys.argv[3]), json.loads(sys.argv[4])
+decoded, decode = [], StreamLoader._decode
+StreamLoader._decode = lambda self, name, content: (decoded.append(name), decode(self, name, content))[1]
 
 def on_update(images):
     killed = f"{sys.argv[2]}.killed{images}"
@@ -36,6 +39,7 @@ def on_update(images):
 settings |= settings.pop("of", {}).get(os.environ.get("RANK", "0"), {})
 try:
     frugan.train(settings.pop("data", sys.argv[1]), out=sys.argv[2], on_update=on_update, **settings)
+    print("DECODED", os.environ.get("RANK"), len(decoded), flush=True)
 except UserError as error:
     if not error.said:
         print("SAID", error, flush=True)
@@ -94,7 +98,7 @@ def test_processes_train_what_one_process_trains(name: str, few: Path, tmp_path:
         assert_near(tmp_path / "one", tmp_path / str(processes))
 
 
-def test_a_stream_is_decoded_once_by_all_together(tmp_path: Path) -> None:
+def test_each_process_decodes_its_share_of_a_stream(tmp_path: Path) -> None:
     for number in range(2):
         write_shard(tmp_path / f"s-{number}.tar", {f"{i}.png": numbered(40 * number + i) for i in range(40)})
     asked = uncoupled("r3") | {"stream": True, "channels": 1, "epochs": 3, "width_g": 4, "width_d": 4}
@@ -102,6 +106,8 @@ def test_a_stream_is_decoded_once_by_all_together(tmp_path: Path) -> None:
     done = together(2, tmp_path, tmp_path / "two", **asked)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_near(tmp_path / "one", tmp_path / "two")
+    follower = next(line for line in done.stdout.splitlines() if "DECODED 1" in line)
+    assert int(follower.split()[-1]) <= 4 * 40  # of three epochs, and of the one that is read ahead
 
 
 def test_one_of_two_is_killed_and_the_group_ends_as_if_it_had_not_been(few: Path, tmp_path: Path) -> None:
@@ -152,8 +158,9 @@ def test_others_that_do_not_come_are_waited_for_until_a_limit(few: Path, tmp_pat
     for process in waiting:
         said, errors = process.communicate(timeout=120)
         assert process.returncode == 2 and "the 2 processes could not meet at 127.0.0.1" in said, (said, errors[-2000:])
-    half = subprocess.run(command, env=ENVIRONMENT | {"WORLD_SIZE": "2"}, capture_output=True, text=True)
-    assert half.returncode == 2 and "nothing says RANK: start them with torchrun" in half.stdout, half.stderr[-2000:]
+    for size, sentence in (("2", "nothing says RANK: start them with torchrun"), ("two", "WORLD_SIZE=two is no number")):
+        half = subprocess.run(command, env=ENVIRONMENT | {"WORLD_SIZE": size}, capture_output=True, text=True)
+        assert half.returncode == 2 and sentence in half.stdout, half.stderr[-2000:]
     assert time.monotonic() - began < 60 and not (tmp_path / "r").exists()
 
 

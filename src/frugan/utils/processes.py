@@ -189,12 +189,19 @@ def check_share(batch: int, processes: int) -> None:
 
 def started() -> bool:
     """Whether this process is one of several, by the variables of the environment that ``torchrun`` sets."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return _number("WORLD_SIZE", 1) > 1
 
 
 def leads() -> bool:
     """Whether this process speaks and writes, before it has `joined` others."""
-    return int(os.environ.get("RANK", "0")) == 0 or not started()
+    return _number("RANK", 0) == 0 or not started()
+
+
+def _number(name: str, default: int) -> int:
+    said = os.environ.get(name) or str(default)
+    if not said.isdecimal():
+        raise UserError(f"{name}={said} is no number: start processes with torchrun, which sets it, or unset it.")
+    return int(said)
 
 
 def place(name: str) -> str:
