@@ -1,13 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test gpu lint clean
+.PHONY: demo test test-xla gpu lint clean
 
 demo: .venv/installed  ## trains on the built-in digits and says where the pictures lie
 	$(BIN)/frugan train --epochs 60 --batch-size 64 --out runs/demo
 
 test: lint  ## runs every check
 	$(BIN)/python -m pytest --numprocesses 2
+
+test-xla: .venv-xla/installed  ## trains on PyTorch/XLA's CPU device, and runs the notebook, in an environment of their own
+	PJRT_DEVICE=CPU .venv-xla/bin/python -m pytest tests/test_xla.py tests/test_notebook.py
 
 gpu: .venv/installed  ## runs what only a GPU can tell, in less than 25 minutes, and writes docs/gpu.md
 	$(BIN)/python benchmarks/gpu.py
@@ -25,5 +28,10 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+.venv-xla/installed: pyproject.toml setup.py src/frugan/memory/pool.c
+	$(PYTHON) -m venv .venv-xla
+	.venv-xla/bin/python -m pip install --quiet --editable '.[tpu,notebook]' hypothesis pytest
+	touch $@
+
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv .venv-xla build dist

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 
 import frugan
@@ -197,6 +198,13 @@ def test_a_second_training_in_the_same_folder(refused: Callable[..., str], train
 def test_a_device_that_is_not_there(refused: Callable[..., str], few: Path, tmp_path: Path) -> None:
     said = one_sentence(refused("train", few, "--device", "cuda:99", "--out", tmp_path / "r"))
     assert "--device cuda:99: there is no such device here" in said
+
+
+def test_xla_without_the_library(refused: Callable[..., str], few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_xla", None)
+    said = one_sentence(refused("train", few, "--device", "xla", "--out", tmp_path / "r"))
+    assert f"made for the torch that is installed, which is {torch.__version__}" in said
+    assert "frugan[tpu]" in said
 
 
 def test_a_colour_that_is_none(refused: Callable[..., str], photos: Callable[..., Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,12 @@ class FrugalAdam(Adam):
         lean: bool = True,
         offload: bool = False,
     ) -> None:
-        super().__init__(parameters, lr=rate, betas=betas, fused=True)
+        parameters = list(parameters)
+        # XLA has no fused one and fuses by itself, where all numbers are on the device.
+        self._kernel = (
+            {"foreach": False, "capturable": True} if parameters and parameters[0].device.type == "xla" else {"fused": True}
+        )
+        super().__init__(parameters, lr=rate, betas=betas, **self._kernel)
         self.moments = ("exp_avg_sq",) if lean and betas[0] == 0 else ("exp_avg", "exp_avg_sq")
         self.offload = offload
         self._stage: dict[str, Tensor] = {}  # on the device, for a piece of moments that lie on the host
@@ -110,7 +116,7 @@ class FrugalAdam(Adam):
         first = [state.get("exp_avg", gradient) for state, gradient in zip(states, gradients, strict=True)]
         adam(
             weights, gradients, first, [state["exp_avg_sq"] for state in states], [], [state["step"] for state in states],
-            fused=True, grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None),
+            **self._kernel, grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None),
             amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=_rate(group["lr"], weights), weight_decay=0.0,
             eps=group["eps"], maximize=False,
         )  # fmt: skip
@@ -262,6 +268,8 @@ class Ema(AveragedModel):
                 for tensors, tensor in zip(self._kinds.setdefault(pair[0].dtype, ([], [])), pair, strict=True):
                     tensors.append(tensor)
         average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        if next(self.parameters()).device.type == "xla":
+            average = partial(_average_on_xla, decay)
         # Whole numbers first: averaging them allocates, and what is done again where memory runs out must not have begun.
         for averaged, tensors in sorted(self._kinds.values(), key=lambda kind: kind[0][0].is_floating_point()):
             newest = [tensor.to(mine.device) for tensor, mine in zip(tensors, averaged, strict=True)]
@@ -272,6 +280,13 @@ class Ema(AveragedModel):
                     old.copy_(new)
         self.n_averaged += 1
         self._begun = True
+
+
+def _average_on_xla(decay: float, averaged: list[Tensor], newest: list[Tensor], _: Tensor) -> None:
+    """The same with the decay on the device: a number from the host makes another program where it is 0, and above one half."""
+    share = torch.tensor(1 - decay).to(averaged[0].device)
+    for old, new in zip(averaged, newest, strict=True):
+        old.copy_(old + (new - old) * share)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

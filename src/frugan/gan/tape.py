@@ -17,6 +17,14 @@ from frugan.utils.draws import Draws
 Make = Callable[[Batch, int], Tensor | None]  # of a batch, and the number of images seen before it
 
 
+def set_to(place: Tensor, number: float) -> None:
+    """``number`` is in ``place``, ``[]``, from now on. XLA would make another program where a number it fills with is 0 or 1."""
+    if place.device.type == "xla":
+        place.copy_(torch.tensor(number, dtype=place.dtype))
+    else:
+        place.fill_(number)
+
+
 class Tape(Draws):
     """The draws and the batch of one phase, on the device.
 
@@ -42,7 +50,7 @@ class Tape(Draws):
     def put(self, batch: Batch, first: int) -> None:
         """Stands for ``batch``, before which ``first`` images were seen, from now on: its values come to the places there are."""
         self._now = batch, first
-        self._first.fill_(first)
+        set_to(self._first, first)
         for make, place in self._places.values():
             if place is not None:
                 value = make(batch, first)

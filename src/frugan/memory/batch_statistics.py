@@ -59,7 +59,7 @@ class Call:
 
     def normalise(self, x: Tensor) -> Tensor:
         """What the layer gives for a micro-batch, its statistics being constants."""
-        y = nn.functional.batch_norm(x, self.mean, self.variance, self.weight, self.bias, False, 0.0, self.layer.eps)
+        y = self._normalised(x, self.weight, self.bias)
         found: Tensor = _Once.apply(y) if y.requires_grad else y
         return found
 
@@ -68,7 +68,16 @@ class Call:
         assert self.weight.grad is not None and self.bias.grad is not None
         scale = self.weight.detach() * (self.variance + self.layer.eps).rsqrt() / -self.count
         by_h, by_y = scale * self.weight.grad, scale * self.bias.grad
-        return nn.functional.batch_norm(x.detach(), self.mean, self.variance, by_h, by_y, False, 0.0, self.layer.eps)
+        return self._normalised(x.detach(), by_h, by_y)
+
+    def _normalised(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if x.device.type != "xla":
+            return nn.functional.batch_norm(x, self.mean, self.variance, weight, bias, False, 0.0, self.layer.eps)
+        # XLA's own has no gradient where statistics are given (torch_xla 2.9); what stands here is fused there anyway.
+        scale = weight * (self.variance + self.layer.eps).rsqrt()
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        found: Tensor = ((x - self.mean.view(shape)) * scale.view(shape) + bias.view(shape)).to(x.dtype)
+        return found
 
     def finish(self) -> None:
         """Adds the gradients of this call to the layer's own, if it learns."""

@@ -43,7 +43,7 @@ class Plan:
     @property
     def allocated(self) -> int:
         """The most that training allocates."""
-        return max(sum(parts.values()) for parts in self.phases.values())
+        return max((sum(parts.values()) for parts in self.phases.values()), default=0)
 
     @property
     def predicted(self) -> int:

@@ -89,6 +89,9 @@ class Console:
         """How a batch is computed, and what that takes."""
         phases = "; ".join(f"{name}: {layout}" for name, layout in plan.layouts.items())
         self.tell(f"Plan for batches of {batch} ({plan.guarantee}): {phases}.")
+        if not plan.phases:
+            self.tell("Memory: the device's compiler decides what is held, and nothing is predicted.")
+            return
         budget = f" of --memory {size(plan.budget)}" if plan.named else f" of {size(plan.budget)} there are"
         self.tell(
             f"Memory: {size(plan.predicted)} predicted{budget}: framework {size(plan.framework)}, data {size(plan.data)}, "

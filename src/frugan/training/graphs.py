@@ -16,13 +16,14 @@ from frugan.config.recipe import Recipe
 from frugan.data.loader import Batch
 from frugan.gan.build import Phase
 from frugan.gan.step import Step
-from frugan.gan.tape import Tape
+from frugan.gan.tape import Tape, set_to
 from frugan.memory import limit
 from frugan.memory.layout import Layout
 from frugan.memory.plan import Plan
 from frugan.memory.recover import Recovery
 from frugan.training.state import State as State
 from frugan.training.state import Terms
+from frugan.utils import xla
 
 HOST = {"offload_activations", "checkpoint_blocks"}  # levers that wait for the host
 
@@ -78,9 +79,9 @@ class Recorded:
     def put(self, batch: Batch, first: int) -> None:
         """Sets everything that the phase asks for to what it is for ``batch``."""
         self.tape.put(batch, first)
-        self.rate.fill_(self.phase.optimizer.param_groups[0]["lr"])
+        set_to(self.rate, self.phase.optimizer.param_groups[0]["lr"])
         if self.step.augment:
-            self.chance.fill_(self.step.augment.p)
+            set_to(self.chance, self.step.augment.p)
 
     def compute(self, first: int) -> Terms:
         """The phase, from what was `put`."""
@@ -185,6 +186,9 @@ class Graphs:
         self.state.update(phase.optimizer)
         return terms
 
+    def end(self) -> None:
+        """What follows the update of all phases has been asked for."""
+
     def give_up(self) -> None:
         """Lets go of all graphs, and of their memory; there are none from now on."""
         self.used = False
@@ -205,3 +209,29 @@ class Graphs:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             self.tell(f"Going on without CUDA graphs, which cannot be recorded here: {reason}.")
         return recorded.graph is not None
+
+
+class Programs(Graphs):
+    """Phases as programs of PyTorch/XLA: one for each with its optimizer's update, one for what follows both.
+
+    A program is met again only if nothing of an update comes from the host but in a `Tape`. Where memory runs out training ends, as
+    what was noted down for the program is gone.
+    """
+
+    def __init__(self, state: State, recovery: Recovery, device: torch.device) -> None:
+        super().__init__(state, recovery, device, used=False, tell=lambda text: None)
+
+    def update(self, phase: Phase, batch: Batch, first: int) -> Terms:
+        """As `Graphs`."""
+        recorded = self.recorded.get(phase.name)
+        if recorded is None:
+            recorded = Recorded(phase, self.recovery.layouts[phase.name], self.state, self.device)
+            self.recorded[phase.name] = recorded
+        recorded.put(batch, first)
+        recorded.update(first)
+        xla.run()
+        return recorded.terms
+
+    def end(self) -> None:
+        """As `Graphs`."""
+        xla.run()

@@ -10,7 +10,7 @@ from frugan.memory.plan import Plan
 from frugan.memory.recover import Change, Recovery
 from frugan.memory.search import Search
 from frugan.reporting.records import Event, LayoutChanged, MemoryMeasured
-from frugan.training.graphs import Graphs, State
+from frugan.training.graphs import Graphs, Programs, State
 from frugan.training.session import Session
 from frugan.training.traces import Traces
 
@@ -36,7 +36,7 @@ def updates(session: Session, plan: Plan, state: State, note: Callable[[Event], 
     coupled = any(both)
     least = {p: min(SMALLEST_COUPLED, *layout.sizes) if coupled else 1 for p, layout in plan.layouts.items()}
     traces = Traces(recipe, device)
-    known = Search(jobs(recipe, device, both, traces.growth), device)
+    known = Search(jobs(recipe, device, both, traces.growth), device)  # finds out nothing yet
 
     @cache
     def needs(phase: str, layout: Layout) -> int | None:
@@ -52,6 +52,8 @@ def updates(session: Session, plan: Plan, state: State, note: Callable[[Event], 
         smallest=dict.fromkeys(PHASES, 2) if coupled and approximate else least, coupled=coupled, changed=changed, needs=needs,
         planned=plan.planned,
     )  # fmt: skip
+    if device.type == "xla":
+        return Programs(state, made, device)
     return Graphs(state, made, device, plan.graphs, session.console.tell, session.group.sum_phase)
 
 

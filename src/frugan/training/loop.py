@@ -101,6 +101,7 @@ class Loop:
             if (state.updates + 1) % phase.every == 0:
                 terms |= self.graphs.update(phase, batch, first)
         self.recovery.again(partial(self._take_in, terms))
+        self.graphs.end()
         state.images += session.batch
         state.updates += 1
         return terms, batch.labels

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frugan.utils import xla
+
 _others: dict[torch.device, int] = {}  # bytes in use on a device before this process began with it
 
 
@@ -185,11 +187,72 @@ class Metal(Accelerator):
         return 0
 
 
+class Xla(Accelerator):
+    """A device of PyTorch/XLA. Its compiler decides what programs hold, which nobody knows before, and no limit is held."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @property
+    def can_be_limited(self) -> bool:
+        """False: XLA has no limit that a process could set."""
+        return False
+
+    def allocated(self) -> int:
+        """Bytes in use; 0 if the device does not say."""
+        return (xla.memory(self.device) or (0, 0))[0]
+
+    def reserved(self) -> int:
+        """The same: XLA keeps nothing that could be told apart."""
+        return self.allocated()
+
+    def most_allocated(self) -> int:
+        """Bytes in use now: the peak is not asked for."""
+        return self.allocated()
+
+    def most_reserved(self) -> int | None:
+        """None: the peak is not asked for."""
+        return None
+
+    def forget_peak(self) -> None:
+        """Does nothing: there is no peak."""
+
+    def besides(self) -> int:
+        """0: there is no peak."""
+        return 0
+
+    def free(self) -> int:
+        """Bytes that nobody has taken; 0 if the device does not say."""
+        return self.total() - self.allocated()
+
+    def total(self) -> int:
+        """Bytes of memory that the device has; 0 if it does not say."""
+        return (xla.memory(self.device) or (0, 0))[1]
+
+    def release(self) -> None:
+        """Does nothing: XLA decides."""
+
+    def wait(self) -> None:
+        """Waits until everything asked of the device is done."""
+        xla.run(wait=True)
+
+    def generator(self) -> None:
+        """None: nothing draws there."""
+
+    def meet(self) -> None:
+        """Does nothing: other processes' memory is not counted."""
+
+    def context(self) -> int:
+        """None beside what is in use."""
+        return 0
+
+
 def accelerator(device: torch.device) -> Accelerator | None:
     """The memory of ``device``; None for the CPU, and for devices without memory."""
     if device.type in ("cpu", "meta"):
         return None
-    return Metal(device) if device.type == "mps" else Accelerator(device)
+    kind = {"mps": Metal, "xla": Xla}.get(device.type, Accelerator)
+    return kind(device)
 
 
 def _nvml(device: torch.device) -> Any:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
+from frugan.utils import xla
 from frugan.utils.accelerator import accelerator
 from frugan.utils.errors import UserError
 
@@ -18,6 +19,8 @@ def choose(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.partition(":")[0] == "xla":
+        return xla.begin(name)
     shown = name or "''"
     missing = UserError(f"--device {shown}: there is no such device here; use cpu, or auto to take the best there is.")
     try:
@@ -78,8 +81,10 @@ def fast_precision(device: torch.device) -> str:
     """What ``--precision auto`` means on ``device``: bf16 or fp16 where the hardware computes in it, else fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
-        return "bf16"
+    if device.type == "cpu":
+        said = getattr(torch.cpu, "get_capabilities", None)  # torch 2.9 has not
+        fast = said().get("avx512_bf16") if said else torch.cpu._is_avx512_bf16_supported()
+        return "bf16" if fast else "fp32"
     return "fp32"
 
 

@@ -34,13 +34,32 @@ def hashed(seed: int, first: int | Tensor, count: int, words: int, device: torch
     Each number is a hash of its place, by SplitMix64 (Steele et al. 2014), so that an accelerator makes all of them at once; a
     generator would have to be set to each row in turn.
     """
-    rows = (torch.arange(count, device=device) + first).mul_(_signed(0xD1342543DE82EF95)).add_(_signed(seed))
-    bits = rows[:, None] + torch.arange(1, words + 1, device=device).mul_(_signed(0x9E3779B97F4A7C15))
+    rows = (torch.arange(count, device=device) + first).mul_(_constant(0xD1342543DE82EF95, device)).add_(_constant(seed, device))
+    bits = rows[:, None] + torch.arange(1, words + 1, device=device).mul_(_constant(0x9E3779B97F4A7C15, device))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, None)):
-        bits ^= (bits >> shift).bitwise_and_((1 << (64 - shift)) - 1)  # int64 brings its sign along
+        bits ^= _shifted(bits, shift).bitwise_and_((1 << (64 - shift)) - 1)  # int64 brings its sign along
         if factor is not None:
-            bits *= _signed(factor)
+            bits *= _constant(factor, device)
     return bits
+
+
+def quarters(bits: Tensor) -> Tensor:
+    """Four numbers of 16 bits, with their sign, for each of ``bits``, int64 ``[n, words]``: ``[n, 4 * words]``."""
+    if bits.device.type != "xla":
+        return bits.view(torch.int16)
+    # A view of another type would cut XLA's program in two.
+    pieces = torch.stack([_shifted(bits, shift) & 0xFFFF for shift in (0, 16, 32, 48)], 2)
+    return (((pieces + 0x8000) & 0xFFFF) - 0x8000).flatten(1)
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    # XLA divides instead, and rounds what is negative towards zero: there, nothing may be left to round.
+    return (bits & -(1 << by) if bits.device.type == "xla" else bits) >> by
+
+
+def _constant(number: int, device: torch.device) -> int | Tensor:
+    """A factor or summand on ``device``; XLA would round a large one that comes from the host to double precision."""
+    return torch.tensor(_signed(number)).to(device) if device.type == "xla" else _signed(number)
 
 
 def _signed(number: int) -> int:
@@ -93,17 +112,17 @@ class Draws:
 
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
         self.seed = seed
-        self._cpu = torch.Generator()
-        self._device = torch.Generator(device)
+        self.device = torch.device(device)
+        self._generator = torch.Generator()
         self._blocks: dict[str, tuple[int, Tensor]] = {}  # the last block of each purpose: micro-batches share it
 
     def normal(self, purpose: str, first: int, count: int, *shape: int) -> Tensor:
         """Rows ``first`` to ``first + count`` of standard normal numbers: float32 ``[count, *shape]`` on the CPU."""
-        return self._rows(purpose, first, count, lambda: torch.empty(BLOCK, *shape), self._cpu, Tensor.normal_)
+        return self._rows(purpose, first, count, lambda: torch.empty(BLOCK, *shape), Tensor.normal_)
 
     def uniform(self, purpose: str, first: int, count: int, *shape: int) -> Tensor:
         """The same, uniform in [0, 1)."""
-        return self._rows(purpose, first, count, lambda: torch.empty(BLOCK, *shape), self._cpu, Tensor.uniform_)
+        return self._rows(purpose, first, count, lambda: torch.empty(BLOCK, *shape), Tensor.uniform_)
 
     def among(self, purpose: str, first: int, count: int, numbers: tuple[int, ...]) -> Tensor:
         """Rows of which each is one of ``numbers``, all as likely: int64 ``[count]`` on the CPU."""
@@ -115,7 +134,7 @@ class Draws:
 
         On an accelerator ``first`` may be an int64 tensor ``[]`` there: nothing is asked of the host.
         """
-        device, least = self._device.device, round(p * 65536) - 32768
+        device, least = self.device, round(p * 65536) - 32768
 
         # Four masks from 64 bits: nine times as fast as bernoulli_ on a CPU.
         def mask(bits: Tensor, generator: torch.Generator) -> Tensor:
@@ -125,10 +144,10 @@ class Draws:
         size = math.prod(shape)
         if device.type != "cpu":
             bits = hashed(derive(self.seed, purpose), first, count, -(-size // 4), device)
-            return (bits.view(torch.int16)[:, :size] >= least).view(count, *shape)
+            return (quarters(bits)[:, :size] >= least).view(count, *shape)
         assert isinstance(first, int)
         words = MASK_BLOCK * size // 4
-        return self._rows(purpose, first, count, lambda: torch.empty(words, dtype=torch.int64), self._device, mask, MASK_BLOCK)
+        return self._rows(purpose, first, count, lambda: torch.empty(words, dtype=torch.int64), mask, MASK_BLOCK)
 
     def kept(self) -> list[Tensor]:
         """The blocks that are kept for the next rows."""
@@ -140,7 +159,6 @@ class Draws:
         first: int,
         count: int,
         allocate: Callable[[], Tensor],
-        generator: torch.Generator,
         fill: Callable[..., Tensor],
         block: int = BLOCK,
     ) -> Tensor:
@@ -152,8 +170,8 @@ class Draws:
             if last is None or last[0] != number:
                 last = None
                 self._blocks.pop(purpose, None)  # before the next is drawn: never two of them are held
-                generator.manual_seed(derive(self.seed, purpose, number))
-                last = self._blocks[purpose] = (number, fill(allocate(), generator=generator))
+                self._generator.manual_seed(derive(self.seed, purpose, number))
+                last = self._blocks[purpose] = (number, fill(allocate(), generator=self._generator))
             piece = last[1][offset : offset + end - row]
             if rows is None:
                 rows = piece.new_empty(count, *piece.shape[1:])

@@ -64,6 +64,9 @@ class Enlarge(nn.Module):
         if x.device.type == "cuda":
             enlarged: Tensor = Enlarged.apply(x, self.size)
             return enlarged
+        if x.device.type == "xla":  # whose own is for TPUs alone, and elsewhere the host's
+            down, across = (_weights(n, self.size, x) for n in x.shape[2:])
+            return down @ x @ across.T
         return _enlarged(x, self.size)
 
 
