@@ -357,6 +357,9 @@ def test_a_device_that_is_not_the_current_one_is_the_one_that_is_measured_and_li
     memory = next(line for line in lines(run) if line.get("event") == "memory")
     assert 26 * MIB < memory["measured"] <= memory["budget"] < 64 * MIB + sim.memory_reserved("sim:1")
     assert other.sum() == len(other)
+    # Of the host there is a prediction too; what the simulated device holds is the host's as well.
+    assert abs(memory["host"] - memory["host_predicted"]) < memory["measured"] + 32 * MIB
+    assert memory["host_predicted"] > 200 * MIB
 
 
 @only_simulated

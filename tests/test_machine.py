@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import frugan
 from frugan.cli import main
 from frugan.utils import device
 from frugan.utils.errors import UserError
@@ -52,6 +53,14 @@ def test_a_device_that_is_not_there_is_named_in_one_sentence(
     said = capsys.readouterr().err
     assert ended.value.code == 2 and len(said.splitlines()) == 1 and f"--device {name or repr(name)}" in said
     assert not (tmp_path / "r").exists()
+
+
+def test_an_operator_that_a_device_has_not_is_named(few: Path, tmp_path: Path) -> None:
+    def after(images: int) -> None:
+        torch.linalg.inv(torch.eye(2).to_sparse())  # nobody has that
+
+    with pytest.raises(UserError, match=r"cpu cannot compute aten::linalg_inv_ex\S*: use another --device"):
+        frugan.train(few, recipe="mlp", batch_size=16, epochs=1, quiet=True, out=tmp_path / "r", on_update=after)
 
 
 def test_auto_is_the_best_there_is() -> None:

@@ -84,7 +84,7 @@ def test_the_log_has_the_keys_that_it_always_had(train: Callable[..., Path], tmp
     measured = list(lines[0])[len(own) : -2]
     assert {"Loss_D", "Loss_G", "D(x)", "D(G(z))", "R1", "D(G(z)) before", "D(G(z)) after"} == {*measured}
     assert list(lines[0]) == [*own, *measured, "lr_g", "lr_d"]
-    assert list(lines[-1]) == ["event", "images", "predicted", "measured", "budget"]
+    assert list(lines[-1]) == ["event", "images", "predicted", "measured", "budget", "host_predicted", "host"]
     assert [record.as_dict() for record in RunFolder(run).records()] == lines
 
 

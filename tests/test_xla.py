@@ -150,6 +150,8 @@ def test_what_cannot_be_is_said(few: Path, tmp_path: Path, monkeypatch: pytest.M
     assert "2 or 4 parts do" in refused(accumulation_steps=3)
     assert "cannot be held on xla:0" in refused(memory="1GiB")
     assert "--freeze-d cannot be done" in refused(freeze_d=1)
+    assert "--offload-state cannot be done" in refused(offload_state="yes")
+    assert "--precision fp16 cannot be done" in refused(precision="fp16")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "one process" in refused()
 

@@ -101,6 +101,7 @@ class Projected(Architecture):
 
     kind: ClassVar[str] = "projected"
     learns_features: ClassVar[bool] = True
+    latent_dim: int = option(64, "numbers of noise that one image is made from", least=1)
     width_g: int = option(
         32,
         "channels of the generator's largest maps (residual: largest but one); doubled with every halving, up to 8 times",

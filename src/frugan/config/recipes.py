@@ -67,7 +67,7 @@ def projected() -> Recipe:
     return Recipe(
         recipe="projected",
         network=Projected(),
-        objective=Bce(),
+        objective=Bce(label_smoothing=0.1),
         optimizer=Optimizer(lr_g=3e-3, lr_d=3e-3, beta1=0.5, beta2=0.999, schedule="cosine"),
     )
 

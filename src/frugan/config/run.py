@@ -13,7 +13,7 @@ class Run(Section):
     out: str | None = option(None, "run folder; unset: runs/DATA-RECIPE")
     memory: str | None = option(None, "the most memory to hold, as 2GiB or 800MiB; unset: most of what is free")
     allow_approximate: bool = option(False, "where nothing else fits, micro-batches below 16 under batch norm, and bf16")
-    device: str = option("auto", "cpu, cuda, cuda:1, mps, xla; auto: the first of cuda, mps, cpu that is there")
+    device: str = option("auto", "cpu, cuda, cuda:1, xpu, mps, xla; auto: the first of cuda, xpu, mps, cpu that is there")
     cuda_graphs: Literal["auto", "yes", "no"] = option(
         "auto", "give the GPU whole phases at once, several times as fast where networks are small; auto: without a named budget"
     )

@@ -73,13 +73,12 @@ def held(device: torch.device) -> int:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Lets `peak` begin anew."""
+    """Lets `peak` begin anew, and on the host `most`."""
     global _most
     if there := accelerator(device):
         there.forget_peak()
-    else:
-        _most = 0
-        _clear_peak()
+    _most = 0
+    _clear_peak()
 
 
 def _clear_peak() -> None:
@@ -124,7 +123,7 @@ def budget(memory: str | None, device: torch.device) -> int | None:
         return None
     named = parse_bytes(memory)
     if not can_be_limited(device):
-        raise UserError(f"a budget of {memory} cannot be held on {device} here: leave it out, or use CUDA, or the CPU on Linux.")
+        raise UserError(f"a budget of {memory} cannot be held on {device} here: leave it out, or use a GPU, or the CPU on Linux.")
     found = accelerator(device)
     there = found.total() if found else host.total()
     if named > there:

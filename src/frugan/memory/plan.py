@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from frugan.memory.host import Freed
-from frugan.memory.layout import Guarantee, Layout, Lever
+from frugan.memory.layout import Guarantee as Guarantee
+from frugan.memory.layout import Layout, Lever
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Plan:
         reserved: bytes of addresses that libraries reserve beyond ``framework`` and never touch.
         planned: the layouts that were planned, where memory ran out since and ``layouts`` are others.
         graphs: whether phases are recorded as CUDA graphs, and what these take is counted.
+        host: bytes that the process will hold on the host besides, where it trains on another device.
     """
 
     layouts: dict[str, Layout]
@@ -39,6 +41,7 @@ class Plan:
     reserved: int = 0
     planned: dict[str, Layout] | None = None
     graphs: bool = False
+    host: int = 0
 
     @property
     def allocated(self) -> int:
@@ -59,6 +62,7 @@ class Plan:
             "budget": self.budget, "budget_named": self.named, "predicted": self.predicted,
             "framework": self.framework, "data": self.data, "training_allocates": self.allocated, "training_holds": self.held,
             "phases": self.phases, "reserved": self.reserved, "cuda_graphs": self.graphs,
+            "host": self.host,
         }  # fmt: skip
 
     @classmethod
@@ -76,5 +80,5 @@ class Plan:
         return cls(
             layouts, values["freed_memory"], values["budget"], values["budget_named"], values["framework"], values["data"],
             values["phases"], values["training_holds"], Guarantee[values["guarantee"].upper()], values.get("reserved", 0),
-            planned if planned != layouts else None,
+            planned if planned != layouts else None, host=values.get("host", 0),
         )  # fmt: skip

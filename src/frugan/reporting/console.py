@@ -97,11 +97,15 @@ class Console:
             f"Memory: {size(plan.predicted)} predicted{budget}: framework {size(plan.framework)}, data {size(plan.data)}, "
             f"training {size(plan.held)}."
         )
+        if plan.host:
+            self.tell(f"Memory of the host besides: {size(plan.host)} predicted.")
 
     def peak(self, found: MemoryMeasured) -> None:
         """The measured peak beside the predicted one."""
         within = "" if found.budget is None else f", within --memory {size(found.budget)}"
         self.tell(f"Memory: {size(found.measured)} at most, {size(found.predicted)} predicted{within}.")
+        if found.host:
+            self.tell(f"Memory of the host besides: {size(found.host)} at most, {size(found.host_predicted)} predicted.")
 
     def bytes(self, plan: Plan) -> None:
         """Where the bytes go, in each moment of a training."""

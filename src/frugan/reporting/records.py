@@ -161,18 +161,26 @@ class MemoryMeasured(Event):
         predicted: bytes at most, by the plan.
         measured: bytes at most.
         budget: bytes there were, if it was named.
+        host_predicted: bytes at most on the host, where training is on another device; 0 where it is not.
+        host: the same as it was measured.
     """
 
     event: str = "memory"
     predicted: int
     measured: int
     budget: int | None
+    host_predicted: int = 0
+    host: int = 0
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Self:
         """What ``found`` in ``log.jsonl`` says."""
         images, predicted, measured = (_whole(found, key) for key in ("images", "predicted", "measured"))
-        return cls(images=images, predicted=predicted, measured=measured, budget=_whole(found, "budget") or None)
+        host_predicted, host = (_whole(found, key) if key in found else 0 for key in ("host_predicted", "host"))
+        return cls(
+            images=images, predicted=predicted, measured=measured, budget=_whole(found, "budget") or None,
+            host_predicted=host_predicted, host=host,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

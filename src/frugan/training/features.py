@@ -17,7 +17,7 @@ from frugan.reporting.records import Event, FeaturesLearnt
 from frugan.training.session import Session
 from frugan.training.state import State
 from frugan.training.traces import Traces
-from frugan.utils import checkpoint, xla
+from frugan.utils import checkpoint
 from frugan.utils.errors import UserError
 from frugan.utils.files import cache_folder, cached
 from frugan.utils.signals import Signals, Stopped
@@ -100,8 +100,8 @@ def _learnt(session: Session, learner: FeatureStep, course: Course, micro_batch:
             loss, micro_batch = _fitted(device, compute, micro_batch)
             losses.append(loss)
             learner.update(update / course.updates)
-            if device.type == "xla":
-                xla.run()
+            if device.type == "xla":  # else all updates would become one program
+                limit.wait(device)
             losses = losses[-LAST:]
             session.console.features(update + 1, course.updates, time.monotonic() - began)
     mean = sum(map(float, losses)) / len(losses) if losses else math.nan

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from frugan.config.recipe import Recipe
-from frugan.data.loader import Batch
-from frugan.gan.build import Phase
+from frugan.gan.build import Batch, Phase
 from frugan.gan.step import Step
 from frugan.gan.tape import Tape, set_to
 from frugan.memory import limit

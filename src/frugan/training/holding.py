@@ -63,4 +63,7 @@ def peak(session: Session, plan: Plan, images: int) -> MemoryMeasured | None:
     if measured is None:
         return None
     budget = plan.budget if plan.named else None
-    return MemoryMeasured(images=images, predicted=plan.predicted, measured=measured, budget=budget)
+    host = limit.most() if plan.host else 0
+    return MemoryMeasured(
+        images=images, predicted=plan.predicted, measured=measured, budget=budget, host_predicted=plan.host, host=host
+    )  # fmt: skip

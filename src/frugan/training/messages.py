@@ -1,5 +1,7 @@
 """What a training says: its introduction, its notices, and the sentences with which it ends early."""
 
+import re
+
 import torch
 
 from frugan.gan.networks import Network
@@ -97,6 +99,14 @@ def out_of_memory(session: Session, error: Exception) -> UserError | None:
     return UserError(
         f"{reason}{held}: close other programs or give a larger --memory, then run the same command; {last_state(session)}."
     )
+
+
+def unsupported(session: Session, error: Exception) -> UserError | None:
+    """The device has not an operator; None: ``error`` says something else."""
+    if not isinstance(error, NotImplementedError) or not (found := re.search(r"'(\w+::[\w.]+)'", str(error))):
+        return None
+    way = "set PYTORCH_ENABLE_MPS_FALLBACK=1, by which the CPU computes it, or " if session.device.type == "mps" else ""
+    return UserError(f"{session.device} cannot compute {found[1]}: {way}use another --device; {last_state(session)}.")
 
 
 def last_state(session: Session) -> str:

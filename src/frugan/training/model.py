@@ -60,6 +60,12 @@ class Model:
             "average": [t for t in averaged if t.device.type == self.device.type],
         }
 
+    def waiting(self) -> list[Tensor]:
+        """What waits on the host, where that is not the device: moments and the average."""
+        state = [t for o in self.optimizers for state in o.state.values() for t in state.values()]
+        state += _tensors(self.average) if self.average else []
+        return [t for t in state if t.device.type != self.device.type]
+
     def growth(self, phase: str, levers: tuple[Lever, ...], largest: int = 0) -> Growth:
         """What a micro-batch of ``phase`` allocates with ``levers``, looked at with ``largest`` samples too if that is said; it
         finds gradients of an earlier one."""

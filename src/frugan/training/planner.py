@@ -1,7 +1,9 @@
 """A GAN's side of planning: its two phases, what happens between them, and what its process holds besides."""
 
 import math
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,7 +81,7 @@ class Planner:
                 self.budget.search.prepare()
             if self.budget.moments and self.budget.named is not None:
                 self._check_evaluating(self.budget.named)
-            return self.budget.plan()
+            return self._with_host(self.budget.plan())
         except TooLittle as error:
             raise self._reworded(error) from None
         finally:
@@ -88,9 +90,19 @@ class Planner:
     def with_layouts(self, layouts: dict[str, Layout], freed: Any) -> Plan | None:
         """The plan with these layouts, if it fits."""
         try:
-            return self.budget.with_layouts(layouts, freed)
+            plan = self.budget.with_layouts(layouts, freed)
+            return plan and self._with_host(plan)
         finally:
             self.traces.close()
+
+    def _with_host(self, plan: Plan) -> Plan:
+        """``plan`` with what is held on the host besides: libraries, what waits there, plots and pictures; on accelerators."""
+        if self.device.type == "cpu":
+            return plan
+        self.traces.close()
+        plots = 0 if "matplotlib.figure" in sys.modules else self.traces.plots()[0]
+        pictures = 2 * GRID * math.prod(self.recipe.data.shape)
+        return replace(plan, host=limit.at_rest(torch.device("cpu")) + plots + pictures + self.facts.waiting)
 
     def _process(self) -> Process:
         if self.device.type != "cpu":

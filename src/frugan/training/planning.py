@@ -9,16 +9,14 @@ import torch
 
 from frugan.config.recipe import Recipe
 from frugan.data.opening import Source, bytes_of, keepable
-from frugan.gan import networks
-from frugan.gan.levers import LEVERS, PHASES, parts_of, variants
+from frugan.gan.levers import LEVERS
 from frugan.memory import limit
-from frugan.memory.layout import Guarantee, Layout
-from frugan.memory.plan import Plan
+from frugan.memory.plan import Guarantee, Plan
+from frugan.training.asked import as_asked, check_known, knows
 from frugan.training.graphs import with_graphs
 from frugan.training.planner import Planner, TooLittle
 from frugan.training.session import Session, resolved
 from frugan.utils.device import arithmetic
-from frugan.utils.errors import UserError
 
 
 def find(recipe: Recipe, device: torch.device, *, approximate: bool = False, **options: Any) -> tuple[Planner, Plan]:
@@ -57,7 +55,7 @@ def plan_of(session: Session, evaluation: int) -> tuple[Plan, Recipe]:
         UserError: nothing fits; names the smallest budget that would do.
     """
     run, loader, folder, share = session.run, session.loader, session.folder, session.share.count
-    if session.device.type == "xla":
+    if not knows(session.device):
         return as_asked(session.recipe, session.device), session.recipe
     recipe = session.recipe.replace(batch_size=share)
     options: dict[str, Any] = {"data": loader.ahead(share), "memory": run.memory, "evaluation": evaluation}
@@ -74,32 +72,6 @@ def plan_of(session: Session, evaluation: int) -> tuple[Plan, Recipe]:
             session.console.tell("The plan this run was started with does not fit any more; planning anew.")
     planner, plan = find(recipe, session.device, let_go=loader.let_go, **options)
     return _in_this_process(plan, planner, graphs), planner.recipe.replace(batch_size=session.batch)
-
-
-def as_asked(recipe: Recipe, device: torch.device) -> Plan:
-    """The plan of what a person asked for, and nothing else, where nobody knows what it takes: on XLA.
-
-    Raises:
-        UserError: micro-batches would not all be of one size.
-    """
-    if recipe.training.freeze_d:  # torch_xla 2.9: no gradient passes batch norm that takes no statistics
-        raise UserError(f"--freeze-d cannot be done on {device}: leave it out, or use another --device.")
-    channels, size, _ = recipe.data.shape
-    made = networks.build(recipe.network, size, channels, classes=len(recipe.classes))
-    coupled = made[0].couples_samples, made[1].couples_samples
-    batch, layouts = recipe.training.batch_size, {}
-    for phase in PHASES:
-        parts = parts_of(recipe, phase) or 1
-        if batch % parts:
-            less = next(n for n in range(parts, 0, -1) if not batch % n)
-            more = next(n for n in range(parts, batch + 1) if not batch % n)
-            raise UserError(
-                f"on {device} micro-batches are all of one size, and a batch of {batch} does not divide into {parts}: "
-                f"{less} or {more} parts do."
-            )
-        layouts[phase] = Layout((batch // parts,) * parts, variants(recipe, phase, device, coupled)[0])
-    guarantee = max(layout.guarantee(any(coupled)) for layout in layouts.values())
-    return Plan(layouts, "return", 0, False, 0, 0, {}, 0, guarantee)
 
 
 def _in_this_process(plan: Plan, planner: Planner, graphs: str) -> Plan:
@@ -160,6 +132,5 @@ def proposed(
     Raises:
         UserError: its images are not there, or cannot be read; or nobody can say what it takes.
     """
-    if device.type == "xla":
-        raise UserError("what a training holds on XLA is decided by its compiler, and not known before: plan with --device cpu.")
+    check_known(device)
     return Proposal(*resolved(recipe, device, tell), device, memory, approximate)

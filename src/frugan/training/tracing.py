@@ -44,6 +44,7 @@ class Facts:
         reserved: bytes by which addresses grow more than what the process holds (or less).
         loaded_each: the same as ``loaded`` of every further size of micro-batch, for which libraries make code of their own.
         reserved_each: the same as ``reserved``.
+        waiting: bytes that wait on the host, where training is on another device.
     """
 
     coupled_g: bool
@@ -53,6 +54,7 @@ class Facts:
     reserved: int
     loaded_each: int
     reserved_each: int
+    waiting: int = 0
 
 
 class Maker(Protocol):
@@ -102,7 +104,8 @@ class InProcess:
     def _facts(self) -> Facts:
         if self.device.type != "cpu":  # what is loaded there is seen in what the driver says is taken
             model = self._model()
-            return Facts(model.generator.couples_samples, model.discriminator.couples_samples, _bytes(model), 0, 0, 0, 0)
+            waiting = sum(t.untyped_storage().nbytes() for t in model.waiting())
+            return Facts(model.generator.couples_samples, model.discriminator.couples_samples, _bytes(model), 0, 0, 0, 0, waiting)
         found = [(limit.baseline(self.device), host.status("VmData"))]
         model = self._model()
         with model.unpenalised():

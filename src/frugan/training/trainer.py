@@ -11,7 +11,7 @@ from frugan.training.checkpoints import begin
 from frugan.training.features import learn_features
 from frugan.training.holding import peak, updates
 from frugan.training.loop import Loop, OnUpdate
-from frugan.training.messages import introduce, out_of_memory
+from frugan.training.messages import introduce, out_of_memory, unsupported
 from frugan.training.observer import Bystander, Observer
 from frugan.training.planning import plan_of
 from frugan.training.session import Session
@@ -47,7 +47,7 @@ class Trainer:
             with _frozen() as freeze, session.folder, signals, session.arithmetic():
                 self._train(signals, freeze)
         except Exception as error:
-            if (short := out_of_memory(session, error)) is None:
+            if (short := out_of_memory(session, error) or unsupported(session, error)) is None:
                 raise
             raise short from None
         finally:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from frugan.utils import xla
 
+MPS_SHARE = 1.7  # of what Metal recommends: torch's own limit (PYTORCH_MPS_HIGH_WATERMARK_RATIO)
 _others: dict[torch.device, int] = {}  # bytes in use on a device before this process began with it
 
 
@@ -129,12 +130,12 @@ class Accelerator:
 
 
 class Metal(Accelerator):
-    """Apple's MPS: memory is the machine's, there is no peak, and no limit is held. Unrun."""
+    """Apple's MPS: memory is the machine's, and there is no peak. Unrun."""
 
     @property
     def can_be_limited(self) -> bool:
-        """False: MPS has no limit that a process could set."""
-        return False
+        """Whether this torch has a limit for MPS."""
+        return hasattr(torch.mps, "set_per_process_memory_fraction")
 
     def allocated(self) -> int:
         """Bytes of tensors."""
@@ -185,6 +186,10 @@ class Metal(Accelerator):
     def context(self) -> int:
         """None beside what is reserved."""
         return 0
+
+    def limit(self, count: int | None) -> None:
+        """Refuses this process more than ``count`` bytes; None: torch's own limit."""
+        torch.mps.set_per_process_memory_fraction(MPS_SHARE if count is None else min(count / self.total(), MPS_SHARE))
 
 
 class Xla(Accelerator):

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -12,13 +13,14 @@ from frugan.utils.errors import UserError
 
 
 def choose(name: str) -> torch.device:
-    """The device called ``name``, with its index; ``auto`` is the first of cuda, mps and cpu that is there.
+    """The device called ``name``, with its index; ``auto`` is the first of cuda, xpu, mps and cpu that is there.
 
     Raises:
         UserError: no such device on this machine, or none that this torch can use.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        there = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.backends.mps}
+        name = next((kind for kind, words in there.items() if words.is_available()), "cpu")
     if name.partition(":")[0] == "xla":
         return xla.begin(name)
     shown = name or "''"
@@ -37,8 +39,8 @@ def choose(name: str) -> torch.device:
             begun = device.type != "cuda" or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
             asked = begun and device.type != "mps"
             device = torch.device(device.type, torch.get_device_module(device).current_device() if asked else 0)
-        if there := accelerator(device):
-            there.meet()
+        if memory := accelerator(device):
+            memory.meet()
         device = torch.empty(1, device=device).device
     except torch.OutOfMemoryError:
         raise UserError(f"--device {name}: other programs have taken all of its memory; close some of them, or use cpu.") from None
@@ -81,10 +83,11 @@ def fast_precision(device: torch.device) -> str:
     """What ``--precision auto`` means on ``device``: bf16 or fp16 where the hardware computes in it, else fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    if device.type == "xpu":  # unrun
+        return "bf16" if torch.xpu.is_bf16_supported() else "fp32"
     if device.type == "cpu":
-        said = getattr(torch.cpu, "get_capabilities", None)  # torch 2.9 has not
-        fast = said().get("avx512_bf16") if said else torch.cpu._is_avx512_bf16_supported()
-        return "bf16" if fast else "fp32"
+        said: Any = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.9 does not say
+        return "bf16" if said().get("avx512_bf16") else "fp32"
     return "fp32"
 
 
