@@ -93,6 +93,7 @@ SHORTAGES = [
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("MPS backend out of memory (MPS allocated: 5.00 GB, other allocations: 1 MB, max allowed: 9.07 GB)."),
+    RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1073741824 bytes."),
     RuntimeError("could not create a primitive"),
     RuntimeError("can't start new thread"),
     MemoryError(),

@@ -13,6 +13,7 @@ pytest.importorskip("torch_xla", reason="needs torch_xla: make test-xla")
 import frugan
 from frugan.reporting.run_folder import RunFolder
 from frugan.utils import checkpoint, xla
+from frugan.utils.device import fast_precision
 from frugan.utils.draws import Draws, hashed, quarters
 from frugan.utils.errors import UserError
 
@@ -136,6 +137,10 @@ def test_bits_are_those_of_other_accelerators() -> None:
     here, there = hashed(12345, 77, 5, 9, torch.device("cpu")), hashed(12345, 77, 5, 9, device)
     assert torch.equal(there.cpu(), here)
     assert torch.equal(quarters(there).cpu(), quarters(here).long())
+
+
+def test_its_cpu_device_computes_in_single_precision() -> None:
+    assert fast_precision(xla.begin("xla")) == "fp32"
 
 
 def test_what_cannot_be_is_said(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

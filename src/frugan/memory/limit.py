@@ -29,11 +29,11 @@ _beyond = _reserved = 0  # bytes of addresses that libraries may take beyond the
 _kept: int | None = None  # bytes that the pool may keep, with its tensors
 _most = 0  # the most that was held on the CPU until `went_over` last looked
 
-# What says that memory ran out, where only words tell: of torch's CPU allocator, oneDNN, CUDA, cuDNN and cuBLAS, MPS, the system.
+# What says that memory ran out, where only words tell: of torch's CPU allocator, oneDNN, CUDA, its libraries, MPS, XLA, the system.
 WORDS = (
     "can't allocate memory", "could not create a primitive", "CUDA error: out of memory", "CUDA out of memory",
     "CUDA_ERROR_OUT_OF_MEMORY", "STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED", "HOST_ALLOCATION_FAILED",
-    "MPS backend out of memory", "Cannot allocate memory", "can't start new thread",
+    "MPS backend out of memory", "Cannot allocate memory", "can't start new thread", "RESOURCE_EXHAUSTED",
 )  # fmt: skip
 SHORTAGE = (RuntimeError, MemoryError, OSError)  # what to catch before asking `is_out_of_memory`
 

@@ -83,6 +83,8 @@ def fast_precision(device: torch.device) -> str:
     """What ``--precision auto`` means on ``device``: bf16 or fp16 where the hardware computes in it, else fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    if device.type == "xla":
+        return "bf16" if xla.is_tpu() else "fp32"
     if device.type == "xpu":  # unrun
         return "bf16" if torch.xpu.is_bf16_supported() else "fp32"
     if device.type == "cpu":

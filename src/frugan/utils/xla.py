@@ -57,6 +57,13 @@ def programs() -> int:
     return int(found[0]) if found else 0
 
 
+def is_tpu() -> bool:
+    """Whether the device is a TPU, whose arithmetic is bf16."""
+    import torch_xla.runtime
+
+    return bool(torch_xla.runtime.device_type() == "TPU")
+
+
 def memory(device: torch.device) -> tuple[int, int] | None:
     """Bytes of ``device`` in use, and all that it has; None where it does not say, as XLA's CPU device."""
     import torch_xla.core.xla_model
