@@ -25,23 +25,23 @@ def test_it_trains_a_foreign_model_within_a_budget(example: str, measure: str, t
         shutil.copytree(SOURCES / room, package / room, ignore=shutil.ignore_patterns("__pycache__"))
     (package / "__init__.py").write_text("")
     random = np.random.default_rng(0)
-    labels = random.integers(0, 10, 512)
-    write_idx(tmp_path / "data", labels[:, None, None] * 24 + random.integers(0, 30, (512, 28, 28)), labels)
+    labels = random.integers(0, 10, 256)
+    write_idx(tmp_path / "data", labels[:, None, None] * 24 + random.integers(0, 30, (256, 28, 28)), labels)
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")]))
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         checked = "import sys, runpy, frugan; assert frugan.__path__ == [sys.argv[1]]; sys.argv = sys.argv[2:]"
         command = [sys.executable, "-c", f"{checked}; runpy.run_path(sys.argv[0], run_name='__main__')", str(package)]
-        command += [str(EXAMPLES / example), str(tmp_path / "data"), "--batch", "256", *arguments]
+        command += [str(EXAMPLES / example), str(tmp_path / "data"), "--batch", "128", *arguments]
         return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
 
     refused = run("--memory", "10MiB")
     smallest = re.search(r"the smallest that works is (\d+)MiB", refused.stderr)
     assert refused.returncode and smallest, refused.stderr
-    done = run("--memory", f"{smallest[1]}MiB", "--epochs", "4")
+    done = run("--memory", f"{smallest[1]}MiB", "--epochs", "3")
     assert done.returncode == 0, done.stderr
     measured = [float(found) for found in re.findall(measure, done.stdout)]
-    assert len(measured) == 4 and measured[-1] < measured[0]
+    assert len(measured) == 3 and measured[-1] < measured[0]
     held = re.findall(r"at most (\d+) MiB", done.stdout)
     assert held and int(held[-1]) <= int(smallest[1])
 
