@@ -143,9 +143,13 @@ def test_where_memory_runs_out_while_a_graph_is_made_training_goes_on_without(fe
         assert_same_state(plain, run)
 
 
-@pytest.mark.parametrize(("recipe", "precision"), [("dcgan", "fp32"), ("upsample", "fp32"), ("projected", "fp32"), ("r3", "fp16")])
+@pytest.mark.parametrize(
+    ("recipe", "precision"), [("dcgan", "fp32"), ("upsample", "fp32"), ("projected", "fp32"), ("dcgan", "fp16")]
+)
 def test_a_training_that_is_killed_and_goes_on_was_never_stopped(recipe: str, precision: str, few: Path, tmp_path: Path) -> None:
     asked = settings_of(recipe, precision=precision, flip=True, augment="ada", ada_images=500, accumulation_steps=3)
+    if recipe == "projected":  # takes a minute with it
+        asked["whole_batch_norm"] = "no"
     straight = frugan.train(few, out=tmp_path / "straight", **asked)
     with pytest.raises(Killed):
         frugan.train(few, out=tmp_path / "broken", on_update=kill_at(7), **asked)

@@ -10,7 +10,11 @@ import torch
 os.environ.setdefault("PJRT_DEVICE", "CPU")
 pytest.importorskip("torch_xla", reason="needs torch_xla: make test-xla")
 
+import torch_xla.core.xla_model
+import torch_xla.debug.metrics
+
 import frugan
+from frugan.cli import main
 from frugan.reporting.run_folder import RunFolder
 from frugan.utils import checkpoint, xla
 from frugan.utils.device import fast_precision
@@ -23,6 +27,13 @@ DATA = str(SHARED) if SHARED.exists() else "digits"
 PROGRAMS = 3  # of an update: D's phase, G's, and what follows both
 
 
+def told(metric: str) -> int:
+    """How often XLA has done what ``metric`` counts: ``CompileTime`` of programs, ``ExecuteTime``."""
+    torch_xla.core.xla_model.wait_device_ops()
+    found = torch_xla.debug.metrics.metric_data(metric)
+    return int(found[0]) if found else 0
+
+
 class Enough(Exception):
     """As many updates as were wanted."""
 
@@ -32,7 +43,7 @@ def updates(recipe: str, device: str, out: Path, count: int, **settings: Any) ->
     programs: list[int] = []
 
     def after(images: int) -> None:
-        programs.append(xla.programs())
+        programs.append(told("CompileTime"))
         if len(programs) == count:
             raise Enough
 
@@ -85,17 +96,10 @@ def test_fifty_updates_are_those_of_the_cpu_in_programs_that_are_compiled_once(r
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
 def test_whatever_is_asked_for_an_update_is_three_programs(settings: dict[str, Any], tmp_path: Path) -> None:
-    import torch_xla.core.xla_model
-    import torch_xla.debug.metrics
-
-    def executed() -> int:
-        torch_xla.core.xla_model.wait_device_ops()
-        return int(torch_xla.debug.metrics.metric_data("ExecuteTime")[0])
-
     counts: list[int] = []
 
     def after(images: int) -> None:
-        counts.append(executed())
+        counts.append(told("ExecuteTime"))
         if len(counts) == 12:
             raise Enough
 
@@ -158,14 +162,27 @@ def test_what_cannot_be_is_said(few: Path, tmp_path: Path, monkeypatch: pytest.M
     assert "--freeze-d cannot be done" in refused(freeze_d=1)
     assert "--offload-state cannot be done" in refused(offload_state="yes")
     assert "--precision fp16 cannot be done" in refused(precision="fp16")
+
+    def exhausted(images: int) -> None:
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1073741824 bytes.")
+
+    with pytest.raises(UserError, match="memory ran out on xla:0: ask for more --accumulation-steps"):
+        frugan.train(few, recipe="mlp", batch_size=16, out=tmp_path / "full", quiet=True, device="xla", on_update=exhausted)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "one process" in refused()
 
 
-def test_nothing_is_planned_for_it(few: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from frugan.cli import main
+def test_images_are_made_and_evaluated_there(few: Path, tmp_path: Path) -> None:
+    run = frugan.train(few, recipe="dcgan", batch_size=16, epochs=1, out=tmp_path / "run", quiet=True, device="xla")
+    here, there = (frugan.load(run, device=name).generate(20, seed=3) for name in ("cpu", "xla"))
+    assert there.device.type == "cpu"
+    assert (here.int() - there.int()).abs().max() <= 1
+    main(["evaluate", str(run), "--samples", "32", "--device", "xla"])
+    main(["generate", str(run), "--n", "4", "--device", "xla", "--out", str(tmp_path / "made")])
+    assert any((tmp_path / "made").iterdir())
 
-    monkeypatch.setattr("sys.argv", ["frugan", "plan", str(few), "--device", "xla"])
+
+def test_nothing_is_planned_for_it(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main()
+        main(["plan", str(few), "--device", "xla"])
     assert "plan with --device cpu" in capsys.readouterr().err

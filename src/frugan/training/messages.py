@@ -95,6 +95,8 @@ def out_of_memory(session: Session, error: Exception) -> UserError | None:
     if not (isinstance(error, OutOfMemory) or limit.is_out_of_memory(error)):
         return None
     reason = str(error) if isinstance(error, OutOfMemory) else "memory ran out"
+    if session.device.type == "xla":
+        return UserError(f"{reason} on {session.device}: ask for more --accumulation-steps; {last_state(session)}.")
     held = f" within --memory {session.run.memory}" if session.run.memory else ""
     return UserError(
         f"{reason}{held}: close other programs or give a larger --memory, then run the same command; {last_state(session)}."

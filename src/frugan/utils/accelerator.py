@@ -129,28 +129,15 @@ class Accelerator:
         return next((int(p.usedGpuMemory) for p in processes if p.pid == os.getpid() and p.usedGpuMemory), None)
 
 
-class Metal(Accelerator):
-    """Apple's MPS: memory is the machine's, and there is no peak. Unrun."""
-
-    @property
-    def can_be_limited(self) -> bool:
-        """Whether this torch has a limit for MPS."""
-        return hasattr(torch.mps, "set_per_process_memory_fraction")
-
-    def allocated(self) -> int:
-        """Bytes of tensors."""
-        return int(torch.mps.current_allocated_memory())
-
-    def reserved(self) -> int:
-        """Bytes that Metal has taken."""
-        return int(torch.mps.driver_allocated_memory())
+class Unpeaked(Accelerator):
+    """A device that keeps no peak, and does not tell what is its own from what is others'."""
 
     def most_allocated(self) -> int:
-        """Bytes of tensors now: MPS keeps no peak."""
+        """Bytes of tensors now: there is no peak."""
         return self.allocated()
 
     def most_reserved(self) -> int | None:
-        """None: MPS keeps no peak."""
+        """None: there is no peak."""
         return None
 
     def forget_peak(self) -> None:
@@ -159,6 +146,30 @@ class Metal(Accelerator):
     def besides(self) -> int:
         """0: there is no peak."""
         return 0
+
+    def meet(self) -> None:
+        """Does nothing: other processes' memory is not counted."""
+
+    def context(self) -> int:
+        """None beside what is reserved."""
+        return 0
+
+
+class Metal(Unpeaked):
+    """Apple's MPS, whose memory is the machine's. Unrun."""
+
+    @property
+    def can_be_limited(self) -> bool:
+        """True: torch has a limit for it."""
+        return True
+
+    def allocated(self) -> int:
+        """Bytes of tensors."""
+        return int(torch.mps.current_allocated_memory())
+
+    def reserved(self) -> int:
+        """Bytes that Metal has taken."""
+        return int(torch.mps.driver_allocated_memory())
 
     def free(self) -> int:
         """Bytes up to what Metal recommends."""
@@ -180,19 +191,12 @@ class Metal(Accelerator):
         """Sets what `generator` gave."""
         torch.mps.set_rng_state(state)
 
-    def meet(self) -> None:
-        """Does nothing: other processes' memory is not counted."""
-
-    def context(self) -> int:
-        """None beside what is reserved."""
-        return 0
-
     def limit(self, count: int | None) -> None:
         """Refuses this process more than ``count`` bytes; None: torch's own limit."""
         torch.mps.set_per_process_memory_fraction(MPS_SHARE if count is None else min(count / self.total(), MPS_SHARE))
 
 
-class Xla(Accelerator):
+class Xla(Unpeaked):
     """A device of PyTorch/XLA. Its compiler decides what programs hold, which nobody knows before, and no limit is held."""
 
     def __init__(self, device: torch.device) -> None:
@@ -211,21 +215,6 @@ class Xla(Accelerator):
         """The same: XLA keeps nothing that could be told apart."""
         return self.allocated()
 
-    def most_allocated(self) -> int:
-        """Bytes in use now: the peak is not asked for."""
-        return self.allocated()
-
-    def most_reserved(self) -> int | None:
-        """None: the peak is not asked for."""
-        return None
-
-    def forget_peak(self) -> None:
-        """Does nothing: there is no peak."""
-
-    def besides(self) -> int:
-        """0: there is no peak."""
-        return 0
-
     def free(self) -> int:
         """Bytes that nobody has taken; 0 if the device does not say."""
         return self.total() - self.allocated()
@@ -243,13 +232,6 @@ class Xla(Accelerator):
 
     def generator(self) -> None:
         """None: nothing draws there."""
-
-    def meet(self) -> None:
-        """Does nothing: other processes' memory is not counted."""
-
-    def context(self) -> int:
-        """None beside what is in use."""
-        return 0
 
 
 def accelerator(device: torch.device) -> Accelerator | None:

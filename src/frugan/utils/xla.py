@@ -49,14 +49,6 @@ def run(*, wait: bool = False) -> None:
     torch_xla.sync(wait=wait)
 
 
-def programs() -> int:
-    """How many programs were compiled so far."""
-    import torch_xla.debug.metrics
-
-    found: Any = torch_xla.debug.metrics.metric_data("CompileTime")
-    return int(found[0]) if found else 0
-
-
 def is_tpu() -> bool:
     """Whether the device is a TPU, whose arithmetic is bf16."""
     import torch_xla.runtime
