@@ -1,13 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-xla gpu lint clean
+.PHONY: demo test test-all test-xla gpu lint clean
 
 demo: .venv/installed  ## trains on the built-in digits and says where the pictures lie
 	$(BIN)/frugan train --epochs 60 --batch-size 64 --out runs/demo
 
 test: lint  ## runs every check
 	$(BIN)/python -m pytest --numprocesses 2
+
+test-all: .venv/installed  ## every allocation of r3 and projected fails once too, where make test takes every third
+	FRUGAN_TEST_ALL=1 $(BIN)/python -m pytest --numprocesses 2 tests/test_recover.py
 
 test-xla: .venv-xla/installed  ## trains on PyTorch/XLA's CPU device, and runs the notebook, in an environment of their own
 	PJRT_DEVICE=CPU .venv-xla/bin/python -m pytest tests/test_xla.py tests/test_notebook.py

@@ -24,8 +24,9 @@ from frugan.reporting.run_folder import RunFolder
 from frugan.utils import checkpoint
 
 torch.set_num_threads(1)  # two test processes share the cores, and what is small is sooner done by one thread
-os.environ["FRUGAN_CACHE"] = tempfile.mkdtemp(prefix="frugan-")  # packs of the tests, of the processes they start too
-atexit.register(shutil.rmtree, os.environ["FRUGAN_CACHE"], ignore_errors=True)
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the first process: all that it starts have its cache, of packs and classifiers
+    os.environ["FRUGAN_CACHE"] = tempfile.mkdtemp(prefix="frugan-")
+    atexit.register(shutil.rmtree, os.environ["FRUGAN_CACHE"], ignore_errors=True)
 settings.register_profile("patient", deadline=None)  # shared machines stall now and then
 settings.load_profile("patient")
 

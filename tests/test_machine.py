@@ -1,5 +1,8 @@
 """The machine: which device is taken, what arithmetic it does, how many threads; and sentences where something is missing."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import torch
 
 import frugan
 from frugan.cli import main
-from frugan.utils import device
+from frugan.utils import device, threads
 from frugan.utils.errors import UserError
 
 from .conftest import assert_same_state, final_state
@@ -118,3 +121,39 @@ def test_what_does_nothing_or_is_slow_on_the_cpu_is_said(
     train(tmp_path / "plain", epochs=1, quiet=False)
     said = capsys.readouterr().out
     assert "nothing to offload to" not in said and "many times slower" not in said
+
+
+KEPT_APART = """
+import os, sys, threading
+from pathlib import Path
+from frugan.utils import threads
+threads.begin(int(sys.argv[1]) or None)
+import torch
+
+def allowed(tasks=Path("/proc/self/task")):
+    torch.ones(1 << 20).sin_()
+    lines = [(task / "status").read_text().split("Cpus_allowed_list:")[1].split()[0] for task in tasks.iterdir()]
+    return sorted(lines, key=len)
+
+first, every = str(min(os.sched_getaffinity(0))), len(os.sched_getaffinity(0))
+assert len(os.sched_getaffinity(0)) == int(sys.argv[2]) and "OMP_PROC_BIND" not in os.environ
+with threads.apart():
+    inside = allowed()
+    assert (os.sched_getaffinity(0) == {int(first)}) == (sys.argv[3] == "apart"), inside
+assert len(os.sched_getaffinity(0)) == every
+print(len({line for line in inside if line.isdigit()}))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads are placed on Linux alone")
+def test_each_thread_keeps_to_a_processor_where_there_is_one_for_each() -> None:
+    processors = sorted(os.sched_getaffinity(0))
+    if len(processors) < 2 or threads._siblings(processors):
+        pytest.skip("processors are parts of cores, or there is one")
+    environment = {k: v for k, v in os.environ.items() if k not in threads.PLACED}
+    cases: list[tuple[int, dict[str, str], str]] = [(0, {}, "apart"), (1, {}, "free"), (0, {"WORLD_SIZE": "2"}, "free")]
+    for asked, more, how in cases:
+        command = [sys.executable, "-c", KEPT_APART, str(asked), str(len(processors)), how]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment | more)
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) == (len(processors) if how == "apart" else 0), (asked, more)

@@ -20,7 +20,7 @@ def note(images):
         resident[images // 16] = now.rss - now.shared  # code that was let go comes back as it is run
 
 frugan.train(
-    "digits", out=sys.argv[1], recipe="dcgan", batch_size=16, epochs=18, width_g=8, width_d=8,
+    "digits", out=sys.argv[1], recipe="dcgan", image_size=8, batch_size=16, epochs=18, width_g=8, width_d=8,
     accumulation_steps=2, whole_batch_norm="no", sample_every=1, quiet=True, device="cpu", threads=1, on_update=note,
 )
 print(json.dumps(resident))

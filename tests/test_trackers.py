@@ -195,11 +195,11 @@ def test_a_new_diagnostic_is_a_class(registries: None, train: Callable[..., Path
 
     diagnostics.DIAGNOSTICS.append(Toy)
     run = train(
-        tmp_path / "r", data="digits", batch_size=128, epochs=1, report_every=1000, sample_every=1, evaluate_every=1,
+        tmp_path / "r", data="digits", image_size=16, batch_size=128, epochs=1, report_every=1000, sample_every=1, evaluate_every=1,
         evaluate_samples=256, metrics="classes",
     )  # fmt: skip
     assert seen == [
-        ("data", 1797), ("line", 1920), ("samples", (64, 1, 8, 8), 15), ("classes", 10, 15), ("neighbours", (16,), (16,)),
+        ("data", 1797), ("line", 1920), ("samples", (64, 1, 16, 16), 15), ("classes", 10, 15), ("neighbours", (16,), (16,)),
     ]  # fmt: skip
     told = [event for event in RunFolder(run).read_events() if isinstance(event, Warned)]
     assert told == [Warned(images=1920, kind="toy", text="After 1920 images.")]

@@ -4,7 +4,6 @@ Every field of a section of settings is a flag, with the help, type and default 
 ``--objective`` are read first, because they decide which fields there are.
 """
 
-import os
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
@@ -19,6 +18,7 @@ from frugan.config.recipe import BOTH, Data, Recipe
 from frugan.config.run import Run
 from frugan.config.section import Section, flag, readable, spoken
 from frugan.utils.errors import UserError, nearest
+from frugan.utils.threads import spin_briefly as spin_briefly
 
 
 @dataclass(frozen=True)
@@ -177,13 +177,3 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
                 said.append("yes")
         said += ["--flip", "no"] if argument in ("--no-flip", "--no_flip") else [argument]
     return [*said, "yes"] if said[-1:] == ["--flip"] else said
-
-
-def spin_briefly() -> None:
-    """Lets idle worker threads of torch spin only briefly before they sleep, unless told otherwise; must run before its import.
-
-    Threads that spin for long on a core that another process wants slow both down; threads that never spin make short
-    operations wait for them (docs/LOG.md has the numbers).
-    """
-    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
-        os.environ["GOMP_SPINCOUNT"] = "5000"

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from frugan.cli.parsing import Command, described, extra, recipe_options, recipe_said, spin_briefly
+from frugan.cli.parsing import Command, described, extra, recipe_options, recipe_said
 from frugan.config.run import Run
 from frugan.training import run_training
+from frugan.utils import threads
 
 
 class Train:
@@ -23,7 +24,7 @@ def run(said: Any) -> None:
     """Trains, or goes on with a training that was interrupted."""
     recipe = recipe_said(said)
     asked = Run(**{f.name: getattr(said, f.name) for f in fields(Run)})
-    spin_briefly()
+    threads.begin(asked.threads)
     from frugan.utils.processes import leads
     from frugan.utils.signals import Stopped
 

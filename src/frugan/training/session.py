@@ -1,7 +1,7 @@
 """A session: everything that a training is about, found and resolved before anything is planned or written."""
 
 import os
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -111,6 +111,10 @@ class Session:
     def arithmetic(self) -> AbstractContextManager[None]:
         """While open, products in single precision are as the recipe says, see `frugan.utils.device.arithmetic`."""
         return device.arithmetic(self.recipe.memory.precision, self.device)
+
+    def apart(self) -> AbstractContextManager[None]:
+        """While open, each thread that computes keeps to a processor of its own, see `frugan.utils.threads`."""
+        return device.apart() if self.device.type == "cpu" else nullcontext()
 
     def machine(self) -> dict[str, Any]:
         """What results depend on up to rounding: torch's version, the kind of device, the number of threads."""

@@ -68,7 +68,7 @@ class Trainer:
             gc.collect()
             freeze()  # planning imports much
             budget = plan.budget if plan.named else None
-            with limit.held_to(budget, session.device, plan.reserved, plan.held):
+            with limit.held_to(budget, session.device, plan.reserved, plan.held), session.apart():
                 state = begin(session)
                 state.step.whole = session.batch
                 session.duration.begin(state.images)  # refuses before anything is written; the loop begins it anew, after features

@@ -10,6 +10,7 @@ import torch
 from frugan.utils import xla
 from frugan.utils.accelerator import accelerator
 from frugan.utils.errors import UserError
+from frugan.utils.threads import apart as apart
 
 
 def choose(name: str) -> torch.device:
