@@ -23,12 +23,11 @@ from frugan.reporting.run_folder import RunFolder
 
 FASHION, EMOJI, CLOTHING = "fashion-mnist", "noto-emoji-128/noto-emoji-128.zip", "clothing/clothing.zip"
 TRAININGS = {
-    "digits": ("digits", "--epochs 60 --batch-size 64"),
     "dcgan": (FASHION, "--recipe dcgan --epochs 5 --sample-every 1"),
     "upsample": (FASHION, "--recipe upsample --epochs 5 --sample-every 1"),
     "mlp": (FASHION, "--recipe mlp --epochs 5 --sample-every 1"),
     "r3": (FASHION, "--recipe r3 --epochs 3 --precision bf16 --sample-every 1"),
-    "projected": (FASHION, "--recipe projected --precision auto --minutes 12"),
+    "projected": (FASHION, "--minutes 12 --sample-every 1"),
     "clothing": (CLOTHING, "--image-size 64 --epochs 30 --threads 1 --sample-every 10"),
     "emoji": (EMOJI, "--image-size 64 --epochs 30 --threads 1 --sample-every 10"),
 }
@@ -47,7 +46,7 @@ def main(options: Options) -> None:
         table.add_column(heading, justify="left" if heading == "frugan train" else "right")
     for name, (data, flags) in TRAININGS.items():
         run = RunFolder(options.out / name)
-        command = [data if data == "digits" else str(options.data / data), *flags.split(), "--out", str(run.path)]
+        command = [str(options.data / data), *flags.split(), "--out", str(run.path)]
         subprocess.run([sys.executable, "-m", "frugan", "train", *command], check=True, stdout=sys.stderr)
         last = run.read_log()[-1]
         minutes = last.images / last.speed / 60

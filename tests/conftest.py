@@ -83,7 +83,7 @@ OWN_CODE = [name for name in recipes.RECIPES if name != "resize"]  # recipes tha
 SMALL = {
     "recipe": "dcgan",
     "batch_size": 16, "epochs": 3, "image_size": 8, "latent_dim": 8, "width_g": 8, "width_d": 8,
-    "sample_every": 100, "report_every": 3, "quiet": True, "device": "cpu", "threads": 1,
+    "sample_every": 100, "report_every": 3, "quiet": True, "device": "cpu", "threads": 1, "precision": "fp32",
 }  # fmt: skip
 
 

@@ -24,10 +24,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from frugan.cli import main, parse
+from frugan.config import recipes
 from frugan.config.recipe import Data
 from frugan.data import decode
 from frugan.data.decode import fit, flatten, is_grey
-from frugan.data.opening import resolve
+from frugan.data.greys import grey_size
+from frugan.data.opening import opened, resolve
 from frugan.data.pack_loader import SMALL, PackLoader
 from frugan.data.sources import open_source, standard
 from frugan.data.sources.base import ArraySource
@@ -447,3 +450,36 @@ def test_who_waits_for_the_download_of_another_process_uses_it(tmp_path: Path, m
         write_idx(tmp_path / "cache" / "MNIST" / "raw", np.zeros((3, 28, 28), np.uint8), np.array([0, 1, 9]))
     waiting.join()
     assert found == [3]
+
+
+def test_what_is_known_of_grey_images_beforehand_is_what_they_are(tmp_path: Path, photos: Callable[..., Path]) -> None:
+    large, small = np.zeros((3, 12, 12), np.uint8), np.zeros((3, 9, 9), np.uint8)
+    both = write_idx(tmp_path / "both", large, part="train")
+    write_idx(both, small, part="t10k")
+    zipped = tmp_path / "zipped"
+    zipped.mkdir()
+    with gzip.open(zipped / "train-images-idx3-ubyte.gz", "wb") as file:
+        file.write((both / "train-images-idx3-ubyte").read_bytes())
+    for channels in (1, 3):
+        packed = str(tmp_path / f"packed{channels}")
+        main(["data", "pack", str(photos()), "--image-size", "20", "--channels", f"{channels}", "--out", packed])
+    for data in (Data(), Data(data=str(both)), Data(data=str(both), split="test"), Data(data=str(zipped)),
+                 Data(data=str(tmp_path / "packed1")), Data(data=str(both), image_size=40)):  # fmt: skip
+        known, there = grey_size(data), opened(data, print)[1]
+        assert (known, 1) == (there.image_size, there.channels), data
+        way = ["train", data.data, "--split", data.split] + (["--image-size", "40"] if data.image_size else [])
+        assert parse(way)[1].recipe == recipes.default(known)
+        assert parse([*way, "--channels", "3"])[1].recipe == recipes.default(None)
+    (both / "train-images-idx3-ubyte").write_bytes(b"no such file")
+    wide = write_idx(tmp_path / "wide", np.zeros((3, 12, 10), np.uint8))
+    for unknown in (both, wide, photos(), tmp_path / "packed3", tmp_path / "nowhere", "nobody/nothing"):
+        assert grey_size(Data(data=str(unknown), image_size=16)) is None
+    assert [grey_size(Data(data=name)) for name in ("mnist", "fashion_mnist", "FashionMNIST")] == [28, 28, 28]
+
+
+def test_the_images_are_found_among_the_arguments(tmp_path: Path) -> None:
+    data = str(write_idx(tmp_path / "few", np.zeros((3, 40, 40), np.uint8)))
+    ways = [["--quiet", data], ["--epochs", "5", data], ["--data_path", data], [f"--data-path={data}"], ["--no-in-place", data]]
+    for arguments in [*ways, ["--lr-g=1e-3", data, "--conditional"], ["--flip", "auto", data]]:
+        assert parse(["train", *arguments])[1].recipe == recipes.default(40), arguments
+    assert parse(["train", "--epochs", "5"])[1].recipe == recipes.default(16) != recipes.default(40)

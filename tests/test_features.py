@@ -26,7 +26,7 @@ from frugan.utils.signals import Stopped
 
 from .conftest import assert_same_state, final_state, write_idx
 
-PROJECTED = {"recipe": "projected", "feature_width": 8, "feature_updates": 12, "epochs": 1}
+PROJECTED = {"recipe": "projected", "precision": "fp32", "feature_width": 8, "feature_updates": 12, "epochs": 1}
 
 
 def learner(size: int = 12, features: str = "both", flip: bool = True) -> FeatureStep:
@@ -83,6 +83,18 @@ def test_scales_of_features_change_nothing_but_scales() -> None:
         levels = level(levels)
         squares = levels.square().mean((0, 2, 3))
         assert torch.allclose(squares[squares > 0], torch.ones((), dtype=torch.float64))
+
+
+def test_a_channel_that_few_images_touch_does_not_drown_the_others() -> None:
+    student = learner()
+    with torch.no_grad():
+        for parameter in (student.levels[1].weight, student.levels[1].bias):
+            parameter[0] *= 1e-5  # as if only corners of these images reached it
+    images = torch.randint(0, 256, (7, 2, 12, 12), dtype=torch.uint8)
+    student.calibrate(Batch(lambda f, n: images[f : f + n]), 7, 7)
+    scales = student.encoder[:2](images.double().div(127.5).sub(1)).square().mean((0, 2, 3)).sqrt()
+    assert 0 < scales[0] < 1e-3 and scales[1:].amax() < 1 + 1e-9
+    assert student.levels[1].weight[0].norm() < 1e-3 * student.levels[1].weight[1:].norm()
 
 
 def test_the_discriminators_phase_keeps_nothing_of_the_encoder() -> None:

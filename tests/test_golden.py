@@ -18,7 +18,7 @@ from frugan.reporting.run_folder import RunFolder
 GOLDEN = Path(__file__).with_name("golden.json")
 # What a recipe would take long with, or has of the machine; high rates amplify how processors round to 1% in forty updates.
 SLOW = {"lr_g": 2e-4, "lr_d": 2e-4}
-OWN = {"resize": {"precision": "fp32"} | SLOW, "projected": {"feature_updates": 20, "feature_width": 8} | SLOW}
+OWN = {"resize": {"precision": "fp32"} | SLOW, "projected": {"precision": "fp32", "feature_updates": 20, "feature_width": 8} | SLOW}
 
 
 def first_losses(recipe: str, out: Path) -> list[list[float]]:

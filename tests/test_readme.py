@@ -1,13 +1,11 @@
 """The README's commands are real."""
 
-import inspect
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-import frugan
 from frugan.cli import main, parse
 from frugan.config import recipes
 from frugan.config.augmentation import FEW
@@ -40,12 +38,14 @@ def test_its_table_of_guarantees_is_what_levers_declare() -> None:
 
 def test_its_table_of_recipes_has_them_all_with_the_default_and_its_precision() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = re.findall(r"^\| `(\w+)`( \(default\))? \|", text.partition("## Recipes")[2].partition("\n## ")[0], re.M)
-    assert sorted(name for name, _ in table) == sorted(recipes.RECIPES)
-    assert [name for name, default in table if default] == [recipes.DEFAULT]
-    assert inspect.signature(frugan.train).parameters["recipe"].default == recipes.DEFAULT
+    table = dict(re.findall(r"^\| `(\w+)`(?: \((default.*?)\))? \|", text.partition("## Recipes")[2].partition("\n## ")[0], re.M))
+    assert sorted(table) == sorted(recipes.RECIPES)
+    small, large = recipes.default(recipes.SMALL), recipes.default(recipes.SMALL + 1)
+    said = {small: f"default for grey images up to {recipes.SMALL} pixels", large: "default for others"}
+    assert {name: default for name, default in table.items() if default} == said and recipes.default(None) == large
     automatic = [name for name in recipes.RECIPES if recipes.get(name).memory.precision != "fp32"]
-    assert automatic == re.findall(r"`(\w+)` asks for `--precision auto`", text)
+    (asking,) = re.findall(r"\(((?:`\w+`(?: and )?)+) ask for `--precision auto`", text)
+    assert automatic == re.findall(r"`(\w+)`", asking)
     augmented = [name for name in recipes.RECIPES if recipes.get(name).augmentation.augment == "auto"]
     assert augmented == re.findall(rf"^\| `(\w+)`.*below {FEW:,} images D sees them augmented", text, re.M)
 
@@ -69,5 +69,5 @@ def test_the_walk_of_the_readme_on_the_digits(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     main(["train", "--epochs", "1", "--width-g", "4", "--width-d", "4", "--quiet"])
-    main(["generate", "runs/digits-resize", "--n", "16", "--seed", "7"])
+    main(["generate", "runs/digits-projected", "--n", "16", "--seed", "7"])
     assert Path(capsys.readouterr().out.strip()).exists()

@@ -17,8 +17,11 @@ from frugan.config.objectives import Objective
 from frugan.config.recipe import BOTH, Data, Recipe
 from frugan.config.run import Run
 from frugan.config.section import Section, flag, readable, spoken
+from frugan.data.greys import grey_size
 from frugan.utils.errors import UserError, nearest
 from frugan.utils.threads import spin_briefly as spin_briefly
+
+SWITCHES = {"quiet", "json", "compare", "help"}  # of commands that have a recipe, besides those of sections
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,13 @@ DataArgument = Annotated[
     ),
 ]
 DataFlag = Annotated[str | None, tyro.conf.arg(metavar="DATA", help="the same as DATA", help_behavior_hint="")]
-RecipeFlag = Annotated[str, tyro.conf.arg(help=f"{', '.join(recipes.RECIPES)}, or a TOML file; it decides the defaults below")]
+RecipeFlag = Annotated[
+    str,
+    tyro.conf.arg(
+        help=f"{', '.join(recipes.RECIPES)}, or a TOML file; it decides the defaults; unset: {recipes.default(recipes.SMALL)} "
+        f"for mnist, IDX files and other grey images up to {recipes.SMALL} pixels, else {recipes.default(None)}"
+    ),
+]
 ObjectiveFlag = Annotated[
     str, tyro.conf.arg(help=f"what is minimised: {', '.join(Objective.kinds)}; --help after it shows its settings")
 ]
@@ -121,18 +130,38 @@ def _made(base: type[Any], options: list[Any]) -> type[Any]:
 
 
 def _recipe_of(arguments: Sequence[str]) -> Recipe:
-    """The recipe that ``--recipe`` and ``--objective`` name, by which the other flags are known."""
-    said = {"--recipe": recipes.DEFAULT, "--objective": "", "--epochs": "", "--minutes": ""}
+    """The recipe that ``--recipe`` and ``--objective`` name, or that the images ask for: by it the other flags are known."""
+    names = "--recipe", "--objective", "--epochs", "--minutes", "--data-path", "--split", "--image-size", "--channels"
+    said = dict.fromkeys(names, "")
+    data = ""
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
+        name = name.replace("_", "-")
         if name in said:
             said[name] = value if equals else next(iter(arguments[i + 1 : i + 2]), "")
+        elif not argument.startswith("--") and not data and (i == 0 or not _takes_value(arguments[i - 1])):
+            data = argument
     if said["--epochs"] and said["--minutes"]:
         raise UserError(BOTH)
+    if not said["--recipe"]:
+        size = int(said["--image-size"]) if said["--image-size"].isdecimal() else 0
+        asked = Data(data=data or said["--data-path"] or "digits", split=said["--split"] or "train")
+        known = None if said["--channels"] == "3" else grey_size(asked)
+        said["--recipe"] = recipes.default(known and (size or known))
     recipe = recipes.get(said["--recipe"])
     if said["--epochs"]:
         recipe = recipe.replace(minutes=None)
     return recipe.replace(objective=said["--objective"]) if said["--objective"] else recipe
+
+
+def _takes_value(argument: str) -> bool:
+    """Whether what follows ``argument`` is its value: not if it is a switch."""
+    if not argument.startswith("--") or "=" in argument:
+        return False
+    kinds = [Run, *map(type, recipes.get(recipes.default(None)).sections().values())]
+    hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
+    name = argument[2:].replace("-", "_").removeprefix("no_")
+    return name not in SWITCHES and hints.get(name) is not bool
 
 
 def check_flags(arguments: Sequence[str], options: type[Any]) -> None:

@@ -69,11 +69,17 @@ def projected() -> Recipe:
         network=Projected(),
         objective=Bce(label_smoothing=0.1),
         optimizer=Optimizer(lr_g=3e-3, lr_d=3e-3, beta1=0.5, beta2=0.999, schedule="cosine"),
+        memory=Memory(precision="auto"),
     )
 
 
 RECIPES = {f.__name__: f for f in (mlp, upsample, dcgan, resize, r3, projected)}
-DEFAULT = "resize"
+SMALL = 32  # pixels a side up to which the default for grey images is `projected` (docs/LOG.md says why)
+
+
+def default(grey_size: int | None) -> str:
+    """The recipe where none is named, for grey images of ``grey_size`` pixels a side; None: they have colour, or nobody knows."""
+    return "projected" if grey_size is not None and grey_size <= SMALL else "resize"
 
 
 def get(name: str) -> Recipe:

@@ -30,6 +30,7 @@ LARGE_BATCH = 64  # of those beyond
 LARGE = 32  # pixels
 EPOCHS = 40  # at most
 HELD_OUT = 1000  # images, or a tenth, on which it is examined
+QUIET = 0.1  # of a level's mean root mean square: the least that a channel counts as when all are brought to one scale
 SHIFT = 16  # images are shifted by up to this part of their side
 
 
@@ -185,11 +186,12 @@ class FeatureStep:
 
     @torch.no_grad()
     def calibrate(self, data: Batch, count: int, micro_batch: int) -> None:
-        """Scales every channel of every level to a root mean square of 1 over the first ``count`` images.
+        """Scales every channel of every level to a root mean square of 1, or less, over the first ``count`` images.
 
         Rectifiers commute with positive scales: what one convolution's outputs lose, the next one's weights gain, and the encoder
         computes the same but for its scales, which heads without normalisation need to be alike. Whole images are looked at: as
-        many at a time as ``micro_batch`` pieces of them are large.
+        many at a time as ``micro_batch`` pieces of them are large. A channel that these images hardly touch would drown all
+        others as soon as another image does: it is scaled as if it had `QUIET` of the level's mean.
         """
         some = max(1, micro_batch * SIDE**2 // max(SIDE, self.size) ** 2)
         for depth, level in enumerate(self.levels):
@@ -201,7 +203,8 @@ class FeatureStep:
                 total = total + x.to(self.step.like.dtype).square().mean((2, 3)).sum(0)
             assert isinstance(total, Tensor)
             scale = (total / count).sqrt()
-            scale = torch.where(scale > 1e-6, scale, torch.ones_like(scale))  # a channel that is always 0 stays so
+            least = QUIET * scale.mean()
+            scale = torch.where(least > 1e-6, torch.maximum(scale, least), torch.ones_like(scale))
             level.weight.div_(scale[:, None, None, None])
             level.bias.div_(scale)
             for after in self.levels[depth + 1 : depth + 2]:

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frugan.config.recipe import Recipe
+from frugan.config.recipe import Data, Recipe
 from frugan.config.run import Run
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ _begun: list[bool] = []  # one for each training of this process
 def train(
     data: str | Path | None = None,
     *,
-    recipe: str | Recipe = "resize",
+    recipe: str | Recipe | None = None,
     quiet: bool = False,
     on_update: Callable[[int], None] | None = None,
     **settings: Any,
@@ -29,7 +29,8 @@ def train(
 
     Args:
         data: folder or zip of images, folder of IDX files, or ``digits``, ``mnist``, ``fashion-mnist``; unset: the recipe's.
-        recipe: a name (``resize``, ``dcgan``, ``upsample``, ``mlp``, ``r3``, ``projected``), a TOML file, or a `Recipe`.
+        recipe: a name (``resize``, ``dcgan``, ``upsample``, ``mlp``, ``r3``, ``projected``), a TOML file, or a `Recipe`; unset:
+            ``projected`` for grey images of 32 pixels a side or fewer, if names, IDX files or a pack say so, else ``resize``.
         quiet: whether to say nothing.
         on_update: is called with the number of images seen after every update.
         **settings: any setting of the recipe or of the run by its name: ``epochs=5, batch_size=64, out="runs/mine"``.
@@ -42,11 +43,15 @@ def train(
         frugan.utils.signals.Stopped: SIGINT or SIGTERM came, and the state was saved.
     """
     from frugan.config import recipes
+    from frugan.data.greys import grey_size
 
     own = {f.name for f in fields(Run)}
-    chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
     said = {"data": data} | settings if data is not None else settings
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in said.items()}
+    if recipe is None:
+        about: Any = {k: v for k, v in plain.items() if k in {f.name for f in fields(Data)}}
+        recipe = recipes.default(grey_size(Data(**about)))
+    chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
     run: dict[str, Any] = {k: v for k, v in plain.items() if k in own}
     chosen = chosen.replace(**{k: v for k, v in plain.items() if k not in own})
     return run_training(chosen, Run(**run), quiet, on_update)

@@ -24,7 +24,7 @@ from frugan.utils.signals import Signals, Stopped
 
 T = TypeVar("T")
 
-VERSION = 2  # of the encoder and of how it learns, to the last bit
+VERSION = 3  # of the encoder and of how it learns, to the last bit
 LAST = 50  # updates of which the mean loss is told
 
 

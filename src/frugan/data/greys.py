@@ -1,0 +1,41 @@
+"""Which images are grey, and how large, as far as names and the beginnings of files say: known before torch is imported."""
+
+import gzip
+import json
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+from frugan.config.recipe import Data
+
+NAMED = {"digits": 16, "mnist": 28, "fashion-mnist": 28, "fashionmnist": 28}  # data sets that `frugan.data.sources` knows by name
+UNREADABLE = OSError, EOFError, ValueError, KeyError, TypeError, zlib.error  # said by who reads the images
+
+
+def grey_size(data: Data) -> int | None:
+    """Pixels a side at which ``data`` is trained on, if its images are known to be grey and square beforehand, else None.
+
+    So it is of named data sets, IDX files and grey packs.
+    """
+    if data.channels == 3:
+        return None
+    folder, size = Path(data.data), None
+    with suppress(*UNREADABLE):
+        if (folder / "pixels.bin").is_file():
+            manifest = json.loads((folder / "manifest.json").read_bytes())
+            size = int(manifest["size"]) if manifest["channels"] == 1 else None
+        elif folder.is_dir():
+            size = _of_idx(folder, data.split)
+        else:
+            size = NAMED.get(data.data.lower().replace("_", "-"))
+    return size and (data.image_size or size)
+
+
+def _of_idx(folder: Path, split: str) -> int | None:
+    for path in folder.glob("*images?idx3*"):
+        part = "test" if path.name.startswith(("t10k", "test")) else "train"
+        if split in (part, "all"):
+            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+                header = file.read(16)  # two zeros, type, dimensions; images, height, width
+            return int.from_bytes(header[12:], "big") if header[8:12] == header[12:] else None
+    return None
