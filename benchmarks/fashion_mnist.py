@@ -49,6 +49,7 @@ class Options:
     page: Path = Path("docs/fashion_mnist.md")
     picture: Path = Path("docs/pictures/fashion_mnist.png")
     only: bool = False  # write the page alone
+    note: str = ""  # a sentence more on how it was measured, for the page
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ SWD), higher for precision, recall, and the share of samples that the unseen net
 
 The first columns of metrics: {protocol.removesuffix(".")}.
 
-Measured on: {when}.
+Measured on: {when}. {options.note}
 """
 
 

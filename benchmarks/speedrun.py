@@ -26,7 +26,7 @@ from frugan.config.recipe import Data
 from frugan.reporting.run_folder import RunFolder
 
 # On a GPU larger batches, where an update costs little more, with higher rates: the only ones that were timed (docs/gpu.md).
-SETTINGS = {"cuda": "--batch-size 512 --lr-g 2e-3 --lr-d 2e-3", "cpu": ""}
+SETTINGS = {"cuda": "--recipe resize --batch-size 512 --lr-g 2e-3 --lr-d 2e-3", "cpu": ""}
 
 
 @dataclass

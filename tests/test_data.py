@@ -25,11 +25,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from frugan.cli import main, parse
-from frugan.config import recipes
+from frugan.config.greys import grey_size
 from frugan.config.recipe import Data
 from frugan.data import decode
 from frugan.data.decode import fit, flatten, is_grey
-from frugan.data.greys import grey_size
 from frugan.data.opening import opened, resolve
 from frugan.data.pack_loader import SMALL, PackLoader
 from frugan.data.sources import open_source, standard
@@ -468,8 +467,8 @@ def test_what_is_known_of_grey_images_beforehand_is_what_they_are(tmp_path: Path
         known, there = grey_size(data), opened(data, print)[1]
         assert (known, 1) == (there.image_size, there.channels), data
         way = ["train", data.data, "--split", data.split] + (["--image-size", "40"] if data.image_size else [])
-        assert parse(way)[1].recipe == recipes.default(known)
-        assert parse([*way, "--channels", "3"])[1].recipe == recipes.default(None)
+        assert parse(way)[1].recipe == ("resize" if known == 40 else "projected")
+        assert parse([*way, "--channels", "3"])[1].recipe == "resize"
     (both / "train-images-idx3-ubyte").write_bytes(b"no such file")
     wide = write_idx(tmp_path / "wide", np.zeros((3, 12, 10), np.uint8))
     for unknown in (both, wide, photos(), tmp_path / "packed3", tmp_path / "nowhere", "nobody/nothing"):
@@ -481,5 +480,5 @@ def test_the_images_are_found_among_the_arguments(tmp_path: Path) -> None:
     data = str(write_idx(tmp_path / "few", np.zeros((3, 40, 40), np.uint8)))
     ways = [["--quiet", data], ["--epochs", "5", data], ["--data_path", data], [f"--data-path={data}"], ["--no-in-place", data]]
     for arguments in [*ways, ["--lr-g=1e-3", data, "--conditional"], ["--flip", "auto", data]]:
-        assert parse(["train", *arguments])[1].recipe == recipes.default(40), arguments
-    assert parse(["train", "--epochs", "5"])[1].recipe == recipes.default(16) != recipes.default(40)
+        assert parse(["train", *arguments])[1].recipe == "resize", arguments
+    assert parse(["train", "--epochs", "5"])[1].recipe == "projected"

@@ -17,7 +17,6 @@ from frugan.config.objectives import Objective
 from frugan.config.recipe import BOTH, Data, Recipe
 from frugan.config.run import Run
 from frugan.config.section import Section, flag, readable, spoken
-from frugan.data.greys import grey_size
 from frugan.utils.errors import UserError, nearest
 from frugan.utils.threads import spin_briefly as spin_briefly
 
@@ -72,8 +71,8 @@ DataFlag = Annotated[str | None, tyro.conf.arg(metavar="DATA", help="the same as
 RecipeFlag = Annotated[
     str,
     tyro.conf.arg(
-        help=f"{', '.join(recipes.RECIPES)}, or a TOML file; it decides the defaults; unset: {recipes.default(recipes.SMALL)} "
-        f"for mnist, IDX files and other grey images up to {recipes.SMALL} pixels, else {recipes.default(None)}"
+        help=f"{', '.join(recipes.RECIPES)}, or a TOML file; it decides the defaults; unset: {recipes.DEFAULT_GREY} "
+        f"for mnist, IDX files and other grey images up to {recipes.SMALL} pixels, else {recipes.DEFAULT}"
     ),
 ]
 ObjectiveFlag = Annotated[
@@ -144,10 +143,9 @@ def _recipe_of(arguments: Sequence[str]) -> Recipe:
     if said["--epochs"] and said["--minutes"]:
         raise UserError(BOTH)
     if not said["--recipe"]:
-        size = int(said["--image-size"]) if said["--image-size"].isdecimal() else 0
-        asked = Data(data=data or said["--data-path"] or "digits", split=said["--split"] or "train")
-        known = None if said["--channels"] == "3" else grey_size(asked)
-        said["--recipe"] = recipes.default(known and (size or known))
+        size = int(said["--image-size"]) if said["--image-size"].isdecimal() else None
+        asked = Data(data=data or said["--data-path"] or "digits", split=said["--split"] or "train", image_size=size)
+        said["--recipe"] = recipes.DEFAULT if said["--channels"] == "3" else recipes.default(asked)
     recipe = recipes.get(said["--recipe"])
     if said["--epochs"]:
         recipe = recipe.replace(minutes=None)
@@ -158,7 +156,7 @@ def _takes_value(argument: str) -> bool:
     """Whether what follows ``argument`` is its value: not if it is a switch."""
     if not argument.startswith("--") or "=" in argument:
         return False
-    kinds = [Run, *map(type, recipes.get(recipes.default(None)).sections().values())]
+    kinds = [Run, *map(type, recipes.get(recipes.DEFAULT).sections().values())]
     hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
     name = argument[2:].replace("-", "_").removeprefix("no_")
     return name not in SWITCHES and hints.get(name) is not bool

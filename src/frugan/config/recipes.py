@@ -4,8 +4,9 @@ from pathlib import Path
 
 from frugan.config.architectures import R3, Dcgan, Mlp, Projected, Upsample
 from frugan.config.augmentation import Augmentation
+from frugan.config.greys import grey_size
 from frugan.config.objectives import Bce, RpGan
-from frugan.config.recipe import Memory, Optimizer, Recipe, Training, read
+from frugan.config.recipe import Data, Memory, Optimizer, Recipe, Training, read
 from frugan.utils.errors import UserError, nearest
 
 
@@ -74,12 +75,14 @@ def projected() -> Recipe:
 
 
 RECIPES = {f.__name__: f for f in (mlp, upsample, dcgan, resize, r3, projected)}
-SMALL = 32  # pixels a side up to which the default for grey images is `projected` (docs/LOG.md says why)
+DEFAULT, DEFAULT_GREY = "resize", "projected"  # where none is named, and of grey images of SMALL pixels a side or fewer
+SMALL = 32
 
 
-def default(grey_size: int | None) -> str:
-    """The recipe where none is named, for grey images of ``grey_size`` pixels a side; None: they have colour, or nobody knows."""
-    return "projected" if grey_size is not None and grey_size <= SMALL else "resize"
+def default(data: Data) -> str:
+    """The recipe for the images that ``data`` names, where none is named (docs/LOG.md says why)."""
+    size = grey_size(data)
+    return DEFAULT if size is None or size > SMALL else DEFAULT_GREY
 
 
 def get(name: str) -> Recipe:

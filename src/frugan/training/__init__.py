@@ -43,14 +43,13 @@ def train(
         frugan.utils.signals.Stopped: SIGINT or SIGTERM came, and the state was saved.
     """
     from frugan.config import recipes
-    from frugan.data.greys import grey_size
 
     own = {f.name for f in fields(Run)}
     said = {"data": data} | settings if data is not None else settings
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in said.items()}
     if recipe is None:
         about: Any = {k: v for k, v in plain.items() if k in {f.name for f in fields(Data)}}
-        recipe = recipes.default(grey_size(Data(**about)))
+        recipe = recipes.default(Data(**about))
     chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
     run: dict[str, Any] = {k: v for k, v in plain.items() if k in own}
     chosen = chosen.replace(**{k: v for k, v in plain.items() if k not in own})
