@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from frugan.cli import main, parse
-from frugan.config.greys import grey_size
+from frugan.config.greys import NAMED, grey_size
 from frugan.config.recipe import Data
 from frugan.data import decode
 from frugan.data.decode import fit, flatten, is_grey
@@ -453,26 +453,51 @@ def test_who_waits_for_the_download_of_another_process_uses_it(tmp_path: Path, m
 
 def test_what_is_known_of_grey_images_beforehand_is_what_they_are(tmp_path: Path, photos: Callable[..., Path]) -> None:
     large, small = np.zeros((3, 12, 12), np.uint8), np.zeros((3, 9, 9), np.uint8)
-    both = write_idx(tmp_path / "both", large, part="train")
-    write_idx(both, small, part="t10k")
+    labels = np.array([0, 1, 0])
+    both = write_idx(tmp_path / "both", large, labels, part="train")
+    write_idx(both, small, labels, part="t10k")
     zipped = tmp_path / "zipped"
     zipped.mkdir()
-    with gzip.open(zipped / "train-images-idx3-ubyte.gz", "wb") as file:
-        file.write((both / "train-images-idx3-ubyte").read_bytes())
-    for channels in (1, 3):
-        packed = str(tmp_path / f"packed{channels}")
-        main(["data", "pack", str(photos()), "--image-size", "20", "--channels", f"{channels}", "--out", packed])
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
+        with gzip.open(zipped / f"{name}.gz", "wb") as file:
+            file.write((both / name).read_bytes())
+    for channels, classes in ((1, 2), (1, 0), (3, 2)):
+        packed = str(tmp_path / f"packed{channels}{classes}")
+        main(
+            [
+                "data",
+                "pack",
+                str(photos(f"photos{classes}", classes=classes)),
+                "--image-size",
+                "20",
+                "--channels",
+                f"{channels}",
+                "--out",
+                packed,
+            ]
+        )
     for data in (Data(), Data(data=str(both)), Data(data=str(both), split="test"), Data(data=str(zipped)),
-                 Data(data=str(tmp_path / "packed1")), Data(data=str(both), image_size=40)):  # fmt: skip
+                 Data(data=str(tmp_path / "packed12")), Data(data=str(both), image_size=40)):  # fmt: skip
         known, there = grey_size(data), opened(data, print)[1]
         assert (known, 1) == (there.image_size, there.channels), data
         way = ["train", data.data, "--split", data.split] + (["--image-size", "40"] if data.image_size else [])
         assert parse(way)[1].recipe == ("resize" if known == 40 else "projected")
         assert parse([*way, "--channels", "3"])[1].recipe == "resize"
     (both / "train-images-idx3-ubyte").write_bytes(b"no such file")
-    wide = write_idx(tmp_path / "wide", np.zeros((3, 12, 10), np.uint8))
-    for unknown in (both, wide, photos(), tmp_path / "packed3", tmp_path / "nowhere", "nobody/nothing"):
+    wide = write_idx(tmp_path / "wide", np.zeros((3, 12, 10), np.uint8), labels)
+    bare = write_idx(tmp_path / "bare", large)
+    for unknown in (
+        both,
+        wide,
+        bare,
+        photos(),
+        tmp_path / "packed10",
+        tmp_path / "packed32",
+        tmp_path / "nowhere",
+        "nobody/nothing",
+    ):
         assert grey_size(Data(data=str(unknown), image_size=16)) is None
+    assert {*standard.FOLDERS, "digits"} <= NAMED.keys()
     assert [grey_size(Data(data=name)) for name in ("mnist", "fashion_mnist", "FashionMNIST")] == [28, 28, 28]
 
 

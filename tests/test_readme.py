@@ -40,7 +40,10 @@ def test_its_table_of_recipes_has_them_all_with_the_default_and_its_precision() 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^\| `(\w+)`(?: \((default.*?)\))? \|", text.partition("## Recipes")[2].partition("\n## ")[0], re.M))
     assert sorted(table) == sorted(recipes.RECIPES)
-    said = {recipes.DEFAULT_GREY: f"default for grey images up to {recipes.SMALL} pixels", recipes.DEFAULT: "default for others"}
+    said = {
+        recipes.DEFAULT_GREY: f"default for labelled grey images up to {recipes.SMALL} pixels",
+        recipes.DEFAULT: "default for others",
+    }
     assert {name: default for name, default in table.items() if default} == said
     automatic = [name for name in recipes.RECIPES if recipes.get(name).memory.precision != "fp32"]
     (asking,) = re.findall(r"\(((?:`\w+`(?: and )?)+) ask for `--precision auto`", text)

@@ -72,7 +72,7 @@ RecipeFlag = Annotated[
     str,
     tyro.conf.arg(
         help=f"{', '.join(recipes.RECIPES)}, or a TOML file; it decides the defaults; unset: {recipes.DEFAULT_GREY} "
-        f"for mnist, IDX files and other grey images up to {recipes.SMALL} pixels, else {recipes.DEFAULT}"
+        f"for mnist and other labelled grey images up to {recipes.SMALL} pixels, else {recipes.DEFAULT}"
     ),
 ]
 ObjectiveFlag = Annotated[

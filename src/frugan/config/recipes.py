@@ -75,7 +75,7 @@ def projected() -> Recipe:
 
 
 RECIPES = {f.__name__: f for f in (mlp, upsample, dcgan, resize, r3, projected)}
-DEFAULT, DEFAULT_GREY = "resize", "projected"  # where none is named, and of grey images of SMALL pixels a side or fewer
+DEFAULT, DEFAULT_GREY = "resize", "projected"  # where none is named, and of labelled grey images of SMALL pixels a side or fewer
 SMALL = 32
 
 

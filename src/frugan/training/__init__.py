@@ -30,7 +30,8 @@ def train(
     Args:
         data: folder or zip of images, folder of IDX files, or ``digits``, ``mnist``, ``fashion-mnist``; unset: the recipe's.
         recipe: a name (``resize``, ``dcgan``, ``upsample``, ``mlp``, ``r3``, ``projected``), a TOML file, or a `Recipe`; unset:
-            ``projected`` for grey images of 32 pixels a side or fewer, if names, IDX files or a pack say so, else ``resize``.
+            ``projected`` for grey images of 32 pixels a side or fewer with labels, if names, IDX files or a pack say so, else
+            ``resize``.
         quiet: whether to say nothing.
         on_update: is called with the number of images seen after every update.
         **settings: any setting of the recipe or of the run by its name: ``epochs=5, batch_size=64, out="runs/mine"``.

@@ -6,7 +6,7 @@ What libgomp is told it reads when torch is imported: `begin` comes before that,
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SPIN = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}  # with which somebody has decided how long idle threads wait actively
@@ -28,7 +28,8 @@ def begin(threads: int | None) -> None:
     """Imports torch such that each of its threads keeps to a processor of its own, if there will be one for each.
 
     Where another program keeps one busy, the system would move two of them onto one processor, and as they wait for one another
-    by spinning, in oneDNN without end, little would get done: a fifth of the speed, and less, instead of half (docs/LOG.md).
+    by spinning, in oneDNN without end, little would get done: a fifth of the speed, and less, instead of two fifths to half
+    (docs/LOG.md).
 
     Args:
         threads: how many were asked for; None: as many as there are processors.
@@ -43,7 +44,7 @@ def begin(threads: int | None) -> None:
     import torch
 
     del os.environ["OMP_PROC_BIND"]  # what this process starts places its threads itself
-    os.sched_setaffinity(0, processors)  # threads begin where the one is that starts them, and those of Python are free
+    _keep_to(processors)  # threads begin where the one is that starts them, and those of Python are free
     if torch.get_num_threads() == len(processors):
         _places[:] = processors
 
@@ -56,11 +57,17 @@ def apart() -> Iterator[None]:
     if not _places or torch.get_num_threads() < 2:
         yield
         return
-    os.sched_setaffinity(0, _places[:1])
+    _keep_to(_places[:1])
     try:
         yield
     finally:
-        os.sched_setaffinity(0, _places)
+        _keep_to(_places)
+
+
+def _keep_to(processors: list[int]) -> None:
+    """Has this thread run on ``processors``, unless the system has taken them from this process meanwhile, or refuses."""
+    with suppress(OSError):
+        os.sched_setaffinity(0, processors)
 
 
 def _siblings(processors: list[int]) -> bool:
