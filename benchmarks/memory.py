@@ -32,12 +32,11 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the command line does
 
 import tyro
-from plain import Tuned, plain
+from plain import KEEPING, Tuned, plain
 from rich.console import Console
 from rich.table import Table
 
 MICRO = 16
-KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_ARENA_MAX": "1"}
 ROWS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "plain loop": ({}, {}),
     "+ accumulation, micro-batches of 16": ({"micro_batch": MICRO}, {}),

@@ -18,6 +18,8 @@ from frugan.gan.networks import Network
 from frugan.gan.penalties import squared_norm
 from frugan.utils.draws import Draws, Rows
 
+# What is set before the process starts, so that the C library keeps what is freed for the next tensor.
+KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_ARENA_MAX": "1"}
 Images = Callable[[int, int], Tensor]  # (row, count) to images [count, c, h, w] in [-1, 1]
 
 

@@ -1,127 +1,263 @@
-"""Images/s of one training update: frugan against a plain PyTorch loop with the same networks, batch and losses.
+"""Images/s of one training update: the tutorials' loop, a tuned one, and frugan's step, with the same networks and losses.
 
-The plain loop is what the tutorials show: single precision, contiguous images, Adam as it comes, gradients for D computed (and
-thrown away) in G's phase, everything on the default generator. Both train on the same resident batch; they take turns, and the
-table has medians over the turns. Run it on a machine that does nothing else:
+    python benchmarks/speed.py [--image-size 28] [--channels 1] [--batch-size 128] [--recipes dcgan r3] [--rounds 7] [--compile]
 
-    python benchmarks/speed.py [--image-size 28] [--batch-size 128] [--rounds 7]
+The tutorials' loop and the tuned one are those of `plain.py`: single precision, contiguous images, gradients for D computed (and
+thrown away) in G's phase; or D frozen in G's phase, channels-last, fused Adam, and a C library that keeps its memory. frugan's
+step lies in memory as ``frugan train`` has it, average left out, as the loops have none. Each loop is a process of its own; the
+processes take turns on the same images, all resident, and the table has medians of what the rounds have. The share of the peak is
+that of the arithmetic in the tuned loop's convolutions and products, by what a product of large matrices does here in the same
+precision. Run it on a machine that does nothing else.
+
+Rows with a star train otherwise: batch norm sees micro-batches.
 """
 
+import json
 import os
-
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the command line does
-
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from frugan.config import recipes
-from frugan.config.recipe import Recipe
-from frugan.data.loader import Batch
-from frugan.gan.losses import LOSSES
-from frugan.gan.networks import build
-from frugan.gan.optim import FrugalAdam
-from frugan.gan.step import Step
-from frugan.memory.layout import Layout
-from frugan.utils.device import choose
-from frugan.utils.draws import Draws, Rows
+PLAIN, TUNED = "tutorials' loop, fp32", "tuned loop, "
+TURN = 1.0  # seconds, about, that each loop has in a round
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One row: whose loop, how it computes, and what is in its environment."""
+
+    whose: Literal["tutorials'", "tuned", "frugan"]
+    precision: str = "fp32"
+    parts: int = 1
+    compiled: bool = False
+
+    @property
+    def environment(self) -> dict[str, str]:
+        from plain import KEEPING
+
+        return KEEPING if self.whose == "tuned" else {}
+
+
+LOOPS = {
+    PLAIN: Loop("tutorials'"),
+    f"{TUNED}fp32": Loop("tuned"),
+    f"{TUNED}bf16": Loop("tuned", "bf16"),
+    f"{TUNED}bf16, compiled": Loop("tuned", "bf16", compiled=True),
+    "frugan, fp32": Loop("frugan"),
+    "frugan, fp32, 4 micro-batches": Loop("frugan", parts=4),
+    "frugan, bf16": Loop("frugan", "bf16"),
+    "frugan, bf16, 4 micro-batches": Loop("frugan", "bf16", 4),
+}
 
 
 @dataclass
 class Options:
+    recipes: tuple[str, ...] = ("mlp", "upsample", "dcgan", "resize", "r3", "projected")
     image_size: int = 28
     channels: int = 1
     batch_size: int = 128
-    updates: int = 8
     rounds: int = 7
+    compile: bool = False  # the tuned loop also with networks compiled, which needs a compiler and some minutes
+    only: tuple[str, ...] = ()  # loops whose names have one of these in them
     device: str = "auto"
+    loop: str | None = None  # used by the script itself: one loop, which computes when it is told to
 
 
-def plain(recipe: Recipe, options: Options, device: torch.device) -> Callable[[], None]:
-    """The tutorials' loop, for objectives without penalties."""
-    generator, discriminator = (n.to(device) for n in build(recipe.network, options.image_size, options.channels))
-    optimizer_g = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.999))
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999))
-    n = options.batch_size
-    real = torch.rand(n, options.channels, options.image_size, options.image_size, device=device) * 2 - 1
-    loss, draws = LOSSES[type(recipe.objective)], Draws(0, device)
+def updates(loop: Loop, recipe_name: str, options: Options) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What computes an update in ``loop``, and what waits for the device."""
+    if loop.whose == "frugan":
+        from frugan.utils import threads
 
-    def update() -> None:
-        optimizer_d.zero_grad()
-        fake = generator(torch.randn(n, recipe.network.latent_dim, device=device))
-        rows = Rows(draws, "d", 0, n)
-        judged = discriminator(real, rows), discriminator(fake.detach(), rows)
-        loss.discriminator(recipe.objective, *judged).mean().backward()
-        optimizer_d.step()
-        optimizer_g.zero_grad()
-        loss.generator(recipe.objective, discriminator(fake, rows), None).mean().backward()
-        optimizer_g.step()
+        threads.begin(None)
+    import torch
+    from plain import Tuned, plain
 
-    return update
+    from frugan.config import recipes
+    from frugan.data.loader import Batch
+    from frugan.gan.networks import build
+    from frugan.memory import limit
+    from frugan.memory.layout import Layout
+    from frugan.training.state import State
+    from frugan.utils.device import choose
 
-
-def frugal(recipe: Recipe, options: Options, device: torch.device, precision: str, parts: int) -> Callable[[], None]:
-    """The same through `frugan.gan.step`."""
-    built = build(recipe.network, options.image_size, options.channels)
-    generator, discriminator = (n.to(device, memory_format=torch.channels_last) for n in built)
-    optimizers = [
-        FrugalAdam(n.parameters(), 2e-4, (recipe.optimizer.beta1, recipe.optimizer.beta2)) for n in (discriminator, generator)
-    ]
-    step = Step(
-        generator, discriminator, recipe.objective, recipe.network.latent_dim, Draws(0, device),
-        precision=precision, channels_last=True,
+    device = choose(options.device)
+    n, side, channels = options.batch_size, options.image_size, options.channels
+    recipe = recipes.get(recipe_name).replace(
+        image_size=side, channels=channels, batch_size=n, precision=loop.precision, ema_half_life=0.0, augment="none",
+        channels_last=True,
     )  # fmt: skip
-    shape = options.batch_size, options.channels, options.image_size, options.image_size
-    images = torch.randint(0, 256, shape, dtype=torch.uint8)
-    layout, seen = Layout.of(options.batch_size, parts), 0
+    there = torch.randint(0, 256, (8 * n, channels, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    seen = 0
 
-    def update() -> None:
+    def next_batch() -> int:
         nonlocal seen
-        for phase, optimizer in zip((step.discriminator_phase, step.generator_phase), optimizers, strict=True):
-            phase(Batch(lambda row, n: images[row - seen : row - seen + n]), seen, layout)
-            step.scaler.step(optimizer)
-            step.scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-        seen += options.batch_size
+        seen += n
+        return seen - n
 
-    return update
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    if loop.whose == "frugan":
+        limit.set_freed("reuse", device)
+        threads.apart().__enter__()  # for as long as the process lives
+        state, layout = State(recipe, device), Layout.of(n, loop.parts)
+
+        def ours() -> None:
+            first = next_batch()
+            for phase in state.phases.values():
+                phase.compute(Batch(lambda row, count: there[row % len(there) : row % len(there) + count]), first, layout)
+                state.update(phase.optimizer)
+
+        return ours, wait
+
+    networks = [network.to(device) for network in build(recipe.network, side, channels)]
+    tuned = Tuned(frozen=True, channels_last=True, fused=True) if loop.whose == "tuned" else Tuned()
+    made = plain(recipe, *networks, bf16=loop.precision == "bf16", tuned=tuned)
+    if loop.compiled:
+        for network in networks:
+            network.compile()
+    pixels = there.to(device).float().div_(127.5).sub_(1)
+    return lambda: made.update(lambda row, count: pixels[row % len(there) : row % len(there) + count], next_batch(), n), wait
+
+
+def arithmetic(recipe: str, options: Options) -> float:
+    """Floating-point operations of an update by the tuned loop, without those of products that nobody needs."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import flop_registry
+
+    class Counter(TorchDispatchMode):  # torch's own cannot look into gradients of gradients
+        total = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+            made = function(*given, **(named or {}))
+            if count := flop_registry.get(function._overloadpacket):
+                self.total += count(*given, **(named or {}), out_val=made)
+            return made
+
+    compute, _ = updates(Loop("tuned"), recipe, options)
+    with Counter() as counter:
+        compute()
+    return float(counter.total)
+
+
+def peaks(options: Options) -> dict[str, float]:
+    """Floating-point operations a second of large products, by precision."""
+    import torch
+
+    from frugan.utils.device import choose
+
+    device, found = choose(options.device), {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a = torch.randn(2048, 2048, device=device).to(dtype)
+        seconds = []
+        for _ in range(8):
+            begin = time.perf_counter()
+            (a @ a)[0, 0].item()
+            seconds.append(time.perf_counter() - begin)
+        found[name] = 2 * 2048**3 / min(seconds)
+    return found
+
+
+def work(options: Options) -> None:
+    """One loop: says when it is warm, and computes as many updates as each line asks for."""
+    assert options.loop
+    if options.loop == "arithmetic":
+        print(json.dumps({"peaks": peaks(options), "arithmetic": [arithmetic(name, options) for name in options.recipes]}))
+        return
+    compute, wait = updates(LOOPS[options.loop], options.recipes[0], options)
+
+    def timed(times: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(times):
+            compute()
+        wait()
+        return time.perf_counter() - begin
+
+    timed(2)
+    print(timed(1), flush=True)
+    for line in sys.stdin:
+        print(timed(int(line)), flush=True)
+
+
+def started(loop: str, recipe: str, options: Options) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, "--loop", loop, "--recipes", recipe, "--image-size", f"{options.image_size}"]
+    command += ["--channels", f"{options.channels}", "--batch-size", f"{options.batch_size}", "--device", options.device]
+    environment = os.environ | (LOOPS[loop].environment if loop in LOOPS else {})
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def answer(process: subprocess.Popen[str], asked: str = "") -> Any:
+    assert process.stdin and process.stdout
+    if asked:
+        process.stdin.write(f"{asked}\n")
+        process.stdin.flush()
+    if not (line := process.stdout.readline()):
+        sys.exit(f"speed.py: {' '.join(map(str, process.args))} ended")  # type: ignore[arg-type]
+    return json.loads(line)
+
+
+def rates(recipe: str, options: Options) -> dict[str, list[float]]:
+    """Images/s of each loop in each round."""
+    names = [n for n, loop in LOOPS.items() if options.compile or not loop.compiled]
+    names = [n for n in names if not options.only or any(part in n for part in options.only)]
+    processes, times = {}, {}
+    for name in names:
+        processes[name] = started(name, recipe, options)
+        times[name] = max(1, round(TURN / answer(processes[name])))
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(options.rounds):
+        for name, process in processes.items():
+            found[name].append(times[name] * options.batch_size / answer(process, f"{times[name]}"))
+    print(recipe, {name: round(statistics.median(values)) for name, values in found.items()}, file=sys.stderr, flush=True)
+    for process in processes.values():
+        process.communicate()
+    return found
 
 
 def main(options: Options) -> None:
-    device = choose(options.device)
-    table = Table(title=f"images/s at {options.image_size}x{options.image_size}, batch {options.batch_size}, {device}")
-    for heading in ("recipe", "loop", "images/s", "of the plain loop"):
+    if options.loop:
+        work(options)
+        return
+    size = f"{options.image_size}x{options.image_size} {'grey' if options.channels == 1 else 'colour'}"
+    table = Table(title=f"images/s at {size}, batch {options.batch_size}")
+    for heading in ("recipe", "loop", "images/s", "of the tutorials'", "of the tuned", "of the whole batch", "of the peak"):
         table.add_column(heading, justify="left" if heading in ("recipe", "loop") else "right")
-    for name in recipes.RECIPES:
-        recipe = recipes.get(name)
-        loops = {} if recipe.objective.r1 else {"plain PyTorch, fp32": plain(recipe, options, device)}
-        for precision in ("fp32", "bf16"):
-            loops[f"frugan, {precision}"] = frugal(recipe, options, device, precision, 1)
-        loops["frugan, fp32, 4 micro-batches"] = frugal(recipe, options, device, "fp32", 4)
-        rates: dict[str, list[float]] = {loop: [] for loop in loops}
-        for turn in range(options.rounds + 1):
-            for loop, update in loops.items():
-                begin = time.perf_counter()
-                for _ in range(options.updates):
-                    update()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                if turn:  # the first warms up
-                    rates[loop].append(options.updates * options.batch_size / (time.perf_counter() - begin))
-        base = rates.get("plain PyTorch, fp32", rates["frugan, fp32"])
-        for loop, measured in rates.items():
-            ratios = [a / b for a, b in zip(measured, base, strict=True)]
-            shown = f"{statistics.median(ratios):.2f}" if "plain PyTorch, fp32" in rates else "-"
-            table.add_row(name, loop, f"{statistics.median(measured):,.0f}", shown)
-    Console().print(table)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {options.rounds} interleaved rounds")
+    counting = started("arithmetic", options.recipes[0], options)
+    peak = answer(counting)["peaks"]
+    for recipe in options.recipes:
+        found = rates(recipe, options)
+        each = answer(started("arithmetic", recipe, options))["arithmetic"][0] / options.batch_size
+
+        def against(name: str, other: str, found: dict[str, list[float]] = found) -> str:
+            if other not in found or other == name:
+                return ""
+            return f"{statistics.median(a / b for a, b in zip(found[name], found[other], strict=True)):.2f}"
+
+        for name, measured in found.items():
+            loop = LOOPS[name]
+            star = "*" if loop.parts > 1 and recipe in ("dcgan", "upsample", "resize", "projected", "mlp") else ""
+            images = statistics.median(measured)
+            table.add_row(
+                recipe, name + star, f"{images:,.0f}", against(name, PLAIN), against(name, f"{TUNED}{loop.precision}"),
+                against(name, f"frugan, {loop.precision}") if loop.parts > 1 else "", f"{each * images / peak[loop.precision]:.0%}",
+            )  # fmt: skip
+        table.add_section()
+    Console(width=150).print(table)
+    import torch
+
+    said = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in peak.items())
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {options.rounds} interleaved rounds;")
+    print(f"peak, 10^9 operations/s: {said}. *: trains otherwise, as batch norm sees micro-batches.")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main(tyro.cli(Options, description=__doc__))

@@ -6,10 +6,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.optim import Adam
 from torch.utils import flop_counter
 
@@ -116,6 +118,40 @@ def test_where_the_allocator_cannot_be_watched_a_fifth_is_added(take_away: Calla
     assert search.holds([timeline], "return") == int(1.2 * before)
 
 
+class Doubled(Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return 2 * tangent
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_functions_are_applied_in_transformations_too(there: bool, take_away: Callable[[str], None]) -> None:
+    if not there:
+        take_away("transforming")
+    x = torch.ones(3, requires_grad=True)
+    private.applied(Doubled, x).sum().backward()
+    assert torch.equal(x.grad, torch.full((3,), 2.0))
+    found = torch.func.jvp(lambda x: private.applied(Doubled, x), (x.detach(),), (torch.ones(3) * 3,))
+    assert torch.equal(found[1], torch.full((3,), 6.0))
+
+
+def test_where_nobody_tells_there_are_no_tiles(take_away: Callable[[str], None]) -> None:
+    take_away("amx")
+    assert not private.amx()
+
+
 def test_every_part_is_really_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the tests above would show nothing of it."""
     asked = set()
@@ -131,6 +167,7 @@ def test_every_part_is_really_used(monkeypatch: pytest.MonkeyPatch) -> None:
     private.address(tensor), private.is_view(tensor), private.in_backward(), private.batch_norm(), private.can_record()
     private.flops(torch.ops.aten.mm.default, tensor[None], tensor[:, None], result=tensor)
     private.unwrapped(Adam.zero_grad), private.load_forward_mode(), private.changes(torch.ops.aten.mm.default)
+    private.amx(), private.applied(Doubled, tensor)
     assert asked == private.PARTS.keys() and source.count("torch.autograd._") == 2
 
 

@@ -21,13 +21,15 @@ from frugan.utils.errors import UserError
 
 
 def lay_out(recipe: Recipe, generator: Network, discriminator: Network) -> None:
-    """Does to new networks what the recipe's memory section says: their memory format, and what overwrites what."""
+    """Does to new networks what the recipe's memory section says: their memory format, what overwrites what, and what is fast then."""
     layout = torch.channels_last if recipe.memory.channels_last else torch.contiguous_format
     for network in (generator, discriminator):
         network.to(memory_format=layout)
         for module in network.modules():
             if isinstance(module, (nn.LeakyReLU, nn.ReLU)):
                 module.inplace = recipe.memory.in_place
+            elif hasattr(module, "by_products"):
+                module.by_products = recipe.memory.channels_last
             elif isinstance(module, Map):
                 module.memory_format = layout
 

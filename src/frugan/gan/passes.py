@@ -26,6 +26,12 @@ def normalise(images: Tensor, mirrored: Tensor | None, like: Tensor) -> Tensor:
     return images.to(like.dtype).div_(127.5).sub_(1)
 
 
+def with_channels_last(images: Tensor) -> Tensor:
+    """Images ``[n, c, h, w]`` in that memory format: with one channel too, where torch takes either for both, and layers go on with
+    what they are given."""
+    return images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
 class Passes:
     """Base of `frugan.gan.step.Step`, which says what the attributes are."""
 
@@ -80,7 +86,7 @@ class Passes:
         """Images as D sees them: the only place where they are augmented, for the use that ``rows`` name, and laid out."""
         if self.augment:
             images = self.augment(images, rows)
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+        return with_channels_last(images) if self.channels_last else images
 
     def autocast(self) -> AbstractContextManager[object]:
         """While open, networks compute in the precision that was asked for."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 PROFILER = ("on", "off", "config", "kind", "state")
 UNMEASURED = 1.2  # of a prediction where operators' workspaces cannot be seen: with them it was up to 1.15 times it (docs/LOG.md)
@@ -40,6 +41,8 @@ PARTS = {
     "view": "torch.Tensor._is_view",
     "address": "torch.UntypedStorage._cdata",
     "schema": "torch.ops.aten.add.Tensor._schema",
+    "amx": "torch.cpu._is_amx_tile_supported",
+    "transforming": "torch._C._are_functorch_transforms_active",
     "jvp": "torch._decomp.decompositions_for_jvp.decomposition_table_for_jvp",
 }
 
@@ -98,6 +101,20 @@ def batch_norm() -> tuple[type[nn.Module], ...]:
     """The classes of modules that take statistics over a batch."""
     base = part("batch_norm")
     return (base,) if base else (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def applied(function: type[Function], *given: Any) -> Any:
+    """``function.apply``, without what torch does to find default values among ``given``: 50 microseconds each time."""
+    transforming = part("transforming")
+    if transforming is None or transforming():
+        return function.apply(*given)  # type: ignore[no-untyped-call]
+    return super(Function, function).apply(*given)
+
+
+def amx() -> bool:
+    """Whether this processor has instructions that multiply tiles of matrices in bfloat16; no where nobody can tell."""
+    asked = part("amx")
+    return bool(asked and asked())
 
 
 def load_forward_mode() -> None:

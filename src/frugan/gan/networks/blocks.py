@@ -47,9 +47,59 @@ def _through(layers: Iterable[nn.Module], x: Tensor, rows: Rows | None) -> Tenso
     return x
 
 
+class Mean(nn.Conv2d):
+    """The mean of a convolution's maps: ``[n, c, h, w]`` to ``[n, out_channels]``, in at least single precision.
+
+    Args:
+        before: c.
+        out: maps.
+        kernel: its side.
+        padding: of maps.
+        grid: whether maps are brought to the kernel's size by means first, so that it sees all of them at once.
+
+    Attributes:
+        by_products: whether it is one product with the kernel spread over a map, as it is linear in all of that
+            (`frugan.gan.build.lay_out`); else layers that follow one another. Equal but for rounding.
+    """
+
+    by_products = False
+
+    def __init__(self, before: int, out: int, kernel: int, padding: int = 0, *, grid: bool = False) -> None:
+        super().__init__(before, out, kernel, padding=padding)
+        self.average = Average(kernel) if grid else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the class says."""
+        return self.product(x, self.weight, self.bias)
+
+    def product(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The same with another ``kernel`` ``[m, c, k, k]``: ``[n, m]``."""
+        if not self.by_products:
+            maps = nn.functional.conv2d(self.average(x) if self.average else x, kernel, bias, padding=self.padding)
+            return maps.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+        with torch.autocast(x.device.type, enabled=False):
+            met = self._averaged if self.average else self._met
+            down, across = (met(size, kernel) for size in x.shape[2:])
+            spread = down.T @ kernel @ across
+            rows = x.to(kernel.dtype).permute(0, 2, 3, 1).flatten(1)  # without a copy where channels are last
+            return nn.functional.linear(rows, spread.permute(0, 2, 3, 1).flatten(1), bias)
+
+    def _averaged(self, size: int, like: Tensor) -> Tensor:
+        """``[k, size]``: how much of a pixel is in a mean."""
+        return means(size, self.kernel_size[0], like)
+
+    def _met(self, size: int, like: Tensor) -> Tensor:
+        """``[k, size]``: how often, of all times, a number of the kernel meets a pixel."""
+        k, padding = self.kernel_size[0], int(self.padding[0])
+        times = size + 2 * padding - k + 1
+        number, place = torch.arange(k, device=like.device)[:, None], torch.arange(size, device=like.device)
+        first = place + padding - number
+        return ((first >= 0) & (first < times)).to(like) / times
+
+
 class Head(Block):
-    """The last block of a discriminator: layers that give features, a dense or convolutional one that makes one logit (or a map of
-    them) of these, and one that makes that ``[n]``.
+    """The last block of a discriminator: layers that give features, one that makes one logit of these (dense, or a `Mean`), and one
+    that makes that ``[n]``.
 
     Once it is told how many classes there are, each has weights of its own in the layer that makes logits, which are added to those
     that all share: the projection of Miyato and Koyama (2018, arXiv 1802.05637, equation 5), here of features that still know where
@@ -74,12 +124,8 @@ class Head(Block):
         logits: Tensor = last(x)
         if self.classes is not None:
             assert rows is not None and rows.classes is not None, "a conditional discriminator needs the classes of its samples"
-            if isinstance(last, nn.Conv2d):
-                of_each = nn.functional.conv2d(x, self.classes, None, last.stride, last.padding, last.dilation)
-            else:
-                of_each = nn.functional.linear(x, self.classes)
-            which = rows.classes.view(-1, *[1] * (x.dim() - 1)).expand(-1, 1, *of_each.shape[2:])
-            logits = logits + of_each.gather(1, which)
+            of_each = last.product(x, self.classes) if isinstance(last, Mean) else nn.functional.linear(x, self.classes)
+            logits = logits + of_each.gather(1, rows.classes[:, None])
         result: Tensor = flat(logits)
         return result
 
@@ -239,7 +285,7 @@ def means(length: int, size: int, like: Tensor) -> Tensor:
     begin, end = number * length // size, -(-(number + 1) * length // size)
     place = torch.arange(length, device=like.device)
     covered = (place >= begin[:, None]) & (place < end[:, None])
-    return (covered / (end - begin)[:, None]).to(like)
+    return covered.to(like) / (end - begin)[:, None]
 
 
 def widths(base: int, sizes: list[int]) -> list[int]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from frugan.config.architectures import Norm
 from frugan.gan.networks.blocks import Block, Network, Resize, ResizedConv, norm, seed_block, widths
+from frugan.gan.networks.convolutions import Conv2d, ConvTranspose2d
 
 
 def transposed_generator(latent_dim: int, sizes: list[int], width: int, channels: int, kind: Norm, slope: float = 0.0) -> Network:
@@ -25,7 +26,7 @@ def transposed_generator(latent_dim: int, sizes: list[int], width: int, channels
         last = i + 1 == len(c)
         out = channels if last else c[i + 1]
         kernel = 4 if sizes[i + 1] == 2 * sizes[i] else 3  # 3 gives one pixel less than the double
-        up = nn.ConvTranspose2d(c[i], out, kernel, stride=2, padding=1, bias=last or kind == "none")
+        up = ConvTranspose2d(c[i], out, kernel, stride=2, padding=1, bias=last or kind == "none")
         blocks.append(Block(up, nn.Tanh()) if last else Block(up, *norm(kind, out), activation()))
     return Network(*blocks)
 
@@ -35,9 +36,9 @@ def nearest_generator(latent_dim: int, sizes: list[int], width: int, channels: i
     c = widths(width, sizes)
     blocks = [seed_block(latent_dim, c[0], sizes[0], kind, nn.LeakyReLU(0.2, inplace=True))]
     for before, out, size in zip(c, [*c[1:], c[-1]], sizes[1:], strict=True):
-        conv = nn.Conv2d(before, out, 3, padding=1, bias=kind == "none")
+        conv = Conv2d(before, out, 3, padding=1, bias=kind == "none")
         blocks.append(Block(Resize(size), conv, *norm(kind, out), nn.LeakyReLU(0.2, inplace=True)))
-    blocks.append(Block(nn.Conv2d(c[-1], channels, 3, padding=1), nn.Tanh()))
+    blocks.append(Block(Conv2d(c[-1], channels, 3, padding=1), nn.Tanh()))
     return Network(*blocks)
 
 
@@ -49,10 +50,10 @@ class Residual(nn.Module):
         bias = kind == "none"
         self.layers = nn.Sequential(
             ResizedConv(before, out, size, bias=bias), *norm(kind, out), nn.ReLU(inplace=True),
-            nn.Conv2d(out, out, 3, padding=1, bias=bias), *norm(kind, out),
+            Conv2d(out, out, 3, padding=1, bias=bias), *norm(kind, out),
         )  # fmt: skip
         # On the smaller map, as a 1x1 convolution commutes with upsampling.
-        self.shortcut = nn.Sequential(nn.Conv2d(before, out, 1, bias=False), Resize(size))
+        self.shortcut = nn.Sequential(Conv2d(before, out, 1, bias=False), Resize(size))
 
     def forward(self, x: Tensor) -> Tensor:
         """As the class says."""
@@ -68,7 +69,7 @@ def residual_generator(latent_dim: int, sizes: list[int], width: int, channels: 
     outs = [*c[1:], max(1, c[-1] // 2)]
     for before, out, size in zip(c, outs, sizes[1:], strict=True):
         blocks.append(Block(Residual(before, out, size, kind), nn.ReLU(inplace=True)))
-    return Network(*blocks, Block(nn.Conv2d(outs[-1], channels, 3, padding=1), nn.Tanh()))
+    return Network(*blocks, Block(Conv2d(outs[-1], channels, 3, padding=1), nn.Tanh()))
 
 
 GENERATORS = {"transposed": transposed_generator, "nearest": nearest_generator, "residual": residual_generator}

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from frugan.config.architectures import Norm, Projected
-from frugan.gan.networks.blocks import Block, Head, Network, norm, radford_init
+from frugan.gan.networks.blocks import Block, Head, Mean, Network, norm, radford_init
+from frugan.gan.networks.convolutions import Conv2d
 from frugan.gan.networks.generators import GENERATORS
 from frugan.memory.batchnorm import Beside
 from frugan.utils.draws import Rows
@@ -25,7 +26,7 @@ class Level(Block):
     """A level of features: a rectified 3x3 convolution, ``[n, before, s, s]`` to ``[n, out, t, t]``, t = s / stride rounded up."""
 
     def __init__(self, before: int, out: int, stride: int) -> None:
-        super().__init__(nn.Conv2d(before, out, 3, stride=stride, padding=1), nn.ReLU(inplace=True))
+        super().__init__(Conv2d(before, out, 3, stride=stride, padding=1), nn.ReLU(inplace=True))
         self.out_channels = out
         self.begin()
 
@@ -81,23 +82,15 @@ class ProjectedDiscriminator(Network):
         return torch.stack(logits, 1)
 
 
-class MeanLogit(nn.Module):
-    """The mean over a map of logits, in at least single precision."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[n, 1, h, w]`` to ``[n]``."""
-        return x.mean((1, 2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
-
-
 def head(before: int, side: int, widths: Sequence[int], kind: Norm, block: type[Block] = Block) -> Block:
-    """Strided convolutions of ``widths`` channels, and a 3x3 one to a map of logits: ``[n, before, side, side]`` to ``[n]``."""
+    """Strided convolutions of ``widths`` channels, and the mean of a 3x3 one: ``[n, before, side, side]`` to ``[n]``."""
     layers: list[nn.Module] = []
     for out in widths:
         halves = side >= SMALLEST
-        down = nn.Conv2d(before, out, 4 if halves else 3, stride=2 if halves else 1, padding=1, bias=kind == "none")
+        down = Conv2d(before, out, 4 if halves else 3, stride=2 if halves else 1, padding=1, bias=kind == "none")
         layers += [down, *norm(kind, out), nn.LeakyReLU(0.2, inplace=True)]
         before, side = out, side // 2 if halves else side
-    made = block(*layers, nn.Conv2d(before, 1, 3, padding=1), MeanLogit())
+    made = block(*layers, Mean(before, 1, 3, padding=1), nn.Flatten(0))
     radford_init(made)
     return made
 

@@ -4,6 +4,7 @@ from torch import nn
 
 from frugan.config.architectures import Upsample
 from frugan.gan.networks.blocks import Block, Dropout, Head, Network, norm, radford_init, widths
+from frugan.gan.networks.convolutions import Conv2d
 from frugan.gan.networks.generators import nearest_generator
 
 
@@ -15,7 +16,7 @@ def build(options: Upsample, image_size: int, channels: int) -> tuple[Network, N
     blocks, in_channels, size = [], channels, image_size
     kind = options.norm_d
     for i, out in enumerate(reversed(widths(options.width_d, sizes))):
-        down = nn.Conv2d(in_channels, out, 4, stride=2, padding=1, bias=kind == "none")
+        down = Conv2d(in_channels, out, 4, stride=2, padding=1, bias=kind == "none")
         drop = Dropout(options.dropout, f"down{i}")
         blocks.append(Block(down, *norm(kind, out), nn.LeakyReLU(0.2, inplace=True), drop))
         in_channels, size = out, size // 2
