@@ -10,7 +10,7 @@ from torch import nn
 from frugan.config.recipe import Recipe
 from frugan.gan.augment import Adaptive, adaptive, augment
 from frugan.gan.levers import of_phase
-from frugan.gan.networks import Map, Network
+from frugan.gan.networks import ByProducts, Map, Network
 from frugan.gan.optim import Ema, FrugalAdam, LowBitAdam
 from frugan.gan.step import Batch as Batch
 from frugan.gan.step import Step, Terms
@@ -21,14 +21,14 @@ from frugan.utils.errors import UserError
 
 
 def lay_out(recipe: Recipe, generator: Network, discriminator: Network) -> None:
-    """Does to new networks what the recipe's memory section says: their memory format, what overwrites what, and what is fast then."""
+    """Does to new networks what the recipe's memory section says: their memory format, what overwrites what, what is a product."""
     layout = torch.channels_last if recipe.memory.channels_last else torch.contiguous_format
     for network in (generator, discriminator):
         network.to(memory_format=layout)
         for module in network.modules():
             if isinstance(module, (nn.LeakyReLU, nn.ReLU)):
                 module.inplace = recipe.memory.in_place
-            elif hasattr(module, "by_products"):
+            elif isinstance(module, ByProducts):
                 module.by_products = recipe.memory.channels_last
             elif isinstance(module, Map):
                 module.memory_format = layout

@@ -107,8 +107,8 @@ def applied(function: type[Function], *given: Any) -> Any:
     """``function.apply``, without what torch does to find default values among ``given``: 50 microseconds each time."""
     transforming = part("transforming")
     if transforming is None or transforming():
-        return function.apply(*given)  # type: ignore[no-untyped-call]
-    return super(Function, function).apply(*given)
+        return function.apply(*given)
+    return super(Function, function).apply(*given)  # type: ignore[misc]
 
 
 def amx() -> bool:

@@ -6,6 +6,7 @@ import torch
 
 from frugan.config.architectures import Architecture
 from frugan.gan.networks.blocks import ClassNoise, Head, Map, Network
+from frugan.gan.networks.convolutions import ByProducts
 from frugan.utils.draws import derive
 from frugan.utils.errors import UserError
 
@@ -36,4 +37,4 @@ def _condition(generator: Network, discriminator: Network, network: Architecture
         head.condition(classes)
 
 
-__all__ = ["Map", "Network", "build"]
+__all__ = ["ByProducts", "Map", "Network", "build"]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from frugan.config.architectures import Norm
+from frugan.gan.networks.convolutions import ByProducts
 from frugan.memory.private import batch_norm
 from frugan.utils.draws import Rows
 
@@ -47,8 +48,10 @@ def _through(layers: Iterable[nn.Module], x: Tensor, rows: Rows | None) -> Tenso
     return x
 
 
-class Mean(nn.Conv2d):
+class Mean(ByProducts, nn.Conv2d):
     """The mean of a convolution's maps: ``[n, c, h, w]`` to ``[n, out_channels]``, in at least single precision.
+
+    It is linear in all of a map: by products it is one, with the kernel as it is spread over the map.
 
     Args:
         before: c.
@@ -56,13 +59,7 @@ class Mean(nn.Conv2d):
         kernel: its side.
         padding: of maps.
         grid: whether maps are brought to the kernel's size by means first, so that it sees all of them at once.
-
-    Attributes:
-        by_products: whether it is one product with the kernel spread over a map, as it is linear in all of that
-            (`frugan.gan.build.lay_out`); else layers that follow one another. Equal but for rounding.
     """
-
-    by_products = False
 
     def __init__(self, before: int, out: int, kernel: int, padding: int = 0, *, grid: bool = False) -> None:
         super().__init__(before, out, kernel, padding=padding)

@@ -46,14 +46,18 @@ class Geometry:
         ]
 
 
-class Conv2d(nn.Conv2d):
-    """torch's, by products where those are faster.
+class ByProducts:
+    """Base of the layers that can be products of matrices, equal but for rounding.
 
     Attributes:
-        by_products: whether it looks for that at all (`frugan.gan.build.lay_out`).
+        by_products: whether they look for that at all (`frugan.gan.build.lay_out`).
     """
 
     by_products = False
+
+
+class Conv2d(ByProducts, nn.Conv2d):
+    """torch's, by products where those are faster."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``[n, in_channels, h, w]`` to ``[n, out_channels, ...]``."""
@@ -71,10 +75,8 @@ class Conv2d(nn.Conv2d):
         return super().forward(x)
 
 
-class ConvTranspose2d(nn.ConvTranspose2d):
+class ConvTranspose2d(ByProducts, nn.ConvTranspose2d):
     """torch's, as `Conv2d` is."""
-
-    by_products = False
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """``[n, in_channels, h, w]`` to ``[n, out_channels, ...]``."""
@@ -89,11 +91,11 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         return super().forward(x)
 
 
-def _plain(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
+def _plain(layer: Conv2d | ConvTranspose2d, x: Tensor) -> bool:
     """Whether ``layer`` looks for products, on these maps, and is nothing special."""
     alike = all(len({*pair}) == 1 for pair in (layer.kernel_size, layer.stride, layer.padding) if not isinstance(pair, str))
     return (
-        getattr(layer, "by_products", False) and x.device.type == "cpu" and alike and layer.groups == 1
+        layer.by_products and x.device.type == "cpu" and alike and layer.groups == 1
         and layer.dilation == (1, 1) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     )  # fmt: skip
 
