@@ -67,10 +67,10 @@ class Conv2d(ByProducts, nn.Conv2d):
         k, stride, padding = self.kernel_size[0], self.stride[0], int(self.padding[0])
         size = (x.shape[2], x.shape[3])
         turned = stride == 1 and k == 2 * padding + 1 and self.out_channels < self.in_channels  # it is a transposed one too
-        if turned and (products := _faster(self.out_channels, size, k, 1, x.dtype)):
+        if turned and (products := chosen(self.out_channels, size, k, 1, x.dtype)):
             return up(x, kernel.flip(2, 3).transpose(0, 1), bias, Geometry(k, 1, padding, size, size, products))
         small = ((size[0] + 2 * padding - k) // stride + 1, (size[1] + 2 * padding - k) // stride + 1)
-        if products := _faster(self.in_channels, small, k, stride, x.dtype):
+        if products := chosen(self.in_channels, small, k, stride, x.dtype):
             return down(x, kernel, bias, Geometry(k, stride, padding, size, small, products))
         return super().forward(x)
 
@@ -86,7 +86,7 @@ class ConvTranspose2d(ByProducts, nn.ConvTranspose2d):
         k, stride, padding = self.kernel_size[0], self.stride[0], int(self.padding[0])
         small = (x.shape[2], x.shape[3])
         large = tuple((s - 1) * stride - 2 * padding + k + more for s, more in zip(small, self.output_padding, strict=True))
-        if products := _faster(self.out_channels, small, k, stride, x.dtype):
+        if products := chosen(self.out_channels, small, k, stride, x.dtype):
             return up(x, kernel, bias, Geometry(k, stride, padding, (large[0], large[1]), small, products))
         return super().forward(x)
 
@@ -100,7 +100,7 @@ def _plain(layer: Conv2d | ConvTranspose2d, x: Tensor) -> bool:
     )  # fmt: skip
 
 
-def _faster(channels: int, small: tuple[int, int], kernel: int, stride: int, dtype: torch.dtype) -> frozenset[Operation]:
+def chosen(channels: int, small: tuple[int, int], kernel: int, stride: int, dtype: torch.dtype) -> frozenset[Operation]:
     """The operations that are products, between large maps of ``channels`` and ``small`` ones: where one processor was faster."""
     bf16, strided, side = dtype == torch.bfloat16, stride > 1, max(small)
     if kernel == 1 or (bf16 and not amx()):  # what bfloat16 is like without tiles nobody has measured
@@ -132,6 +132,12 @@ def down(large: Tensor, kernel: Tensor, bias: Tensor | None, geometry: Geometry)
 def up(small: Tensor, kernel: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """The transposed convolution ``[n, b, *small]``, ``[b, a, k, k]`` to ``[n, a, *large]``; ``bias``: ``[a]``."""
     made: Tensor = applied(_Up, small, kernel, bias, geometry)
+    return made
+
+
+def pair(large: Tensor, small: Tensor, geometry: Geometry) -> Tensor:
+    """The gradient in the kernel, ``[b, a, k, k]``, of a convolution of ``large`` whose result has the gradient ``small``."""
+    made: Tensor = applied(_Pair, large, small, None, geometry)
     return made
 
 
