@@ -79,7 +79,8 @@ class Mean(ByProducts, nn.Conv2d):
             down, across = (met(size, kernel) for size in x.shape[2:])
             spread = down.T @ kernel @ across
             rows = x.to(kernel.dtype).permute(0, 2, 3, 1).flatten(1)  # without a copy where channels are last
-            return nn.functional.linear(rows, spread.permute(0, 2, 3, 1).flatten(1), bias)
+            made = rows @ spread.permute(0, 2, 3, 1).flatten(1).T
+            return made if bias is None else made + bias
 
     def _averaged(self, size: int, like: Tensor) -> Tensor:
         """``[k, size]``: how much of a pixel is in a mean."""
