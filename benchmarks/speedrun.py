@@ -25,8 +25,8 @@ from unseen import COLUMNS, Judge, samples_of, words
 from frugan.config.recipe import Data
 from frugan.reporting.run_folder import RunFolder
 
-# The only ones that were timed. On a GPU larger batches, where an update costs little more, with higher rates (docs/gpu.md); on a CPU also
-# narrower networks, as arithmetic is what takes the time there (docs/LOG.md).
+# The only ones that were timed. On a GPU larger batches, where an update costs little more, with higher rates (docs/gpu.md); on a
+# CPU also narrower networks, as arithmetic is what takes the time there (docs/LOG.md).
 RATES = "--lr-g 2e-3 --lr-d 2e-3"
 SETTINGS = {
     "cuda": f"--recipe resize --batch-size 512 {RATES}",
