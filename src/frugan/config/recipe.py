@@ -138,7 +138,9 @@ class Memory(Section):
     precision: Literal["fp32", "tf32", "bf16", "fp16", "auto"] = option(
         "fp32", "arithmetic inside the networks; auto: bf16 or fp16 where the device is fast at it (all but fp32 approximate)"
     )
-    channels_last: bool = option(True, "lay images out with the channels innermost: faster convolutions, on a CPU also by products of matrices")
+    channels_last: bool = option(
+        True, "lay images out with the channels innermost: faster convolutions, on a CPU also by products of matrices"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ each linear in both arguments and each the others' derivative: as they say so he
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -61,18 +62,13 @@ class Conv2d(ByProducts, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[n, in_channels, h, w]`` to ``[n, out_channels, ...]``."""
-        if not _plain(self, x):
+        if (planned := _planned_for(self, x)) is None:
             return super().forward(x)
+        turned, geometry = planned
         x, kernel, bias = _cast(x, self.weight, self.bias)
-        k, stride, padding = self.kernel_size[0], self.stride[0], int(self.padding[0])
-        size = (x.shape[2], x.shape[3])
-        turned = stride == 1 and k == 2 * padding + 1 and self.out_channels < self.in_channels  # it is a transposed one too
-        if turned and (products := chosen(self.out_channels, size, k, 1, x.dtype)):
-            return up(x, kernel.flip(2, 3).transpose(0, 1), bias, Geometry(k, 1, padding, size, size, products))
-        small = ((size[0] + 2 * padding - k) // stride + 1, (size[1] + 2 * padding - k) // stride + 1)
-        if products := chosen(self.in_channels, small, k, stride, x.dtype):
-            return down(x, kernel, bias, Geometry(k, stride, padding, size, small, products))
-        return super().forward(x)
+        if turned:
+            return up(x, kernel.flip(2, 3).transpose(0, 1), bias, geometry)
+        return down(x, kernel, bias, geometry)
 
 
 class ConvTranspose2d(ByProducts, nn.ConvTranspose2d):
@@ -80,24 +76,43 @@ class ConvTranspose2d(ByProducts, nn.ConvTranspose2d):
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """``[n, in_channels, h, w]`` to ``[n, out_channels, ...]``."""
-        if output_size is not None or not _plain(self, x):
+        if output_size is not None or (planned := _planned_for(self, x)) is None:
             return super().forward(x, output_size)
-        x, kernel, bias = _cast(x, self.weight, self.bias)
-        k, stride, padding = self.kernel_size[0], self.stride[0], int(self.padding[0])
-        small = (x.shape[2], x.shape[3])
-        large = tuple((s - 1) * stride - 2 * padding + k + more for s, more in zip(small, self.output_padding, strict=True))
-        if products := chosen(self.out_channels, small, k, stride, x.dtype):
-            return up(x, kernel, bias, Geometry(k, stride, padding, (large[0], large[1]), small, products))
-        return super().forward(x)
+        return up(*_cast(x, self.weight, self.bias), planned[1])
 
 
-def _plain(layer: Conv2d | ConvTranspose2d, x: Tensor) -> bool:
-    """Whether ``layer`` looks for products, on these maps, and is nothing special."""
-    alike = all(len({*pair}) == 1 for pair in (layer.kernel_size, layer.stride, layer.padding) if not isinstance(pair, str))
-    return (
-        layer.by_products and x.device.type == "cpu" and alike and layer.groups == 1
-        and layer.dilation == (1, 1) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+def _planned_for(layer: Conv2d | ConvTranspose2d, x: Tensor) -> tuple[bool, Geometry] | None:
+    """How ``layer`` computes these maps by products; None: as torch does."""
+    if not layer.by_products or x.device.type != "cpu" or isinstance(layer.padding, str):
+        return None
+    special = layer.groups, layer.dilation, layer.padding_mode
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return _planned(
+        layer.transposed, layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
+        layer.output_padding, special == (1, (1, 1), "zeros"), tuple(x.shape[2:]), dtype,
     )  # fmt: skip
+
+
+@cache
+def _planned(
+    transposed: bool, before: int, out: int, kernel: tuple[int, ...], strides: tuple[int, ...], paddings: tuple[int, ...],
+    more: tuple[int, ...], plain: bool, size: tuple[int, ...], dtype: torch.dtype,
+) -> tuple[bool, Geometry] | None:  # fmt: skip
+    """Whether a convolution is turned into a transposed one, and the geometry; None where nothing is faster."""
+    if not plain or any(len({*pair}) > 1 for pair in (kernel, strides, paddings)):
+        return None
+    k, stride, padding = kernel[0], strides[0], paddings[0]
+    here = (size[0], size[1])
+    if transposed:
+        large = [(s - 1) * stride - 2 * padding + k + m for s, m in zip(size, more, strict=True)]
+        products = chosen(out, here, k, stride, dtype)
+        return (False, Geometry(k, stride, padding, (large[0], large[1]), here, products)) if products else None
+    turned = stride == 1 and k == 2 * padding + 1 and out < before  # it is a transposed one too
+    if turned and (products := chosen(out, here, k, 1, dtype)):
+        return True, Geometry(k, 1, padding, here, here, products)
+    small = ((size[0] + 2 * padding - k) // stride + 1, (size[1] + 2 * padding - k) // stride + 1)
+    products = chosen(before, small, k, stride, dtype)
+    return (False, Geometry(k, stride, padding, here, small, products)) if products else None
 
 
 def chosen(channels: int, small: tuple[int, int], kernel: int, stride: int, dtype: torch.dtype) -> frozenset[Operation]:
@@ -116,7 +131,7 @@ def chosen(channels: int, small: tuple[int, int], kernel: int, stride: int, dtyp
 
 
 def _cast(x: Tensor, kernel: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As autocast would have them."""
+    """As autocast has them."""
     if not torch.is_autocast_enabled("cpu"):
         return x, kernel, bias
     dtype = torch.get_autocast_dtype("cpu")
@@ -179,8 +194,8 @@ class _Down(_Operation):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         large, kernel = ctx.saved_tensors
-        of_large = None if kernel is None else applied(_Up, gradient, kernel, None, ctx.geometry)
-        of_kernel = None if large is None else applied(_Pair, large, gradient, None, ctx.geometry)
+        of_large = None if kernel is None else _derivative(_Up, gradient, kernel, None, ctx.geometry)
+        of_kernel = None if large is None else _derivative(_Pair, large, gradient, None, ctx.geometry)
         return of_large, of_kernel, gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None, None
 
     @staticmethod
@@ -199,8 +214,8 @@ class _Up(_Operation):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         small, kernel = ctx.saved_tensors
-        of_small = None if kernel is None else applied(_Down, gradient, kernel, None, ctx.geometry)
-        of_kernel = None if small is None else applied(_Pair, gradient, small, None, ctx.geometry)
+        of_small = None if kernel is None else _derivative(_Down, gradient, kernel, None, ctx.geometry)
+        of_kernel = None if small is None else _derivative(_Pair, gradient, small, None, ctx.geometry)
         return of_small, of_kernel, gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None, None
 
     @staticmethod
@@ -223,13 +238,19 @@ class _Pair(_Operation):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         large, small = ctx.saved_tensors
-        of_large = None if small is None else applied(_Up, small, gradient, None, ctx.geometry)
-        of_small = None if large is None else applied(_Down, large, gradient, None, ctx.geometry)
+        of_large = None if small is None else _derivative(_Up, small, gradient, None, ctx.geometry)
+        of_small = None if large is None else _derivative(_Down, large, gradient, None, ctx.geometry)
         return of_large, of_small, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         return _Pair.tangent(ctx, *tangents[:3])
+
+
+def _derivative(operation: type[_Operation], *given: Any) -> Tensor:
+    """The operation in backward: as a function where there is a derivative of it too."""
+    made: Tensor = applied(operation, *given) if torch.is_grad_enabled() else operation.forward(*given)
+    return made
 
 
 def _numbers(geometry: Geometry) -> tuple[list[int], list[int], list[int]]:
