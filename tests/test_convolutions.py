@@ -122,6 +122,7 @@ def test_means_of_convolutions(kernel: int, padding: int, grid: bool, side: int)
         assert one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=1e-12)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer.float()(x.bfloat16()).dtype == torch.float32
+    assert layer.to("meta")(x.to("meta")).shape == (3, 2)
 
 
 @pytest.mark.parametrize("name", ["mlp", "upsample", "dcgan", "resize", "r3", "projected"])

@@ -1,6 +1,7 @@
 """What the networks are made of."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ class Mean(ByProducts, nn.Conv2d):
         if not self.by_products:
             maps = nn.functional.conv2d(self.average(x) if self.average else x, kernel, bias, padding=self.padding)
             return maps.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
-        with torch.autocast(x.device.type, enabled=False):
+        with nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False):
             met = self._averaged if self.average else self._met
             down, across = (met(size, kernel) for size in x.shape[2:])
             spread = down.T @ kernel @ across
