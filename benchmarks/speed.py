@@ -7,7 +7,8 @@ thrown away) in G's phase; or D frozen in G's phase, channels-last, fused Adam, 
 step lies in memory as ``frugan train`` has it, average left out, as the loops have none. Each loop is a process of its own; the
 processes take turns on the same images, all resident, and the table has medians of what the rounds have. The share of the peak is
 that of the arithmetic in the tuned loop's convolutions and products, by what a product of large matrices does here in the same
-precision. Run it on a machine that does nothing else.
+precision, once a table: a rough share where a machine changes its speed. Run it on a machine that does nothing else. With
+``--compile`` it was run once, for one recipe; on accelerators never.
 
 Rows with a star train otherwise: batch norm sees micro-batches.
 """

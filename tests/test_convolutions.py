@@ -66,7 +66,7 @@ CHOSEN = [  # of layers that have products in one precision or both
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layer", CHOSEN, ids=repr)
 def test_layers_are_torchs(layer: Conv2d | ConvTranspose2d, precision: torch.dtype) -> None:
     layer.to(memory_format=LAST)

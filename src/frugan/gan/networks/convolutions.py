@@ -116,7 +116,10 @@ def _planned(
 
 
 def chosen(channels: int, small: tuple[int, int], kernel: int, stride: int, dtype: torch.dtype) -> frozenset[Operation]:
-    """The operations that are products, between large maps of ``channels`` and ``small`` ones: where one processor was faster."""
+    """The operations that are products, between large maps of ``channels`` and ``small`` ones.
+
+    Where they were faster on an Intel Xeon with AMX, the one processor that was asked (`benchmarks/operators.py`, docs/LOG.md).
+    """
     bf16, strided, side = dtype == torch.bfloat16, stride > 1, max(small)
     if kernel == 1 or (bf16 and not amx()):  # what bfloat16 is like without tiles nobody has measured
         return frozenset()
