@@ -38,7 +38,8 @@ NETWORKS: dict[str, Architecture] = {
     for kind in (Dcgan, Upsample, Mlp)
     for where in ("G", "D", "both")
 }
-NETWORKS["projected, both"] = Projected(latent_dim=5, width_g=4, width_d=4, feature_width=4, feature_levels=2)
+NETWORKS["dcgan, modulated, both"] = Dcgan(**SMALL, upsampling="nearest", modulation=True)
+NETWORKS["projected, both"] = Projected(latent_dim=5, width_g=4, width_d=4, feature_width=4, feature_levels=2, modulation=True)
 assert all(build(n, 12, 2)["D" in where].couples_samples for where, n in NETWORKS.items())
 EXACT = "whole_batch_norm"
 

@@ -20,10 +20,10 @@ from frugan.utils.draws import Draws
 NETWORKS = {
     "r3": R3(latent_dim=5, width_g=4, width_d=4),
     "dcgan": Dcgan(latent_dim=5, width_g=4, width_d=4, norm_g="none", norm_d="none"),
-    "dcgan-group": Dcgan(latent_dim=5, width_g=4, width_d=4, norm_g="group", norm_d="group"),
+    "dcgan-group": Dcgan(latent_dim=5, width_g=4, width_d=4, norm_g="group", norm_d="group", modulation=True),
     "upsample": Upsample(latent_dim=5, width_g=4, width_d=4, norm_g="none", norm_d="none"),
     "mlp": Mlp(latent_dim=5, width_g=4, width_d=8, norm_g="none", norm_d="none"),
-    "projected": Projected(latent_dim=5, width_g=4, width_d=4, norm_g="none", norm_d="none", feature_width=2),
+    "projected": Projected(latent_dim=5, width_g=4, width_d=4, norm_g="none", norm_d="none", feature_width=2, modulation=True),
 }
 OBJECTIVES = {
     "bce": Bce(label_smoothing=0.1),

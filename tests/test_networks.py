@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from frugan.config import recipes
-from frugan.config.architectures import R3, Architecture, Dcgan, Upsampling
+from frugan.config.architectures import R3, Architecture, Dcgan, Norm, Upsampling
 from frugan.gan.networks import build
-from frugan.gan.networks.blocks import ResizedConv, means, norm
-from frugan.gan.networks.generators import GENERATORS
+from frugan.gan.networks.blocks import Modulated, means, norm
+from frugan.gan.networks.generators import GENERATORS, ResizedConv
 from frugan.gan.networks.r3 import Enlarge, Enlarged
 from frugan.gan.summary import summarise
 from frugan.utils.draws import Draws, Rows
@@ -37,6 +37,33 @@ def test_every_way_to_enlarge_maps_at_odd_sizes(upsampling: Upsampling) -> None:
         images = generator(torch.randn(2, 6))
         assert images.shape == (2, 3, size, size) and images.abs().max() <= 1
         assert any(isinstance(m, nn.ConvTranspose2d) for m in generator.modules()) == (upsampling == "transposed")
+
+
+@pytest.mark.parametrize("upsampling", GENERATORS)
+@pytest.mark.parametrize("kind", ["batch", "group", "none"])
+def test_modulation_by_nothing_is_the_generator_without_and_by_noise_another(upsampling: Upsampling, kind: Norm) -> None:
+    plain, _ = build(Dcgan(**SMALL, upsampling=upsampling, norm_g=kind), 28, 3)
+    modulated, _ = build(Dcgan(**SMALL, upsampling=upsampling, norm_g=kind, modulation=True), 28, 3)
+    taken = modulated.load_state_dict(plain.state_dict(), strict=False)  # what is in both has the same name
+    layers = [m for m in modulated.modules() if isinstance(m, Modulated)]
+    assert len(taken.missing_keys) == 2 * len(layers) and not taken.unexpected_keys
+    z, rows = torch.randn(3, 6), Rows(Draws(0), "t", 0, 3)
+    assert not torch.allclose(modulated(z, rows), plain(z), atol=1e-3)
+    for i, layer in enumerate(layers):
+        nn.init.zeros_(layer.weight)
+        same = torch.allclose(modulated(z, rows), plain(z), atol=1e-6)
+        assert same == (i + 1 == len(layers)), "one of them does nothing"
+
+
+def test_what_modulates_says_the_class_and_is_learnt() -> None:
+    generator, _ = build(Dcgan(**SMALL, norm_g="group", modulation=True), 16, 1, classes=3)
+    assert generator.entry is not None
+    z, rows = torch.randn(1, 6).expand(3, 6), Rows(Draws(0), "t", 0, 3, torch.arange(3))
+    nn.init.zeros_(generator.blocks[0].get_parameter("0.weight"))  # then only what modulates has the noise
+    images = generator(z, rows)
+    assert (images[0] - images[1]).abs().max() > 1e-4
+    images.square().sum().backward()
+    assert generator.entry.classes.grad is not None and generator.entry.classes.grad.norm(dim=1).gt(0).all()
 
 
 @pytest.mark.parametrize("kind", ["dcgan", "upsample", "mlp"])

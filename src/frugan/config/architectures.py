@@ -42,6 +42,7 @@ Upsampling = Literal["transposed", "nearest", "residual"]
 UPSAMPLING = (
     "how the generator enlarges maps: transposed convolutions; nearest upsampling and one 3x3 convolution, or residual blocks"
 )
+MODULATION = "noise scales and shifts the generator's maps after each normalisation (self-modulation)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,7 @@ class Dcgan(Architecture):
 
     kind: ClassVar[str] = "dcgan"
     upsampling: Upsampling = option("transposed", UPSAMPLING)
+    modulation: bool = option(False, MODULATION)
     width_g: int = option(64, "channels of the generator's largest maps; doubled with every halving, up to 8 times", least=1)
     width_d: int = option(64, "channels of the discriminator's largest maps; doubled with every halving, up to 8 times", least=1)
     norm_g: Norm = option("batch", "normalisation in the generator")
@@ -111,6 +113,7 @@ class Projected(Architecture):
     norm_g: Norm = option("batch", "normalisation in the generator")
     norm_d: Norm = option("batch", "normalisation in the discriminator's heads")
     upsampling: Upsampling = option("residual", UPSAMPLING)
+    modulation: bool = option(False, MODULATION)
     features: Literal["auto", "labels", "rotations", "both", "random"] = option(
         "auto", "what the frozen features are learnt from; auto: labels if there are any, else rotations; random: never trained"
     )

@@ -191,6 +191,7 @@ class Rows:
         first: the number of the first sample.
         count: how many there are.
         classes: theirs, int64 ``[count]`` on the device, or None where classes are not learnt.
+        noise: what a generator makes them from, ``[count, latent_dim]``, once it has been given that.
     """
 
     draws: Draws
@@ -198,6 +199,7 @@ class Rows:
     first: int
     count: int
     classes: Tensor | None = None
+    noise: Tensor | None = None
 
     def used_as(self, scope: str) -> Self:
         """The same samples for another use."""

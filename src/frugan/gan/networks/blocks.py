@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -35,15 +36,39 @@ class Dropout(OfSamples):
         return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
 
 
+class Modulated(OfSamples, nn.Linear):
+    """Maps ``h``, scaled and shifted by the noise ``z`` that a sample is made from, ``(1 + A z) h + B z + c`` for each channel, then
+    activated (self-modulation, Chen et al. 2019, arXiv 1810.01365, without its hidden layer).
+
+    Args:
+        latent_dim: of the noise.
+        channels: of the maps.
+        activation: what follows.
+    """
+
+    def __init__(self, latent_dim: int, channels: int, activation: nn.Module | None = None) -> None:
+        super().__init__(latent_dim, 2 * channels)
+        self.activation = activation or nn.Identity()
+
+    def forward(self, x: Tensor, rows: Rows | None) -> Tensor:  # type: ignore[override]
+        """Maps ``[n, channels, h, w]`` to the same; ``rows`` must have the noise."""
+        assert rows is not None and rows.noise is not None, "a modulated layer needs the noise of its samples"
+        made = nn.functional.linear(rows.noise, self.weight, self.bias).to(x.dtype)
+        scale, shift = made[:, :, None, None].chunk(2, 1)
+        found: Tensor = self.activation(torch.addcmul(shift, x, scale + 1))
+        return found
+
+
 class Block(nn.Sequential):
     """Layers that belong together: the unit of activation checkpointing and of freezing."""
 
     def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
         """Applies the layers in turn; those that need to know for which samples are told."""
-        return _through(self, x, rows)
+        return through(self, x, rows)
 
 
-def _through(layers: Iterable[nn.Module], x: Tensor, rows: Rows | None) -> Tensor:
+def through(layers: Iterable[nn.Module], x: Tensor, rows: Rows | None) -> Tensor:
+    """``x`` after each of ``layers`` in turn; those that need to know for which samples are told."""
     for layer in layers:
         x = layer(x, rows) if isinstance(layer, OfSamples) else layer(x)
     return x
@@ -119,7 +144,7 @@ class Head(Block):
     def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
         """Logits ``[n]``; ``rows`` must have classes if they are learnt."""
         *before, last, flat = self
-        x = _through(before, x, rows)
+        x = through(before, x, rows)
         logits: Tensor = last(x)
         if self.classes is not None:
             assert rows is not None and rows.classes is not None, "a conditional discriminator needs the classes of its samples"
@@ -158,6 +183,7 @@ class Network(nn.Module):
 
     Attributes:
         entry: what noise goes through first, if there are classes.
+        modulated: whether blocks are told the noise too.
     """
 
     entry: ClassNoise | None
@@ -166,11 +192,15 @@ class Network(nn.Module):
         super().__init__()
         self.register_module("entry", None)
         self.blocks = nn.ModuleList(blocks)
+        self.modulated = any(isinstance(m, Modulated) for m in self.modules())
 
     def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
         """Applies the blocks in turn."""
         if self.entry is not None:
             x = self.entry(x, rows)
+        if self.modulated:
+            assert rows is not None, "a modulated generator needs to know which samples it makes"
+            rows = replace(rows, noise=x)
         for block in self.blocks:
             x = block(x, rows)
         return x
@@ -217,50 +247,6 @@ class Map(nn.Module):
         return x.reshape(len(x), *self.shape).contiguous(memory_format=self.memory_format)
 
 
-class Resize(nn.Module):
-    """Nearest upsampling to ``size``."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[n, c, h, w]`` to ``[n, c, size, size]``."""
-        return enlarged(x, self.size)
-
-
-def enlarged(x: Tensor, size: int) -> Tensor:
-    """Nearest upsampling of maps ``[n, c, h, h]`` to ``[n, c, size, size]``."""
-    if x.device.type == "xla" and 2 * x.shape[-1] - size in (0, 1):  # its own is for TPUs alone, and elsewhere the host's
-        n, c, h, w = x.shape
-        return x[:, :, :, None, :, None].expand(n, c, h, 2, w, 2).reshape(n, c, 2 * h, 2 * w)[:, :, :size, :size]
-    return nn.functional.interpolate(x, size=(size, size))
-
-
-class ResizedConv(nn.Conv2d):
-    """Nearest upsampling to ``size`` and a 3x3 convolution, ``[n, before, h, w]`` to ``[n, out, size, size]``.
-
-    Where that doubles the size, both are one transposed convolution by 2 with a 4x4 kernel, each of whose numbers is the sum of
-    those that meet the same pixel: equal but for rounding, with 4/9 of the arithmetic.
-    """
-
-    def __init__(self, before: int, out: int, size: int, *, bias: bool) -> None:
-        super().__init__(before, out, 3, padding=1, bias=bias)
-        self.size = size
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As the class says."""
-        if 2 * x.shape[-1] != self.size or 2 * x.shape[-2] != self.size:
-            return super().forward(enlarged(x, self.size))
-        kernel = _doubled(_doubled(self.weight, 2), 3).transpose(0, 1)
-        return nn.functional.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
-
-
-def _doubled(weight: Tensor, dim: int) -> Tensor:
-    first, second, third = weight.unbind(dim)
-    return torch.stack([third, second + third, first + second, first], dim)
-
-
 class Average(nn.Module):
     """Adaptive average pooling to ``size``: each pixel is the mean of those it covers."""
 
@@ -292,12 +278,6 @@ def widths(base: int, sizes: list[int]) -> list[int]:
     return [base * min(8, 2 ** (len(sizes) - 2 - i)) for i in range(len(sizes) - 1)]
 
 
-def seed_block(latent_dim: int, channels: int, size: int, kind: Norm, activation: nn.Module) -> Block:
-    """Noise ``[n, latent_dim]`` to a first feature map ``[n, channels, size, size]``."""
-    dense = nn.Linear(latent_dim, channels * size * size, bias=kind == "none")
-    return Block(dense, Map(channels, size), *norm(kind, channels), activation)
-
-
 @torch.no_grad()
 def radford_init(network: nn.Module) -> None:
     """Weights from N(0, 0.02), scales of batch norm from N(1, 0.02) (Radford et al. 2015, section 4).
@@ -307,7 +287,7 @@ def radford_init(network: nn.Module) -> None:
     normed = any(isinstance(m, (*batch_norm(), nn.GroupNorm)) for m in network.modules())
     for m in network.modules():
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            if normed:
+            if normed or isinstance(m, Modulated):
                 nn.init.normal_(m.weight, 0.0, 0.02)
             else:
                 nn.init.kaiming_normal_(m.weight, a=0.2)

@@ -11,7 +11,9 @@ from frugan.gan.networks.generators import GENERATORS
 def build(options: Dcgan, image_size: int, channels: int) -> tuple[Network, Network]:
     """Both networks; see `frugan.gan.networks.build`."""
     sizes = options.sizes(image_size)
-    generator = GENERATORS[options.upsampling](options.latent_dim, sizes, options.width_g, channels, options.norm_g)
+    generator = GENERATORS[options.upsampling](
+        options.latent_dim, sizes, options.width_g, channels, options.norm_g, modulation=options.modulation
+    )
 
     blocks, before, size = [], channels, image_size
     for i, out in enumerate(reversed(widths(options.width_d, sizes))):

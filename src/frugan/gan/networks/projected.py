@@ -106,7 +106,7 @@ def places(options: Projected, image_size: int) -> dict[tuple[str, int], int]:
 def build(options: Projected, image_size: int, channels: int) -> tuple[Network, Network]:
     """Both networks; see `frugan.gan.networks.build`."""
     generator = GENERATORS[options.upsampling](
-        options.latent_dim, options.sizes(image_size), options.width_g, channels, options.norm_g
+        options.latent_dim, options.sizes(image_size), options.width_g, channels, options.norm_g, modulation=options.modulation
     )
     radford_init(generator)
 
