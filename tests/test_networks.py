@@ -48,7 +48,7 @@ def test_modulation_by_nothing_is_the_generator_without_and_by_noise_another(ups
     layers = [m for m in modulated.modules() if isinstance(m, Modulated)]
     assert len(taken.missing_keys) == 2 * len(layers) and not taken.unexpected_keys
     z, rows = torch.randn(3, 6), Rows(Draws(0), "t", 0, 3)
-    assert not torch.allclose(modulated(z, rows), plain(z), atol=1e-3)
+    assert not torch.allclose(modulated(z, rows), plain(z), atol=1e-3) and torch.equal(modulated(z), modulated(z, rows))
     for i, layer in enumerate(layers):
         nn.init.zeros_(layer.weight)
         same = torch.allclose(modulated(z, rows), plain(z), atol=1e-6)

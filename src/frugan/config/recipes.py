@@ -67,7 +67,7 @@ def projected() -> Recipe:
     """Heads on frozen features that are learnt from the same images in seconds (Sauer et al. 2021, arXiv 2111.01007)."""
     return Recipe(
         recipe="projected",
-        network=Projected(),
+        network=Projected(modulation=True),
         objective=Bce(label_smoothing=0.1),
         optimizer=Optimizer(lr_g=3e-3, lr_d=3e-3, beta1=0.5, beta2=0.999, schedule="cosine"),
         memory=Memory(precision="auto"),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from frugan.config.architectures import Norm
 from frugan.gan.networks.convolutions import ByProducts
 from frugan.memory.private import batch_norm
-from frugan.utils.draws import Rows
+from frugan.utils.draws import Draws, Rows
 
 SHIFT = 0.3  # of noise by its class, at first, in standard deviations of noise
 
@@ -37,7 +37,7 @@ class Dropout(OfSamples):
 
 
 class Modulated(OfSamples, nn.Linear):
-    """Maps ``h``, scaled and shifted by the noise ``z`` that a sample is made from, ``(1 + A z) h + B z + c`` for each channel, then
+    """Maps ``h``, scaled and shifted by the noise ``z`` that a sample is made from, ``(1 + A z) h + B z + c`` for each channel, and
     activated (self-modulation, Chen et al. 2019, arXiv 1810.01365, without its hidden layer).
 
     Args:
@@ -199,8 +199,7 @@ class Network(nn.Module):
         if self.entry is not None:
             x = self.entry(x, rows)
         if self.modulated:
-            assert rows is not None, "a modulated generator needs to know which samples it makes"
-            rows = replace(rows, noise=x)
+            rows = replace(rows or Rows(Draws(0), "unnamed", 0, len(x)), noise=x)
         for block in self.blocks:
             x = block(x, rows)
         return x
