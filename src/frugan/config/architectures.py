@@ -113,7 +113,7 @@ class Projected(Architecture):
     norm_g: Norm = option("batch", "normalisation in the generator")
     norm_d: Norm = option("batch", "normalisation in the discriminator's heads")
     upsampling: Upsampling = option("residual", UPSAMPLING)
-    modulation: bool = option(False, MODULATION)
+    modulation: bool = option(False, MODULATION)  # the recipe has it; files of runs from before do not name it
     features: Literal["auto", "labels", "rotations", "both", "random"] = option(
         "auto", "what the frozen features are learnt from; auto: labels if there are any, else rotations; random: never trained"
     )
