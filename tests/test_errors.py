@@ -135,6 +135,9 @@ def test_an_unknown_key(refused: Callable[..., str], tmp_path: Path) -> None:
     assert "no key 'epoch' in [training]: did you mean 'epochs'?" in said
     said = one_sentence(refused("train", "--widht-g", "3"))
     assert "there is no flag --widht-g: did you mean '--width-g'?" in said
+    for asked in ("--modulation", "--no-modulation", "--upsampling=nearest"):
+        said = one_sentence(refused("train", "--recipe", "mlp", asked))
+        assert f"{asked.split('=')[0]} is a setting of --recipe dcgan or resize or projected, which was not asked for." in said
     assert "--epochs must be a whole number, not 'many'" in one_sentence(refused("train", "--epochs", "many"))
     assert "--norm_g must be one of batch, group, none, not 'layer'" in one_sentence(refused("train", "--norm_g=layer"))
     assert "--out needs a value" in one_sentence(refused("train", "--out", "--epochs", "3"))

@@ -176,6 +176,9 @@ def check_flags(arguments: Sequence[str], options: type[Any]) -> None:
             ]
             if of:
                 raise UserError(f"{name} is a setting of --objective {' or '.join(of)}, which was not asked for.")
+            of = [r for r, made in recipes.RECIPES.items() if key.removeprefix("no_") in vars(made().network)]
+            if of and "recipe" in hints:
+                raise UserError(f"{name} is a setting of --recipe {' or '.join(of)}, which was not asked for.")
             raise UserError(f"there is no flag {name}: {nearest(flag(key), map(flag, hints))}")
         following = [value] if equals else [a for a in arguments[i + 1 : i + 2] if not a.startswith("--")]
         if not following:
