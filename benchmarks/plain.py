@@ -7,7 +7,7 @@ share with frugan, noise included, makes parity checkable.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ class Tuned:
     frozen: bool = False  # D takes no gradients in G's phase
     channels_last: bool = False
     fused: bool = False  # Adam in one kernel
+    once: bool = (
+        False  # where G learns from the images that D has just seen, they are made once, as in PyTorch's tutorial; else anew
+    )
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Plain:
     draws: Draws
     bf16: bool = False
     tuned: Tuned = Tuned()
+    kept: list[Tensor] = field(default_factory=list)  # generated images of micro-batches, with their graphs
 
     def update(self, images: Images, first: int, batch: int) -> None:
         """One update of both by ``batch`` images; noise as frugan draws it after ``first`` images."""
@@ -62,8 +66,12 @@ class Plain:
 
     def _discriminator(self, real: Tensor, row: int, n: int, batch: int) -> None:
         objective, loss = self.recipe.objective, LOSSES[type(self.recipe.objective)]
-        with torch.no_grad():
+        once = self.tuned.once and self.recipe.training.reuse_fakes
+        with torch.set_grad_enabled(once):
             fake = self._fake("latent/d", row, n)
+        if once:
+            self.kept.append(fake)
+            fake = fake.detach()
         real, fake = self._laid(real).requires_grad_(objective.r1 > 0), fake.requires_grad_(objective.r2 > 0)
         real_logits, fake_logits = self._discriminate(real, "real", row, n), self._discriminate(fake, "fake", row, n)
         terms = loss.discriminator(objective, real_logits, fake_logits)
@@ -75,7 +83,9 @@ class Plain:
 
     def _generator(self, images: Images, row: int, n: int, batch: int) -> None:
         loss = LOSSES[type(self.recipe.objective)]
-        fake_logits = self._discriminate(self._fake("latent/g", row, n), "g/fake", row, n)
+        noise = "latent/d" if self.recipe.training.reuse_fakes else "latent/g"
+        fake = self.kept.pop(0) if self.kept else self._fake(noise, row, n)
+        fake_logits = self._discriminate(fake, "g/fake", row, n)
         real_logits = self._discriminate(self._laid(images(row, n)), "g/real", row, n) if loss.paired else None
         (loss.generator(self.recipe.objective, fake_logits, real_logits).sum() / batch).backward()
 

@@ -2,13 +2,14 @@
 
     python benchmarks/speed.py [--image-size 28] [--channels 1] [--batch-size 128] [--recipes dcgan r3] [--rounds 7] [--compile]
 
-The tutorials' loop and the tuned one are those of `plain.py`: single precision, contiguous images, gradients for D computed (and
-thrown away) in G's phase; or D frozen in G's phase, channels-last, fused Adam, and a C library that keeps its memory. frugan's
-step lies in memory as ``frugan train`` has it, average left out, as the loops have none. Each loop is a process of its own; the
-processes take turns on the same images, all resident, and the table has medians of what the rounds have. The share of the peak is
-that of the arithmetic in the tuned loop's convolutions and products, by what a product of large matrices does here in the same
-precision, once a table: a rough share where a machine changes its speed. Run it on a machine that does nothing else. With
-``--compile`` it was run once, for one recipe; on accelerators never.
+The tutorials' loop and the tuned one are those of `plain.py`: single precision, contiguous images, gradients for D computed
+(and thrown away) in G's phase, images for both phases made once where the recipe has it so; or the same with D frozen in G's
+phase, channels-last, fused Adam, and a C library that keeps its memory. frugan's step lies in memory as ``frugan train`` has
+it, average left out, as the loops have none. Each loop is a process of its own; the processes take turns on the same images,
+all resident, and the table has medians of what the rounds have. The share of the peak is that of the arithmetic in the tuned
+loop's convolutions and products, by what a product of large matrices does here in the same precision, once a table: a rough
+share where a machine changes its speed. Run it on a machine that does nothing else. With ``--compile`` it was run once, for one
+recipe; on accelerators never.
 
 Rows with a star train otherwise: batch norm sees micro-batches.
 """
@@ -111,6 +112,7 @@ def updates(loop: Loop, recipe_name: str, options: Options) -> tuple[Callable[[]
         limit.set_freed("reuse", device)
         threads.apart().__enter__()  # for as long as the process lives
         state, layout = State(recipe, device), Layout.of(n, loop.parts)
+        state.step.keeps = recipe.training.reuse_fakes and device.type == "cpu"  # as a plan has it where memory suffices
 
         def ours() -> None:
             first = next_batch()
@@ -121,7 +123,7 @@ def updates(loop: Loop, recipe_name: str, options: Options) -> tuple[Callable[[]
         return ours, wait
 
     networks = [network.to(device) for network in build(recipe.network, side, channels)]
-    tuned = Tuned(frozen=True, channels_last=True, fused=True) if loop.whose == "tuned" else Tuned()
+    tuned = Tuned(frozen=True, channels_last=True, fused=True, once=True) if loop.whose == "tuned" else Tuned(once=True)
     made = plain(recipe, *networks, bf16=loop.precision == "bf16", tuned=tuned)
     if loop.compiled:
         for network in networks:

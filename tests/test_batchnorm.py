@@ -59,6 +59,7 @@ def outcome(
     *,
     classes: int = 0,
     seen: float = 0,
+    reuse: bool = False,
 ) -> dict[str, Tensor]:
     """Gradients, running statistics and measurements of both phases; ``seen``: the chance of augmentations."""
     generator, discriminator = build(options, 12, 2, classes=classes)
@@ -69,8 +70,10 @@ def outcome(
     batch = Batch(lambda row, n: images[row - 7 : row - 7 + n], lambda row, n: labels[row - 7 : row - 7 + n] if classes else None)
     augment = Augment("color,translation", seen) if seen else None
     step = Step(
-        generator, discriminator, objective, options.latent_dim, Draws(3), flip=True, conditional=bool(classes), augment=augment
-    )
+        generator, discriminator, objective, options.latent_dim, Draws(3), flip=True, conditional=bool(classes), augment=augment,
+        reuse_fakes=reuse,
+    )  # fmt: skip
+    step.keeps = reuse  # which only a whole batch does
     found = {}
     for name, phase in (("d", step.discriminator_phase), ("g", step.generator_phase)):
         found |= {f"{name}/{k}": v for k, v in phase(batch, 7, layout).items()}
@@ -97,12 +100,13 @@ def assert_equal(whole: dict[str, Tensor], parts: dict[str, Tensor], tolerance: 
     levers=st.sets(st.sampled_from(["separate_terms", "recompute_generator", "checkpoint_blocks"])),
     classes=st.sampled_from([0, 3]),
     seen=st.sampled_from([0, 0.6]),
+    reuse=st.booleans(),
 )
 def test_any_cut_gives_the_gradients_and_running_statistics_of_the_whole_batch(
-    network: str, objective: Objective, sizes: list[int], levers: set[str], classes: int, seen: float
+    network: str, objective: Objective, sizes: list[int], levers: set[str], classes: int, seen: float, reuse: bool
 ) -> None:
-    whole = outcome(NETWORKS[network], objective, [7], classes=classes, seen=seen)
-    assert_equal(whole, outcome(NETWORKS[network], objective, sizes, {*levers, EXACT}, classes=classes, seen=seen))
+    whole = outcome(NETWORKS[network], objective, [7], classes=classes, seen=seen, reuse=reuse)
+    assert_equal(whole, outcome(NETWORKS[network], objective, sizes, {*levers, EXACT}, classes=classes, seen=seen, reuse=reuse))
 
 
 def test_heads_beside_one_another_take_as_many_passes_as_the_longest() -> None:

@@ -49,6 +49,7 @@ def gradients(
     levers: Iterable[str] = (),
     augment: float | None = None,
     classes: str = "none",
+    reuse: bool = False,
 ) -> dict[str, torch.Tensor]:
     options = NETWORKS[network]
     generator, discriminator = (n.double() for n in build(options, 12, 2, classes=0 if classes == "none" else 3))
@@ -62,7 +63,9 @@ def gradients(
     step = Step(
         generator, discriminator, objective, options.latent_dim, Draws(3), flip=True, augment=seen,
         conditional=classes != "none", balanced=(0, 2) if classes == "balanced" else (),
+        reuse_fakes=reuse,
     )  # fmt: skip
+    step.keeps = reuse  # which only a whole batch does
     batch = Batch(lambda row, n: images[row - first : row - first + n], lambda row, n: labels[row - first : row - first + n])
     layout = Layout(tuple(sizes), named(levers))
     for phase in (step.discriminator_phase, step.generator_phase):
@@ -84,14 +87,16 @@ def gradients(
     first=st.integers(0, 10_000),
     augment=st.sampled_from([None, 0.7]),
     classes=st.sampled_from(["none", "natural", "balanced"]),
+    reuse=st.booleans(),
 )
 def test_any_split_gives_the_gradients_of_the_whole_batch(
-    network: str, kind: str, sizes: list[int], penalties: tuple[float, float], first: int, augment: float | None, classes: str
-) -> None:
+    network: str, kind: str, sizes: list[int], penalties: tuple[float, float], first: int, augment: float | None, classes: str,
+    reuse: bool,
+) -> None:  # fmt: skip
     options = {f: getattr(OBJECTIVES[kind], f) for f in vars(OBJECTIVES[kind])} | {"r1": penalties[0], "r2": penalties[1]}
     objective = type(OBJECTIVES[kind])(**options)
-    whole = gradients(network, objective, [9], first, augment=augment, classes=classes)
-    parts = gradients(network, objective, sizes, first, augment=augment, classes=classes)
+    whole = gradients(network, objective, [9], first, augment=augment, classes=classes, reuse=reuse)
+    parts = gradients(network, objective, sizes, first, augment=augment, classes=classes, reuse=reuse)
     assert whole.keys() == parts.keys()
     scale = max(g.norm() for g in whole.values())
     assert scale > 0
@@ -122,6 +127,30 @@ def test_the_generators_phase_leaves_no_gradient_on_the_discriminator() -> None:
     step.generator_phase(Batch(lambda row, n: torch.zeros(n, 1, 8, 8, dtype=torch.uint8)), 0, Layout(sizes=(4,)))
     assert all(p.grad is None for p in discriminator.parameters())
     assert any(p.grad is not None for p in generator.parameters())
+
+
+@pytest.mark.parametrize("network", [*NETWORKS.values(), Dcgan(latent_dim=5, width_g=4, width_d=4, modulation=True)])
+def test_images_kept_for_both_phases_are_those_made_twice(network: Architecture) -> None:
+    """To the bit, running statistics too, and G learns from the noise of D's phase."""
+
+    def trained(*, keeps: bool, reuse: bool = True) -> dict[str, torch.Tensor]:
+        generator, discriminator = build(network, 16, 1)
+        step = Step(generator, discriminator, Bce(), network.latent_dim, Draws(0), reuse_fakes=reuse)
+        step.keeps, passes = keeps, []
+        generator.register_forward_hook(lambda *_: passes.append(1))
+        batch = Batch(lambda row, n: torch.zeros(n, 1, 16, 16, dtype=torch.uint8))
+        optimizers = [torch.optim.SGD(n.parameters(), 0.1) for n in (discriminator, generator)]
+        for first in (0, 8):
+            for phase, optimizer in zip((step.discriminator_phase, step.generator_phase), optimizers, strict=True):
+                phase(batch, first, Layout((8,)))
+                optimizer.step()
+                optimizer.zero_grad()
+        assert len(passes) == (2 if keeps else 4)
+        return {f"{i}/{k}": v for i, n in enumerate((generator, discriminator)) for k, v in n.state_dict().items()}
+
+    once, twice, other = trained(keeps=True), trained(keeps=False), trained(keeps=False, reuse=False)
+    assert all(torch.equal(once[k], twice[k]) for k in once)
+    assert not all(torch.equal(twice[k], other[k]) for k in other)
 
 
 def test_judging_for_the_report_changes_neither_network() -> None:

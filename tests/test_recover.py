@@ -66,13 +66,14 @@ def test_memory_running_out_at_every_allocation_of_an_update(name: str, few: Pat
         loop = trainer.loop
         state, recovery = loop.state, loop.recovery
         before, layouts = everything(trainer), dict(recovery.layouts)
-        counters = state.images, state.updates
+        counters, keeps = (state.images, state.updates), state.step.keeps
+        assert keeps == recipes.get(name).training.reuse_fakes
 
         def update(fails: int | None) -> tuple[dict[str, Tensor], int]:
             for key, tensor in state.capture()[0].items():
                 tensor.copy_(before[key])
             state.images, state.updates = counters
-            recovery.layouts, recovery.freed = dict(layouts), "reuse"
+            recovery.layouts, recovery.freed, state.step.keeps = dict(layouts), "reuse", keeps
             changes.clear()
             with Scarce(fails) as scarce:
                 loop.advance()

@@ -85,6 +85,9 @@ class Training(Section):
     minutes: float | None = option(None, "how long to train by the clock, instead of --epochs", above=0, most=1e6)
     batch_size: int = option(128, "images in one update, however it is cut into micro-batches", least=1)
     discriminator_steps: int = option(1, "updates of the discriminator for each of the generator", least=1)
+    reuse_fakes: bool = option(
+        False, "G learns from the generated images that D has just seen, so that one pass can make them for both"
+    )
     ema_half_life: float = option(
         10_000, "images after which the averaged generator has forgotten half; 0: do not average", least=0
     )

@@ -17,6 +17,7 @@ def mlp() -> Recipe:
         network=Mlp(),
         objective=Bce(label_smoothing=0.1),
         optimizer=Optimizer(lr_g=2e-4, lr_d=2e-4),
+        training=Training(reuse_fakes=True),
     )
 
 
@@ -27,6 +28,7 @@ def upsample() -> Recipe:
         network=Upsample(),
         objective=Bce(label_smoothing=0.1),
         optimizer=Optimizer(lr_g=2e-4, lr_d=2e-4),
+        training=Training(reuse_fakes=True),
     )
 
 
@@ -37,6 +39,7 @@ def dcgan() -> Recipe:
         network=Dcgan(),
         objective=Bce(label_smoothing=0.1),
         optimizer=Optimizer(lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999),
+        training=Training(reuse_fakes=True),
     )
 
 
@@ -48,7 +51,7 @@ def resize() -> Recipe:
         objective=Bce(label_smoothing=0.1),
         optimizer=Optimizer(lr_g=1e-3, lr_d=1e-3, beta1=0.5, beta2=0.999, schedule="cosine"),
         augmentation=Augmentation(augment="auto"),
-        training=Training(batch_size=64),
+        training=Training(batch_size=64, reuse_fakes=True),
         memory=Memory(precision="auto"),
     )
 
@@ -70,6 +73,7 @@ def projected() -> Recipe:
         network=Projected(modulation=True),
         objective=Bce(label_smoothing=0.1),
         optimizer=Optimizer(lr_g=3e-3, lr_d=3e-3, beta1=0.5, beta2=0.999, schedule="cosine"),
+        training=Training(reuse_fakes=True),
         memory=Memory(precision="auto"),
     )
 

@@ -45,10 +45,15 @@ class Passes:
     channels_last: bool
     conditional: bool
     balanced: tuple[int, ...]
+    reuse_fakes: bool
+    keeps: bool
 
     def __post_init__(self) -> None:
         self.like = next(self.generator.parameters())  # its device and dtype are the networks'
         self._whole = WholeBatches()  # by the scopes of rows
+        self._latent_g = "latent/d" if self.reuse_fakes else "latent/g"  # the noise of G's phase
+        self.keeps = False
+        self._kept: tuple[Part, Tensor] | None = None  # generated images, with their graph
 
     def latents(self, purpose: str, first: int, count: int) -> Tensor:
         """Rows of noise ``[count, latent_dim]`` on the device."""
@@ -77,6 +82,22 @@ class Passes:
         with torch.set_grad_enabled(learns), self.autocast(), saving, self._whole.passing(rows.scope):
             images: Tensor = self.generator(self.latents(rows.scope, rows.first, rows.count), rows)
             return images.to(self.like.dtype)
+
+    def generate_for_both(self, first: int, count: int, labels: Labels) -> Tensor:
+        """Generated images of a whole batch for D's phase, without graph; it is kept for G's phase if `keeps` says so."""
+        images = self._generate(self._of_fake("latent/d", first, count, labels), learns=self.keeps)
+        if self.keeps:
+            self._kept = (first, count), images
+        return images.detach()
+
+    def _kept_of(self, parts: Sequence[Part], layout: Layout) -> list[Tensor]:
+        """The generated images of ``parts`` that D's phase has kept, once; none for a ``layout`` that saves memory."""
+        kept, self._kept = self._kept, None
+        return [kept[1]] if kept and [kept[0]] == [*parts] and not layout.levers else []
+
+    def forget(self) -> None:
+        """Lets go of a graph that is kept, and keeps none from now on."""
+        self.keeps, self._kept = False, None
 
     def _real(self, batch: Batch, rows: Rows) -> Tensor:
         mirrored = self.draws.uniform("flip", rows.first, rows.count) < 0.5 if self.flip else None

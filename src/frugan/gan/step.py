@@ -8,7 +8,7 @@ from the whole batch (`frugan.memory.batchnorm`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -47,7 +47,12 @@ class Step(Passes):
         channels_last: memory format of the images that enter the networks.
         conditional: whether both networks are told the classes of images, which then need labels.
         balanced: the classes that generated images have equally often; none: each has the class of the real image of its number.
+        reuse_fakes: whether G learns from the generated images that D has just seen, which are made once for both where there is
+            memory for that (``keeps``), else twice.
         whole: samples of a batch, where other processes compute some of them; None: all are in the layout.
+
+    Attributes:
+        keeps: whether the graph of generated images is held through D's phase, for G's: bitwise the same without.
     """
 
     generator: Network
@@ -61,6 +66,7 @@ class Step(Passes):
     channels_last: bool = False
     conditional: bool = False
     balanced: tuple[int, ...] = ()
+    reuse_fakes: bool = False
     whole: int | None = None
 
     def __post_init__(self) -> None:
@@ -93,7 +99,9 @@ class Step(Passes):
 
         def generate(first: int, count: int) -> Tensor:
             rows = self._of_fake("latent/d", first, count, batch.labels)
-            return self._shown(self._generate(rows), rows.used_as("fake"))
+            at_once = len(parts) == 1 and not layout.uncoupled
+            images = self.generate_for_both(first, count, batch.labels) if at_once else self._generate(rows)
+            return self._shown(images, rows.used_as("fake"))
 
         def judge_real(first: int, count: int) -> Tensor:
             rows = self._of_real(first, count, batch.labels)
@@ -133,12 +141,15 @@ class Step(Passes):
         total: Terms = {}
         whole, parts = self.whole or sum(layout.sizes), _parts(first, layout)
         self._set_learning(False)
+        kept = self._kept_of(parts, layout)
 
         def generate(first: int, count: int) -> Tensor:
-            return self._generate(self._of_fake("latent/g", first, count, batch.labels), learns=True, layout=layout)
+            if kept:
+                return kept.pop()
+            return self._generate(self._of_fake(self._latent_g, first, count, batch.labels), learns=True, layout=layout)
 
         def judge(first: int, count: int, fake: Tensor) -> Tensor:
-            rows = self._of_fake("latent/g", first, count, batch.labels).used_as("g/fake")
+            rows = self._of_fake(self._latent_g, first, count, batch.labels).used_as("g/fake")
             return self._judge(self._shown(fake, rows), rows, layout)
 
         def judge_real(first: int, count: int) -> Tensor:
@@ -156,12 +167,13 @@ class Step(Passes):
         def add(score: Callable[..., Tensor], *part: int) -> None:
             self._through_generator(partial(generate, *part), partial(score, *part), layout)
 
-        passes = {"latent/g": generate, "g/fake": lambda first, count: judge(first, count, generate(first, count))}
-        with self._measured(layout, parts, passes | ({"g/real": judge_real} if self.loss.paired else {})):
+        passes = {self._latent_g: generate, "g/fake": lambda first, count: judge(first, count, generate(first, count))}
+        moved = levers.still_statistics(self.generator) if self.reuse_fakes else nullcontext()  # in D's phase, by the same images
+        with moved, self._measured(layout, parts, passes | ({"g/real": judge_real} if self.loss.paired else {})):
             for part in parts:
                 add(lose, *part)
             self._whole.bring_back("g/fake", partial(add, partial(self._whole.carried, "g/fake", judge)))
-            self._whole.bring_back("latent/g", partial(self._carry, "latent/g", generate, self._generating))
+            self._whole.bring_back(self._latent_g, partial(self._carry, self._latent_g, generate, self._generating))
         return total
 
     @torch.no_grad()
@@ -171,16 +183,16 @@ class Step(Passes):
         whole, parts = self.whole or sum(layout.sizes), _parts(first, layout)
 
         def generate(first: int, count: int) -> Tensor:
-            rows = self._of_fake("latent/g", first, count, labels)
+            rows = self._of_fake(self._latent_g, first, count, labels)
             return self._shown(self._generate(rows), rows.used_as("g/fake"))
 
         def judge(first: int, count: int) -> Tensor:
-            rows = self._of_fake("latent/g", first, count, labels)
+            rows = self._of_fake(self._latent_g, first, count, labels)
             return self._discriminate(generate(first, count), rows.used_as("g/fake"))
 
         with (
             levers.still_statistics(self.generator), levers.still_statistics(self.discriminator),
-            self._measured(layout, parts, {"latent/g": generate, "g/fake": judge}),
+            self._measured(layout, parts, {self._latent_g: generate, "g/fake": judge}),
         ):  # fmt: skip
             for part in parts:
                 _add(total, {"D(G(z))": self._score(judge(*part))}, whole)

@@ -26,6 +26,7 @@ class Plan:
         reserved: bytes of addresses that libraries reserve beyond ``framework`` and never touch.
         planned: the layouts that were planned, where memory ran out since and ``layouts`` are others.
         graphs: whether phases are recorded as CUDA graphs, and what these take is counted.
+        keeps: whether what one phase makes is held for the next, which would make it again, and is counted.
         host: bytes that the process will hold on the host besides, where it trains on another device.
     """
 
@@ -41,6 +42,7 @@ class Plan:
     reserved: int = 0
     planned: dict[str, Layout] | None = None
     graphs: bool = False
+    keeps: bool = False
     host: int = 0
 
     @property
@@ -62,7 +64,7 @@ class Plan:
             "budget": self.budget, "budget_named": self.named, "predicted": self.predicted,
             "framework": self.framework, "data": self.data, "training_allocates": self.allocated, "training_holds": self.held,
             "phases": self.phases, "reserved": self.reserved, "cuda_graphs": self.graphs,
-            "host": self.host,
+            "keeps": self.keeps, "host": self.host,
         }  # fmt: skip
 
     @classmethod

@@ -11,7 +11,7 @@ be followed, and nothing planned.
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -156,6 +156,15 @@ class Timeline:
                     yield (number, i), move
             yield from ((storage, self.sizes[storage]) for storage in results)
             yield from ((key, 0) for keys in made.values() for key in keys)
+
+    def left(self) -> int:
+        """Bytes that were made and are still live at the end."""
+        return sum(self.sizes[s] * (-1 if e.inside is None else 1) for e in self.events for s in e.storages)
+
+    def beside(self, held: int) -> "Timeline":
+        """The same while ``held`` bytes more are there from the start."""
+        other = min(self.sizes, default=0) - 1
+        return replace(self, sizes=self.sizes | {other: held}, held=self.held | {other})
 
     def peak(self) -> Moment:
         """The moment at which most is live."""

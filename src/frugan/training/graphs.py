@@ -189,8 +189,10 @@ class Graphs:
         """What follows the update of all phases has been asked for."""
 
     def give_up(self) -> None:
-        """Lets go of all graphs, and of their memory; there are none from now on."""
+        """Lets go of all graphs, those of autograd that are kept between phases too, and of their memory; there are none from now
+        on."""
         self.used = False
+        self.state.step.forget()
         self.recorded.clear()
 
     def _record(self, recorded: Recorded, first: int) -> bool:

@@ -54,6 +54,7 @@ def updates(session: Session, plan: Plan, state: State, note: Callable[[Event], 
     )  # fmt: skip
     if device.type == "xla":
         return Programs(state, made, device)
+    state.step.keeps = plan.keeps
     return Graphs(state, made, device, plan.graphs, session.console.tell, session.group.sum_phase)
 
 

@@ -126,6 +126,19 @@ class Model:
 
         return traced(sample, self._granule, largest)
 
+    def kept(self) -> Growth:
+        """What making generated images allocates whose graph is kept for G's phase; it is still there at the end."""
+
+        def generate(count: int) -> Timeline:
+            self._first += 1 << 20  # rows that were not drawn before
+            self.step.keeps = True
+            try:
+                return trace(lambda: self.step.generate_for_both(self._first, count, self._labels), self.held(), device=self.device)
+            finally:
+                self.step.forget()
+
+        return traced(generate, self._granule)
+
     def _sampled(self) -> nn.Module:
         return self.average.module if self.average else self.generator
 

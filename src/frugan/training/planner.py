@@ -81,7 +81,7 @@ class Planner:
                 self.budget.search.prepare()
             if self.budget.moments and self.budget.named is not None:
                 self._check_evaluating(self.budget.named)
-            return self._with_host(self.budget.plan())
+            return self._with_host(self._keeping(self.budget.plan()))
         except TooLittle as error:
             raise self._reworded(error) from None
         finally:
@@ -91,9 +91,28 @@ class Planner:
         """The plan with these layouts, if it fits."""
         try:
             plan = self.budget.with_layouts(layouts, freed)
-            return plan and self._with_host(plan)
+            return plan and self._with_host(self._keeping(plan))
         finally:
             self.traces.close()
+
+    def _keeping(self, plan: Plan) -> Plan:
+        """``plan`` with the graph of generated images held through D's phase, for G's, where there is room for it.
+
+        On the CPU alone: a CUDA graph of each phase makes its own images, and on other devices it is unrun.
+        """
+        training, whole = self.recipe.training, all(len(layout.sizes) == 1 for layout in plan.layouts.values())
+        wanted = training.reuse_fakes and training.discriminator_steps == 1 and self.recipe.memory.moments == "fp32"
+        if not wanted or not whole or plan.layouts["G"].levers or self.device.type != "cpu":
+            return plan
+        kept = self.traces.kept().timeline((training.batch_size,)).left()
+        search, candidate = self.budget.search, self.budget.choice.chosen["D"]
+        timeline = search.exact(candidate.job, candidate.layout).timeline.beside(kept)
+        held = max(plan.held, search.holds([timeline], plan.freed) + candidate.loads)
+        if plan.framework + plan.data + held + MARGIN > plan.budget:
+            return plan
+        moment = timeline.peak()
+        parts = plan.phases["D's phase"] | moment.parts | {"workspaces": moment.workspace}
+        return replace(plan, keeps=True, held=held, phases=plan.phases | {"D's phase": parts})
 
     def _with_host(self, plan: Plan) -> Plan:
         """``plan`` with what is held on the host besides: libraries, what waits there, plots and pictures; on accelerators."""

@@ -92,6 +92,10 @@ class Traces:
         """What making images allocates; right at ``largest`` of them at a time, if that is said."""
         return self._read("sampling", [largest] if largest else [], Growth.from_dict)
 
+    def kept(self) -> Growth:
+        """What making generated images allocates whose graph is kept for G's phase, and is still there at the end."""
+        return self._read("kept", [], Growth.from_dict)
+
     def updating(self, phase: str) -> Growth:
         """What an update of the network that ``phase`` trains allocates."""
         return self._read("updating", [phase], Growth.from_dict)

@@ -62,7 +62,7 @@ class Maker(Protocol):
 
     def ask(self, what: str, arguments: list[Any]) -> Any:
         """The answer, as JSON has it: ``facts``; ``plots``; ``growth`` of a phase with levers; ``loads`` of a lever; ``sampling``,
-        ``updating`` and ``features``."""
+        ``updating``, ``kept`` and ``features``."""
 
     def close(self) -> None:
         """Lets go of everything."""
