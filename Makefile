@@ -9,7 +9,7 @@ demo: .venv/installed  ## trains on the built-in digits and says where the pictu
 test: lint  ## runs every check
 	$(BIN)/python -m pytest --numprocesses 2
 
-test-all: .venv/installed  ## every allocation of r3 and projected fails once too, where make test takes every third
+test-all: .venv/installed  ## every allocation of r3 and projected fails once too, where make test takes a third and a fifth
 	FRUGAN_TEST_ALL=1 $(BIN)/python -m pytest --numprocesses 2 tests/test_recover.py
 
 test-xla: .venv-xla/installed  ## trains on PyTorch/XLA's CPU device, and runs the notebook, in an environment of their own

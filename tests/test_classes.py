@@ -85,7 +85,7 @@ def test_a_conditional_training_makes_the_classes_it_is_asked_for(train: Callabl
     assert torch.equal(in_turn[3:], generator.generate(2, first=3, classes=["cats", "dogs"]))
     bright = (generator.generate(300).float().mean((1, 2, 3)) > 127).float().mean()
     assert 0.2 < bright < 0.47  # a third of the data are dogs
-    assert generator.interpolate([1, 2], 4, of="dogs").float().mean() - means[0] > 100
+    assert generator.interpolate([1, 2], 4, of="dogs").float().mean() - means[0] > 60  # nine images
 
 
 def test_pictures_have_a_row_for_each_class(

@@ -26,7 +26,7 @@ from frugan.training.trainer import Trainer
 
 from .conftest import OWN_CODE
 
-EACH = {} if os.environ.get("FRUGAN_TEST_ALL") else {"r3": 3, "projected": 3}  # of how many allocations one is made to fail
+EACH = {} if os.environ.get("FRUGAN_TEST_ALL") else {"r3": 3, "projected": 5}  # of how many allocations one is made to fail
 TINY = {"batch_size": 16, "epochs": 1, "image_size": 8, "latent_dim": 4, "width_g": 4, "width_d": 4, "precision": "fp32"}
 
 
