@@ -19,6 +19,7 @@ from torch.optim import SGD, Adam
 from frugan.cli import main
 from frugan.config import recipes
 from frugan.config.classes import Classes
+from frugan.config.recipe import Recipe
 from frugan.data.loader import Batch
 from frugan.gan.build import average, lay_out, make_step, optimizers
 from frugan.gan.levers import jobs, named
@@ -62,13 +63,30 @@ def test_what_is_predicted_is_what_the_allocator_gives_out(
     model = Model(recipe, CPU)
     search = Search(jobs(recipe, CPU, (False, False), model.growth), CPU)
     predicted = max(search.exact(job, layout).moment.bytes for job in search.jobs)
+    assert_given_out(predicted, recipe, layout)
+
+
+@pytest.mark.parametrize(("name", "side"), [("mlp", 16), ("dcgan", 32), ("projected", 28)])
+def test_images_that_are_kept_for_both_phases_are_predicted(name: str, side: int) -> None:
+    recipe = recipes.get(name).replace(image_size=side, channels=1, batch_size=64, precision="fp32")
+    plan = Planner(recipe, CPU).plan()
+    once = Planner(recipe.replace(accumulation_steps=1), CPU).plan()
+    assert plan.keeps and once.keeps and not Planner(recipe.replace(accumulation_steps=2), CPU).plan().keeps
+    assert not Planner(recipe.replace(reuse_fakes=False), CPU).plan().keeps
+    assert_given_out(plan.allocated, recipe, plan.layouts["D"], keeps=True)
+
+
+def assert_given_out(predicted: int, recipe: Recipe, layout: Layout, *, keeps: bool = False) -> None:
+    """Two updates must allocate ``predicted`` bytes at their peak."""
+    side, batch_size = recipe.data.shape[1], sum(layout.sizes)
 
     def training() -> None:
         generator, discriminator = build(recipe.network, side, 1, classes=len(recipe.classes))
         lay_out(recipe, generator, discriminator)
         both, step = optimizers(recipe, generator, discriminator, CPU), make_step(recipe, generator, discriminator)
+        step.keeps = keeps
         ema = average(recipe, generator, CPU)
-        for first in (0, 24):  # the second has what the first leaves behind
+        for first in (0, batch_size):  # the second has what the first leaves behind
             for phase in (step.discriminator_phase, step.generator_phase):
                 batch = Batch(
                     lambda row, n: torch.zeros(n, 1, side, side, dtype=torch.uint8),
