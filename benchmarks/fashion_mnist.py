@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import date
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib as mpl
@@ -118,23 +119,26 @@ def plot(rows: list[Row], real: dict[str, float], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    figure, axes = pyplot.subplots(1, 3, figsize=(17, 4.5), layout="constrained")
+    marks = dict(
+        zip(dict.fromkeys(row.name for row in rows), cycle("osD^v<>pPX*"), strict=False)
+    )  # of which there are more than colours
     for axis, key, low in zip(axes, ("unseen", "unseen precision", "unseen recall"), (True, False, False), strict=True):
-        for name in dict.fromkeys(row.name for row in rows):
+        for name in marks:
             points = []
             for minutes in sorted({row.minutes for row in rows if row.name == name}):
                 values = [row.metrics[key] for row in rows if (row.name, row.minutes) == (name, minutes)]
                 points.append((minutes, statistics.fmean(values), min(values), max(values)))
             x, y, least, most = zip(*points, strict=True)
             errors = [[a - b for a, b in zip(y, least, strict=True)], [b - a for a, b in zip(y, most, strict=True)]]
-            axis.errorbar(x, y, errors, marker="o", capsize=3, label=name, linestyle="--" if " " in name else "-")
+            axis.errorbar(x, y, errors, marker=marks[name], capsize=3, label=name, linestyle="--" if " " in name else "-")
         axis.axhline(real[key], color="grey", linewidth=0.8, label="other real images")
         axis.set(xlabel="minutes", title=f"{HEADINGS[key]}, {'lower' if low else 'higher'} is better", xscale="log")
         axis.set_xticks(ticks := sorted({row.minutes for row in rows}), [f"{minutes:g}" for minutes in ticks], minor=False)
         axis.minorticks_off()
         if low:
             axis.set_yscale("log")
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     with whole(path) as part:
         figure.savefig(part, dpi=110)
     pyplot.close(figure)
