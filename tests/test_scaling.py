@@ -28,7 +28,10 @@ def test_what_is_exchanged_are_the_gradients_of_what_learns() -> None:
     assert 0 < sum(fewer) < sum(sizes)
 
 
-def test_a_plan_in_up_to_four_processes(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_in_up_to_four_processes(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FRUGAN_CACHE", str(tmp_path))  # other tests plan the same meanwhile, and find a little more loaded
     main(["plan", str(few), *ASKED, "--processes", "4", "--json"])
     found = json.loads(capsys.readouterr().out)
     rows = found["processes"]

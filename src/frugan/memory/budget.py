@@ -142,6 +142,7 @@ class BudgetPlanner:
     moments: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     let_go: Callable[[], bool] | None = None
     choice: Choice = field(init=False, default_factory=lambda: Choice("return", {}, {}))  # of the newest plan
+    kept: dict[str, int] = field(init=False, default_factory=dict)  # bytes, by phase, that it holds through that for another
 
     def plan(self) -> Plan:
         """The fastest plan that fits.
@@ -247,7 +248,10 @@ class BudgetPlanner:
     def timelines(self) -> dict[str, tuple[Timeline, int]]:
         """What each phase of the newest plan allocates over time, with the number of its micro-batches (two of them are traced)."""
         chosen = self.choice.chosen
-        return {name: (self.search.exact(c.job, c.layout).timeline, len(c.layout.sizes)) for name, c in chosen.items()}
+        return {
+            name: (self.search.exact(c.job, c.layout).timeline.beside(self.kept.get(name, 0)), len(c.layout.sizes))
+            for name, c in chosen.items()
+        }
 
     def _budget(self, process: Process) -> int:
         if self.named is not None:
@@ -265,7 +269,7 @@ class BudgetPlanner:
         return max((self.search.holds([b.timeline], "return") for b in self.besides(micro_batch).values()), default=0)
 
     def _described(self, choice: Choice, process: Process, budget: int) -> Plan:
-        self.choice = choice
+        self.choice, self.kept = choice, {}
         sizes = {size for c in choice.chosen.values() for size in c.layout.sizes}
         framework = process.framework(len(sizes))
         phases, timelines = {}, []

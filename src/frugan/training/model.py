@@ -1,7 +1,7 @@
 """A training on zeros and few samples: what its phases allocate."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from frugan.config.recipe import Recipe
 from frugan.gan import networks, sampling
-from frugan.gan.build import Batch, average, freeze, lay_out, make_step, optimizers, phases
+from frugan.gan.build import Batch, Phase, average, freeze, lay_out, make_step, optimizers, phases
 from frugan.gan.features import feature_step
 from frugan.memory import limit
 from frugan.memory.calls import Calls
@@ -175,20 +175,32 @@ class Model:
 
         return traced(update, self._granule)
 
-    def seconds(self, phase: str, layout: Layout) -> float:
-        """How long ``phase`` takes here: one micro-batch and the update are run twice, the second time by the clock."""
-        short = replace(layout, sizes=layout.sizes[:1])
-        computing = updating = 0.0
+    def seconds(self, layouts: Mapping[str, Layout], *, keeps: bool) -> float:
+        """How long an update takes here: one micro-batch of each phase and its update are run twice, the second time by the clock.
+
+        Args:
+            layouts: of each phase.
+            keeps: whether G's phase finds the generated images of D's (`Step.keeps`).
+        """
+        found = 0.0
+        self.step.keeps = keeps
         try:
             for _ in range(2):
-                computing = self._timed(lambda: self.phases[phase].compute(self._batch(), self._first, short))
-                updating = self._timed(self.phases[phase].optimizer.step)
+                self._first += 1 << 20  # rows that were not drawn before
+                found = sum(self._seconds(self.phases[name], layout) for name, layout in layouts.items())
         finally:
+            self.step.forget()
             self._forget_gradients()
+        return found
+
+    def _seconds(self, phase: Phase, layout: Layout) -> float:
+        short = replace(layout, sizes=layout.sizes[:1])
+        computing = self._timed(lambda: phase.compute(self._batch(), self._first, short))
+        updating = self._timed(phase.optimizer.step)
+        phase.network.zero_grad(set_to_none=True)
         return computing * sum(layout.sizes) / sum(short.sizes) + updating
 
     def _timed(self, action: Callable[[], Any]) -> float:
-        self._first += 1 << 20  # rows that were not drawn before
         limit.wait(self.device)
         begin = time.perf_counter()
         action()

@@ -106,11 +106,11 @@ class Planner:
             return plan
         kept = self.traces.kept().timeline((training.batch_size,)).left()
         search, candidate = self.budget.search, self.budget.choice.chosen["D"]
-        timeline = search.exact(candidate.job, candidate.layout).timeline.beside(kept)
+        timeline = self.budget.timelines()["D"][0].beside(kept)
         held = max(plan.held, search.holds([timeline], plan.freed) + candidate.loads)
         if plan.framework + plan.data + held + MARGIN > plan.budget:
             return plan
-        moment = timeline.peak()
+        self.budget.kept, moment = {"D": kept}, timeline.peak()
         parts = plan.phases["D's phase"] | moment.parts | {"workspaces": moment.workspace}
         return replace(plan, keeps=True, held=held, phases=plan.phases | {"D's phase": parts})
 
@@ -172,4 +172,4 @@ class Planner:
 
     def images_per_second(self, plan: Plan) -> float:
         """About how fast ``plan`` trains here: the first micro-batch of each phase is run and timed."""
-        return self.recipe.training.batch_size / self.traces.seconds(plan.layouts, plan.freed)
+        return self.recipe.training.batch_size / self.traces.seconds(plan.layouts, plan.freed, keeps=plan.keeps)

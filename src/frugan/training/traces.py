@@ -143,10 +143,10 @@ class Traces:
         """Has what only an update loads on an accelerator there, so that it is counted."""
         warm_up_update(self.device)
 
-    def seconds(self, layouts: Mapping[str, Layout], freed: Freed) -> float:
+    def seconds(self, layouts: Mapping[str, Layout], freed: Freed, *, keeps: bool) -> float:
         """About how long an update takes here with ``layouts``: the first micro-batch of each phase is run and timed."""
         limit.set_freed(freed, self.device)
-        total = InProcess(self.recipe, self.device).seconds(layouts)
+        total = InProcess(self.recipe, self.device).seconds(layouts, keeps=keeps)
         limit.set_freed("return", self.device)
         self.close()
         return total

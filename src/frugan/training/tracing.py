@@ -97,9 +97,9 @@ class InProcess:
         found: Growth = getattr(self._model(), what)(*arguments)
         return found.as_dict()
 
-    def seconds(self, layouts: Mapping[str, Layout]) -> float:
-        """How long phases take here with ``layouts``, together."""
-        return sum(self._model().seconds(phase, layout) for phase, layout in layouts.items())
+    def seconds(self, layouts: Mapping[str, Layout], *, keeps: bool) -> float:
+        """See `Model.seconds`."""
+        return self._model().seconds(layouts, keeps=keeps)
 
     def _facts(self) -> Facts:
         if self.device.type != "cpu":  # what is loaded there is seen in what the driver says is taken
