@@ -120,9 +120,8 @@ def plot(rows: list[Row], real: dict[str, float], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(17, 4.5), layout="constrained")
-    marks = dict(
-        zip(dict.fromkeys(row.name for row in rows), cycle("osD^v<>pPX*"), strict=False)
-    )  # of which there are more than colours
+    names = dict.fromkeys(row.name for row in rows)
+    marks = dict(zip(names, cycle("osD^v<>pPX*"), strict=False))  # of which there are more than colours
     for axis, key, low in zip(axes, ("unseen", "unseen precision", "unseen recall"), (True, False, False), strict=True):
         for name in marks:
             points = []

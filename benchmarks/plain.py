@@ -31,9 +31,7 @@ class Tuned:
     frozen: bool = False  # D takes no gradients in G's phase
     channels_last: bool = False
     fused: bool = False  # Adam in one kernel
-    once: bool = (
-        False  # where G learns from the images that D has just seen, they are made once, as in PyTorch's tutorial; else anew
-    )
+    once: bool = False  # images that both phases learn from (``reuse_fakes``) are made once, as in PyTorch's tutorial; else anew
 
 
 @dataclass
