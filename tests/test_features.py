@@ -11,6 +11,7 @@ from torch import Tensor
 
 from frugan.config.architectures import Projected
 from frugan.config.objectives import Bce
+from frugan.config.recipe import Training
 from frugan.data.classes import present
 from frugan.data.loader import Batch
 from frugan.data.sources.base import ArraySource
@@ -54,6 +55,22 @@ def test_micro_batches_of_features_add_up_and_images_are_seen_alike(size: int) -
         assert all(p.grad is None for p in student.parameters) and not any(p.requires_grad for p in student.encoder.parameters())
     for whole, cut in zip(*found, strict=True):
         assert (whole - cut).norm() <= 1e-12 * whole.norm()
+
+
+@pytest.mark.parametrize(
+    ("size", "images", "training", "said", "updates"),
+    [
+        (28, 60_000, Training(epochs=1), None, 400), (28, 60_000, Training(epochs=5), None, 1000),
+        (28, 60_000, Training(epochs=99), None, 2000), (28, 60_000, Training(minutes=3), None, 400),
+        (28, 60_000, Training(minutes=12), None, 1200), (28, 60_000, Training(minutes=60), None, 2000),
+        (64, 60_000, Training(minutes=60), None, 400), (28, 60_000, Training(minutes=60), 7, 7),
+        (28, 1000, Training(minutes=60), None, 40 * 900 // 128),
+    ],
+)  # fmt: skip
+def test_the_longer_a_training_of_small_images_the_longer_features_are_learnt(
+    size: int, images: int, training: Training, said: int | None, updates: int
+) -> None:
+    assert Course.of(Projected(feature_updates=said), training, size, images, images).updates == updates
 
 
 def test_turns_are_quarter_turns() -> None:

@@ -121,7 +121,11 @@ class Projected(Architecture):
     feature_levels: int | None = option(
         None, "levels of the features that have a head, from the deepest on; unset: 3, or all for images above 32 pixels", least=1
     )
-    feature_updates: int = option(400, "updates in which the features are learnt, at most; fewer where images are few", least=1)
+    feature_updates: int | None = option(
+        None,
+        "updates in which the features are learnt, at most; unset: 400, up to 2,000 for long trainings of small images",
+        least=1,
+    )
     feature_rate: float = option(2e-3, "learning rate of the features, which falls evenly to 0", above=0)
 
     def resolved(self, classes: int) -> Self:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 from frugan.config.architectures import Projected
-from frugan.config.recipe import Recipe
+from frugan.config.recipe import Recipe, Training
 from frugan.data.loader import Batch
 from frugan.gan.networks.blocks import Average
 from frugan.gan.networks.projected import ProjectedDiscriminator
@@ -29,6 +29,8 @@ BATCH = 128  # images in an update, and
 LARGE_BATCH = 64  # of those beyond
 LARGE = 32  # pixels
 EPOCHS = 40  # at most
+SHORT, LONG = 400, 2000  # updates where they are not said: for short trainings, for long ones of small images, and between these
+SHARE, A_MINUTE = 300, 100  # one for so many images of the training, or so many for each of its minutes
 HELD_OUT = 1000  # images, or a tenth, on which it is examined
 QUIET = 0.1  # of a level's mean root mean square: the least that a channel counts as when all are brought to one scale
 SHIFT = 16  # images are shifted by up to this part of their side
@@ -47,11 +49,13 @@ class Course:
     held_out: int
 
     @classmethod
-    def of(cls, options: Projected, size: int, images: int) -> "Course":
-        """For ``images`` images of ``size`` pixels."""
+    def of(cls, options: Projected, training: Training, size: int, images: int, epoch: int) -> "Course":
+        """For ``images`` images of ``size`` pixels that are there at first, before a ``training`` whose epochs have ``epoch``."""
         held_out = min(HELD_OUT, images // 10)
         batch = min(BATCH if size <= LARGE else LARGE_BATCH, images - held_out)
-        updates = max(1, min(options.feature_updates, EPOCHS * (images - held_out) // batch))
+        worth = A_MINUTE * training.minutes if training.minutes is not None else training.epochs * epoch / SHARE
+        most = options.feature_updates or min(LONG if size <= LARGE else SHORT, max(SHORT, round(worth)))
+        updates = max(1, min(most, EPOCHS * (images - held_out) // batch))
         return cls(0 if options.features == "random" else updates, batch, images - held_out, held_out)
 
     def first(self, update: int) -> int:

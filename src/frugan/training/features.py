@@ -55,7 +55,7 @@ def learn_features(
     if learner is None:
         return
     began, task = time.monotonic(), learner.options.features
-    course = Course.of(learner.options, learner.size, loader.at_hand)
+    course = Course.of(learner.options, recipe.training, learner.size, loader.at_hand, len(loader))
     micro_batch = _fitting(session, held, min(micro_batch, course.batch))
     file = _file(session, learner, course, micro_batch)
     told = _known(learner, file)
@@ -137,8 +137,9 @@ def _file(session: Session, learner: FeatureStep, course: Course, micro_batch: i
     """Where features are kept that are bitwise those that would be learnt now."""
     memory, data = session.recipe.memory, session.recipe.data
     labels = session.loader.labels(0, course.held_out + course.learnt) if "labels" in learner.tasks else None
-    # Levels say where heads are, not what is learnt.
-    options = {k: v for k, v in asdict(learner.options).items() if k.startswith("feature") and k != "feature_levels"}
+    # Levels say where heads are, not what is learnt, and the course says in how many updates.
+    others = ("feature_levels", "feature_updates")
+    options = {k: v for k, v in asdict(learner.options).items() if k.startswith("feature") and k not in others}
     about = [
         VERSION, options, data.shape, data.flip, session.recipe.training.seed, session.loader.fingerprint, asdict(course),
         micro_batch,
