@@ -164,7 +164,7 @@ def test_more_minutes_go_on_and_a_finished_run_says_so(
     clock.time = begun = 1000.0
     train(run, minutes=2, **settings)
     assert clock.time - begun == pytest.approx(60, abs=4)
-    with pytest.raises(UserError, match="--epochs was 20 and is now 3, --minutes was 2 and is now None"):
+    with pytest.raises(UserError, match="--epochs was 20 and is now 3, --minutes was 2 and is now unset"):
         train(run, epochs=3)
     with pytest.raises(UserError, match="--schedule was constant and is now cosine"):
         train(run, minutes=2, schedule="cosine")
