@@ -100,8 +100,8 @@ class RunFolder:
         if longer and (recipe.optimizer.schedule != "cosine" or not self.newest_checkpoint()):  # it changes nothing that was done
             changes.pop("minutes" if by_clock else "epochs", None)
         if changes and not accept_changes:
-            words = {k: ["unset" if value is None else value for value in pair] for k, pair in changes.items()}
-            listed = ", ".join(f"{flag(k)} was {was} and is now {now}" for k, (was, now) in words.items())
+            shown = {k: ["unset" if value is None else value for value in pair] for k, pair in changes.items()}
+            listed = ", ".join(f"{flag(k)} was {was} and is now {now}" for k, (was, now) in shown.items())
             raise UserError(
                 f"{self.path} was started with other settings: {listed}. "
                 "Give another --out to start anew, or --accept-changes to go on with the new ones."
