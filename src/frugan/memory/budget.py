@@ -5,7 +5,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -75,6 +74,7 @@ class Shortage:
         binding: what needs most where everything is done as leanly as can be.
         state: what of its bytes is weights, gradients, moments and the like.
         free: what is left free.
+        looking: what it takes more to look for a plan than to follow it.
     """
 
     budget: int
@@ -86,6 +86,7 @@ class Shortage:
     binding: Candidate
     state: int
     free: int
+    looking: int = 0
 
     def sentence(self, said: str, flag: str = "", ending: str = "") -> str:
         """What a person reads: ``said`` is the budget in words, ``flag`` comes before the smallest one."""
@@ -101,6 +102,7 @@ class Shortage:
                 f"{size(self.state)}, {phase}'s phase, with {layout}, {size(self.binding.needs('return') - self.state)}, and "
                 f"{size(self.free)} are left free"
             )
+            why += f"; to look for a plan takes {size(self.looking)} more" if self.looking else ""
         return (
             f"{said} is too little for this training: the smallest that works is {flag}{self.smallest // MIB}MiB, because "
             f"{why}{ending}."
@@ -169,7 +171,7 @@ class BudgetPlanner:
         budget = self._budget(process)
         available = self.available(process, budget)
         try:
-            with self._held():
+            with self.search.within(self.named):
                 choice = self.search.choose(available)
                 plan = choice and self._described(choice, process, budget)
                 if choice and plan and plan.predicted <= budget and self._between(_last(choice)) <= available:
@@ -179,9 +181,10 @@ class BudgetPlanner:
                 raise
         return None
 
-    def _held(self) -> AbstractContextManager[None]:
-        """While open, an accelerator is held to the budget: there, planning runs whole micro-batches."""
-        return nullcontext() if self.named is None or self.device.type == "cpu" else limit.limited(self.named, self.device)
+    def prepare(self) -> None:
+        """Has libraries load what every plan needs (`Search.prepare`), within the budget."""
+        with self.search.within(self.named):
+            self.search.prepare()
 
     def available(self, process: Process, budget: int) -> int:
         """Bytes of ``budget`` for phases."""
@@ -189,31 +192,40 @@ class BudgetPlanner:
 
     def with_layouts(self, layouts: Mapping[str, Layout], freed: Freed) -> Plan | None:
         """The plan with these layouts, if it fits."""
-        chosen = {job.name: self.search.candidate(job, layouts[job.name]) for job in self.search.jobs}
+        try:
+            with self.search.within(self.named):
+                chosen = {job.name: self.search.candidate(job, layouts[job.name]) for job in self.search.jobs}
+        except limit.SHORTAGE as error:  # to look at it takes more already
+            if not limit.is_out_of_memory(error):
+                raise
+            return None
         process = self.process()
         budget = self._budget(process)
         if any(c.needs(freed) > self.available(process, budget) for c in chosen.values()):
             return None
         return self._described(Choice(freed, chosen, {}), process, budget)
 
-    def smallest(self) -> tuple[int, Candidate]:
-        """The smallest budget that would do, and what binds it."""
-        binding = max(self.search.smallest().values(), key=lambda c: c.needs("return"))
-        held = max(binding.needs("return"), self._between(binding.layout.micro_batch))
+    def smallest(self) -> tuple[int, Candidate, int]:
+        """The smallest budget that would do, what binds it, and what looking for a plan takes more than that."""
+        leanest = self.search.smallest().values()
+        binding = max(leanest, key=lambda c: c.needs("return"))
+        between = self._between(binding.layout.micro_batch)
+        held = max(binding.needs("return"), between)
+        looking = max(0, *(self.search.looked(c) - held for c in leanest))
         process = self.process()  # with what that has loaded
-        needs = process.framework() + self.data + MARGIN + self._ahead(process) + held
-        return math.ceil(max(needs, process.begun) / MIB) * MIB, binding
+        needs = process.framework() + self.data + MARGIN + self._ahead(process) + held + looking
+        return math.ceil(max(needs, process.begun) / MIB) * MIB, binding, looking
 
     def refusal(self) -> TooLittle:
         """What says that nothing fits into the budget."""
-        smallest, binding = self.smallest()
+        smallest, binding, looking = self.smallest()
         process = self.process()
         budget = self._budget(process)
         parts = self.search.exact(binding.job, binding.layout).moment.parts
         state = sum(parts.get(name, 0) for name in ("weights", "moments", "average", "gradients"))
         shortage = Shortage(
             budget, self.named is not None, smallest, process.framework(), self.data, process.begun, binding, state,
-            MARGIN + self._ahead(process),
+            MARGIN + self._ahead(process), looking,
         )  # fmt: skip
         return TooLittle(shortage.sentence(size(budget)), smallest, shortage)
 
@@ -261,12 +273,16 @@ class BudgetPlanner:
     def _ahead(self, process: Process) -> int:
         if self.device.type == "cpu":
             return AHEAD
-        # What planning has left may pin a segment more in the next process; unrun on a GPU.
+        # What planning has left may pin a segment more in the next process: seen on a GPU (docs/gpu.md).
         return min(LEAST, process.framework() // 32)
 
     def _between(self, micro_batch: int) -> int:
         """Bytes that what happens between phases holds at most."""
-        return max((self.search.holds([b.timeline], "return") for b in self.besides(micro_batch).values()), default=0)
+        return max((self.search.holds([b.timeline], "return") for b in self._besides(micro_batch).values()), default=0)
+
+    def _besides(self, micro_batch: int) -> Mapping[str, Beside]:
+        with self.search.limited():
+            return self.besides(micro_batch)
 
     def _described(self, choice: Choice, process: Process, budget: int) -> Plan:
         self.choice, self.kept = choice, {}
@@ -282,7 +298,7 @@ class BudgetPlanner:
         # Between phases what is free goes back: only phases follow one another in the same memory.
         held = self.search.holds(timelines, choice.freed, budget - process.framework() - self.data)
         held += max(c.loads for c in choice.chosen.values())
-        for name, beside in self.besides(_last(choice)).items():
+        for name, beside in self._besides(_last(choice)).items():
             moment = beside.timeline.peak()
             phases[name] = moment.parts | {"workspaces": moment.workspace} | dict(beside.held)
         phases |= {name: dict(parts) for name, parts in self.moments.items()}

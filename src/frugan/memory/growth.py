@@ -59,6 +59,7 @@ class Growth:
         held: the storages that are there before.
         steps: what happens, in order.
         granule: bytes of which the allocator gives out whole ones.
+        seen: the samples of the larger of the two traces.
     """
 
     sizes: dict[int, Line]
@@ -66,6 +67,7 @@ class Growth:
     held: list[int]
     steps: list[Step]
     granule: int = 1
+    seen: int = LARGE
 
     @classmethod
     def between(cls, low: Timeline, high: Timeline, granule: int = 1, *, small: int = SMALL, large: int = LARGE) -> Self:
@@ -93,7 +95,7 @@ class Growth:
                 line(a.crossed, b.crossed), b.random, b.into,
             ))  # fmt: skip
         labels = {s: label for s, label in high.labels.items() if s in sizes and label != OTHER}
-        return cls(sizes, labels, sorted(high.held), steps, granule)
+        return cls(sizes, labels, sorted(high.held), steps, granule, large)
 
     @property
     def random(self) -> bool:
@@ -224,7 +226,7 @@ class Growth:
         """As JSON has it."""
         return {
             "sizes": [[s, *line] for s, line in self.sizes.items()], "labels": [[s, label] for s, label in self.labels.items()],
-            "held": self.held, "granule": self.granule,
+            "held": self.held, "granule": self.granule, "seen": self.seen,
             "steps": [
                 [s.storages, s.inside, s.flops, s.moved, s.crossed, s.random, s.into] for s in self.steps
             ],
@@ -240,7 +242,8 @@ class Growth:
             )
             for storages, inside, flops, moved, crossed, random, into in known["steps"]
         ]  # fmt: skip
-        return cls({s: (a, b) for s, a, b in known["sizes"]}, dict(known["labels"]), known["held"], steps, known["granule"])
+        sizes = {s: (a, b) for s, a, b in known["sizes"]}
+        return cls(sizes, dict(known["labels"]), known["held"], steps, known["granule"], known["seen"])
 
 
 @dataclass

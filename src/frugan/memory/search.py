@@ -6,8 +6,9 @@ alone are exact and hardly slower than the whole batch, nothing is traced but th
 clock: the same command makes the same plan.
 """
 
-from collections.abc import Sequence
-from contextlib import suppress
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 
 import torch
@@ -42,7 +43,9 @@ class Search:
         self.device = device
         self.approximate = approximate  # whether coupled samples may be cut as small as one likes
         self.rates = RATES.get(device.type, RATES["cuda"])
+        self._within: int | None = None  # the budget that an accelerator is held to while something is run there
         self._growths: dict[tuple[str, Levers, int], Growth] = {}
+        self._lacking: set[tuple[str, Levers, int]] = set()  # of those, what did not fit into the budget
         self._exact: dict[tuple[str, Layout], Exact] = {}
         self._estimates: dict[tuple[str, Levers], list[Candidate]] = {}
 
@@ -51,6 +54,20 @@ class Search:
         """What can become of freed memory, the faster first."""
         return ("reuse",) if self.device.type == "cpu" and pool.available() else ("reuse", "return")
 
+    @contextmanager
+    def within(self, budget: int | None) -> Iterator[None]:
+        """While open, what is run on an accelerator is held to ``budget`` bytes, if that is said: what does not fit is no candidate."""
+        self._within = None if self.device.type == "cpu" else budget
+        try:
+            yield
+        finally:
+            self._within = None
+            self._lacking.clear()
+
+    def limited(self) -> AbstractContextManager[None]:
+        """While open, nothing is run beyond the budget that there is `within`; anew each time, as what was run before has loaded more."""
+        return nullcontext() if self._within is None else limit.limited(self._within, self.device)
+
     def growth(self, job: Job, layout: Layout) -> Growth:
         """What a micro-batch of ``job`` allocates with the levers of ``layout``."""
         return self._growth(job, layout.levers)
@@ -58,8 +75,23 @@ class Search:
     def _growth(self, job: Job, levers: Levers, largest: int = 0) -> Growth:
         key = (job.name, levers, largest)
         if key not in self._growths:
-            self._growths[key] = job.trace(levers, largest)
+            with self.limited():
+                self._growths[key] = job.trace(levers, largest)
         return self._growths[key]
+
+    def _growth_if_it_fits(self, job: Job, levers: Levers, largest: int = 0) -> Growth | None:
+        """The same; None where memory does not suffice to look at it."""
+        key = (job.name, levers, largest)
+        if key in self._lacking:
+            return None
+        try:
+            return self._growth(job, levers, largest)
+        except limit.SHORTAGE as error:
+            if not limit.is_out_of_memory(error):
+                raise
+        self._lacking.add(key)
+        limit.at_rest(self.device)  # with what the error had hold of
+        return None
 
     def exact(self, job: Job, layout: Layout) -> Exact:
         """What ``layout`` allocates, its last and smaller micro-batch too; more than two of a size are as two.
@@ -70,16 +102,12 @@ class Search:
         if key not in self._exact:
             growth = self.growth(job, layout)
             if there := accelerator(self.device):
-                try:
-                    growth = self._growth(job, layout.levers, layout.micro_batch)
-                except limit.SHORTAGE as error:
-                    if not limit.is_out_of_memory(error):
-                        raise
-                    # More than there is now, whatever few samples tell; it is asked anew where there may be more.
+                run = self._growth_if_it_fits(job, layout.levers, layout.micro_batch)
+                there.release()
+                if run is None:  # more than there is now, whatever few samples tell; it is asked anew where there may be more
                     timeline = growth.timeline(shortened(layout.sizes))
                     return Exact(timeline, partial(self._with_margin, timeline, there.total()), lacked=True)
-                finally:
-                    there.release()
+                growth = run
             timeline = growth.timeline(shortened(layout.sizes))
             self._exact[key] = Exact(timeline, partial(self._with_margin, timeline, 0))
         return self._exact[key]
@@ -136,10 +164,12 @@ class Search:
         )  # fmt: skip
 
     def candidates(self, job: Job, levers: Levers) -> list[Candidate]:
-        """All layouts of ``job`` with ``levers``, estimated; few micro-batches first."""
+        """All layouts of ``job`` with ``levers``, estimated, few micro-batches first; none where memory lacks to look at them."""
         key = (job.name, levers)
         if key not in self._estimates:
-            growth = self._growth(job, levers)
+            growth = self._growth_if_it_fits(job, levers)
+            if growth is None:
+                return []
             apart = 0 if self.device.type == "cpu" else LEAST
             kept = 1.15 * SEGMENTS_MARGIN if apart else 1 if pool.available() else KEPT
             layouts = [Layout.of(job.batch, parts, levers) for parts in job.counts(levers)]
@@ -162,14 +192,14 @@ class Search:
     def prepare(self) -> None:
         """Traces every job as plainly as may be, so that all libraries have loaded what they need."""
         for job in self.jobs:
-            self._growth(job, job.variants[0])
+            self._growth_if_it_fits(job, job.variants[0])
 
     def plain(self, available: float) -> Choice | None:
         """Everything as plainly as it may be done, if that fits into ``available`` bytes without a doubt."""
         chosen = {}
         for job in self.jobs:
-            estimate = self.candidates(job, job.variants[0])[0]
-            if estimate.allocated > available:
+            estimate = next(iter(self.candidates(job, job.variants[0])), None)
+            if estimate is None or estimate.allocated > available:
                 return None
             chosen[job.name] = self.candidate(job, estimate.layout)
             if chosen[job.name].needs(self.freed_ways[0]) > available:
@@ -188,11 +218,27 @@ class Search:
         )
 
     def smallest(self) -> dict[str, Candidate]:
-        """For each job what needs least, traced as it is."""
-        return {job.name: self._leanest(job) for job in self.jobs}
+        """For each job what needs least, traced as it is.
 
-    def _leanest(self, job: Job) -> Candidate:
+        Raises:
+            torch.OutOfMemoryError: memory does not suffice to look at any.
+        """
+        found = {job.name: self._leanest(job) for job in self.jobs}
+        if lacking := [name for name, candidate in found.items() if candidate is None]:
+            raise torch.OutOfMemoryError(f"{self.device} has too little memory left to look at the phase of {lacking[0]}")
+        return {name: candidate for name, candidate in found.items() if candidate}
+
+    def looked(self, candidate: Candidate) -> int:
+        """Bytes that had to be there to look at the levers of ``candidate``, on an accelerator."""
+        if self.device.type == "cpu":
+            return 0
+        growth = self.growth(candidate.job, candidate.layout)
+        return self.holds([growth.timeline((growth.seen,), accumulated=True)], "return")
+
+    def _leanest(self, job: Job) -> Candidate | None:
         every = [c for levers in job.variants for c in self._allowed(job, levers)]
+        if not every:
+            return None
         return self.candidate(job, min(every, key=lambda c: (c.needs("return"), c.seconds)).layout)
 
     def _best(self, available: float, freed: Freed) -> Choice | None:
@@ -202,7 +248,7 @@ class Search:
             found = self._fitting(job, available, freed, refused)
             if found is None:  # the estimates may be too high: what would be named as smallest is looked at as it is
                 found = self._leanest(job)
-                if found.needs(freed) > available:
+                if found is None or found.needs(freed) > available:
                     return None
             chosen[job.name] = found
         return Choice(freed, chosen, refused)
@@ -210,16 +256,18 @@ class Search:
     def _fitting(self, job: Job, available: float, freed: Freed, refused: dict[str, Candidate]) -> Candidate | None:
         """The fastest layout of ``job`` that fits; what would have been faster goes into ``refused``."""
         plain = self._first(self._allowed(job, job.variants[0]), available, freed, refused)
-        whole = self.candidates(job, job.variants[0])[0]
-        least = self._growth(job, job.variants[0]).least(job.batch)
-        if plain and plain.time(freed, self.rates) <= SLOWER * whole.time(freed, self.rates):
+        looked = self._growth_if_it_fits(job, job.variants[0])
+        least = looked.least(job.batch) if looked else math.inf
+        if plain and plain.time(freed, self.rates) <= SLOWER * self.candidates(job, job.variants[0])[0].time(freed, self.rates):
             if plain.guarantee != Guarantee.APPROXIMATE:
                 return plain
-            if not job.can_uncouple and (least > available or self.candidates(job, job.variants[-1])[0].needs(freed) > available):
+            all_levers = self.candidates(job, job.variants[-1])[:1]
+            if not job.can_uncouple and (least > available or all(c.needs(freed) > available for c in all_levers)):
                 return plain  # no lever helps it to be exact, nor do all of them
         if job.can_uncouple:  # in the order of what they take, all exact; the leanest is traced only where nothing else fits
             at_once = [levers for levers in job.variants if not uncoupling(levers)] if least <= available else []
-            if found := self._first([self.candidates(job, levers)[0] for levers in at_once], available, freed, refused):
+            whole = [c for levers in at_once for c in self.candidates(job, levers)[:1]]
+            if found := self._first(whole, available, freed, refused):
                 return found
             for levers in filter(uncoupling, job.variants):
                 if found := self._first(self._allowed(job, levers), available, freed, refused):

@@ -78,7 +78,7 @@ class Planner:
         try:
             if self.device.type != "cpu":
                 self.traces.warm_up()
-                self.budget.search.prepare()
+                self.budget.prepare()
             if self.budget.moments and self.budget.named is not None:
                 self._check_evaluating(self.budget.named)
             return self._with_host(self._keeping(self.budget.plan()))
