@@ -56,7 +56,7 @@ class Search:
 
     @contextmanager
     def within(self, budget: int | None) -> Iterator[None]:
-        """While open, what is run on an accelerator is held to ``budget`` bytes, if that is said: what does not fit is no candidate."""
+        """While open, what is run on an accelerator is held to ``budget`` bytes, if any: what does not fit is no candidate."""
         self._within = None if self.device.type == "cpu" else budget
         try:
             yield
@@ -65,7 +65,7 @@ class Search:
             self._lacking.clear()
 
     def limited(self) -> AbstractContextManager[None]:
-        """While open, nothing is run beyond the budget that there is `within`; anew each time, as what was run before has loaded more."""
+        """While open, nothing exceeds the budget of `within`; for each run anew, as the one before has loaded more."""
         return nullcontext() if self._within is None else limit.limited(self._within, self.device)
 
     def growth(self, job: Job, layout: Layout) -> Growth:
