@@ -171,7 +171,7 @@ class BudgetPlanner:
         budget = self._budget(process)
         available = self.available(process, budget)
         try:
-            with self.search.within(self.named):
+            with self.search.within(self._within()):
                 choice = self.search.choose(available)
                 plan = choice and self._described(choice, process, budget)
                 if choice and plan and plan.predicted <= budget and self._between(_last(choice)) <= available:
@@ -183,7 +183,7 @@ class BudgetPlanner:
 
     def prepare(self) -> None:
         """Has libraries load what every plan needs (`Search.prepare`), within the budget."""
-        with self.search.within(self.named):
+        with self.search.within(self._within()):
             self.search.prepare()
 
     def available(self, process: Process, budget: int) -> int:
@@ -193,7 +193,7 @@ class BudgetPlanner:
     def with_layouts(self, layouts: Mapping[str, Layout], freed: Freed) -> Plan | None:
         """The plan with these layouts, if it fits."""
         try:
-            with self.search.within(self.named):
+            with self.search.within(self._within()):
                 chosen = {job.name: self.search.candidate(job, layouts[job.name]) for job in self.search.jobs}
         except limit.SHORTAGE as error:  # to look at it takes more already
             if not limit.is_out_of_memory(error):
@@ -275,6 +275,12 @@ class BudgetPlanner:
             return AHEAD
         # What planning has left may pin a segment more in the next process: seen on a GPU (docs/gpu.md).
         return min(LEAST, process.framework() // 32)
+
+    def _within(self) -> int | None:
+        """What may be held while an accelerator runs something for a plan: what that loads comes on top, and is not refused."""
+        if self.named is None or self.device.type == "cpu":
+            return None
+        return self.named - min(LEAST, limit.held(self.device) // 32)
 
     def _between(self, micro_batch: int) -> int:
         """Bytes that what happens between phases holds at most."""

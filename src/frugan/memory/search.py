@@ -43,7 +43,7 @@ class Search:
         self.device = device
         self.approximate = approximate  # whether coupled samples may be cut as small as one likes
         self.rates = RATES.get(device.type, RATES["cuda"])
-        self._within: int | None = None  # the budget that an accelerator is held to while something is run there
+        self._within: int | None = None  # the budget that is held to while something is run for a plan
         self._growths: dict[tuple[str, Levers, int], Growth] = {}
         self._lacking: set[tuple[str, Levers, int]] = set()  # of those, what did not fit into the budget
         self._exact: dict[tuple[str, Layout], Exact] = {}
@@ -56,8 +56,8 @@ class Search:
 
     @contextmanager
     def within(self, budget: int | None) -> Iterator[None]:
-        """While open, what is run on an accelerator is held to ``budget`` bytes, if any: what does not fit is no candidate."""
-        self._within = None if self.device.type == "cpu" else budget
+        """While open, what is run is held to ``budget`` bytes, if that is said: what does not fit is no candidate."""
+        self._within = budget
         try:
             yield
         finally:

@@ -97,9 +97,10 @@ def fast_precision(device: torch.device) -> str:
 @contextmanager
 def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     """While open, products in single precision are as ``precision`` says: TF32 (10 bits of mantissa) for ``tf32``, whole otherwise;
-    and convolutions give the same bits each time.
+    convolutions give the same bits each time, and products of half precision are added up in single precision.
 
-    torch by itself lets convolutions round to TF32 on GPUs that have it (Ampere and later), and cuDNN add up in any order.
+    torch by itself lets convolutions round to TF32 on GPUs that have it (Ampere and later), cuDNN add up in any order, and cuBLAS
+    round sums of parts of a product.
 
     Raises:
         UserError: TF32 on a device that has none.
@@ -107,9 +108,12 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     has = device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
     if precision == "tf32" and not has:
         raise UserError(f"--precision tf32 is of NVIDIA GPUs from Ampere on, and {device} has none: use fp32, or bf16.")
-    places = [torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul]  # type: ignore[attr-defined]
+    matmul = torch.backends.cuda.matmul
+    places = [torch.backends.cudnn.conv, torch.backends.cudnn.rnn, matmul]  # type: ignore[attr-defined]
     before = [place.fp32_precision for place in places]
     repeats = torch.backends.cudnn.deterministic
+    sums = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
     for place in places:
         place.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     torch.backends.cudnn.deterministic = True
@@ -117,5 +121,6 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.deterministic = repeats
+        matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction = sums
         for place, value in zip(places, before, strict=True):
             place.fp32_precision = value

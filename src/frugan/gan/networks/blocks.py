@@ -1,8 +1,9 @@
 """What the networks are made of."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +91,7 @@ class Mean(ByProducts, nn.Conv2d):
     def __init__(self, before: int, out: int, kernel: int, padding: int = 0, *, grid: bool = False) -> None:
         super().__init__(before, out, kernel, padding=padding)
         self.average = Average(kernel) if grid else None
+        self.constants = Constants()
 
     def forward(self, x: Tensor) -> Tensor:
         """As the class says."""
@@ -110,15 +112,11 @@ class Mean(ByProducts, nn.Conv2d):
 
     def _averaged(self, size: int, like: Tensor) -> Tensor:
         """``[k, size]``: how much of a pixel is in a mean."""
-        return means(size, self.kernel_size[0], like)
+        return self.constants(means, size, self.kernel_size[0], like=like)
 
     def _met(self, size: int, like: Tensor) -> Tensor:
         """``[k, size]``: how often, of all times, a number of the kernel meets a pixel."""
-        k, padding = self.kernel_size[0], int(self.padding[0])
-        times = size + 2 * padding - k + 1
-        number, place = torch.arange(k, device=like.device)[:, None], torch.arange(size, device=like.device)
-        first = place + padding - number
-        return ((first >= 0) & (first < times)).to(like) / times
+        return self.constants(_meeting, size, self.kernel_size[0], int(self.padding[0]), like=like)
 
 
 class Head(Block):
@@ -252,6 +250,7 @@ class Average(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
+        self.constants = Constants()
 
     def forward(self, x: Tensor) -> Tensor:
         """``[n, c, h, w]`` to ``[n, c, size, size]``."""
@@ -260,7 +259,8 @@ class Average(nn.Module):
             return nn.functional.adaptive_avg_pool2d(x, self.size)
         # Where windows differ in size MPS refuses, and CUDA's gradient has other last bits each time; the same as two products with
         # matrices of means.
-        return means(x.shape[-2], self.size, x) @ x @ means(x.shape[-1], self.size, x).T
+        down, across = (self.constants(means, n, self.size, like=x) for n in x.shape[2:])
+        return down @ x @ across.T
 
 
 def means(length: int, size: int, like: Tensor) -> Tensor:
@@ -270,6 +270,36 @@ def means(length: int, size: int, like: Tensor) -> Tensor:
     place = torch.arange(length, device=like.device)
     covered = (place >= begin[:, None]) & (place < end[:, None])
     return covered.to(like) / (end - begin)[:, None]
+
+
+def _meeting(size: int, k: int, padding: int, like: Tensor) -> Tensor:
+    times = size + 2 * padding - k + 1
+    number, place = torch.arange(k, device=like.device)[:, None], torch.arange(size, device=like.device)
+    first = place + padding - number
+    return ((first >= 0) & (first < times)).to(like) / times
+
+
+class Constants:
+    """What a layer computes of sizes alone, kept on a GPU for as long as the layer is there.
+
+    Of the thousand kernels of an update of `projected` two hundred made such matrices.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Tensor] = {}
+
+    def __call__(self, make: Callable[..., Tensor], *numbers: int, like: Tensor) -> Tensor:
+        """What ``make`` gives for ``numbers`` in the dtype and on the device of ``like``."""
+        if like.device.type in ("cpu", "meta", "xla"):
+            return make(*numbers, like)
+        key = make, numbers, like.dtype, like.device
+        if (kept := self._made.get(key)) is not None:
+            return kept
+        with torch.inference_mode(False), torch.no_grad():
+            made = make(*numbers, like)
+        if not (like.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):  # else it would be the graph's own
+            self._made[key] = made
+        return made
 
 
 def widths(base: int, sizes: list[int]) -> list[int]:

@@ -1,6 +1,6 @@
-"""Convolutions that are products of matrices on a CPU, where that is much faster than oneDNN, which torch asks (docs/LOG.md).
+"""Convolutions that are products of matrices where that is much faster than what torch asks, oneDNN or cuDNN (docs/LOG.md).
 
-That is so for maps of one channel, and for gradients of kernels in bfloat16 where maps are small. With large maps L
+That is so for maps of one channel, and on a CPU for gradients of kernels in bfloat16 where maps are small. With large maps L
 ``[n, a, ...]``, small ones S ``[n, b, ...]`` and a kernel K ``[b, a, k, k]`` there are three operations,
 
     S = down(L, K), the convolution;  L = up(S, K), the transposed one;  K = pair(L, S), the gradient of either in its kernel,
@@ -22,6 +22,7 @@ from frugan.memory.private import amx, applied
 NARROW, MANY = 3, 256  # channels of large maps: at most those of images, and at least so many
 SMALL, TINY = 8, 4  # pixels a side of small maps, at most
 HALF = torch.float16, torch.bfloat16  # which are added up in single precision
+UNMEASURED = "meta", "mps", "xla"  # devices where nobody has asked
 
 Operation = Literal["down", "up", "pair"]
 EVERY = frozenset[Operation](("down", "up", "pair"))
@@ -83,20 +84,21 @@ class ConvTranspose2d(ByProducts, nn.ConvTranspose2d):
 
 def _planned_for(layer: Conv2d | ConvTranspose2d, x: Tensor) -> tuple[bool, Geometry] | None:
     """How ``layer`` computes these maps by products; None: as torch does."""
-    if not layer.by_products or x.device.type != "cpu" or isinstance(layer.padding, str):
+    kind = x.device.type
+    if not layer.by_products or kind in UNMEASURED or isinstance(layer.padding, str):
         return None
     special = layer.groups, layer.dilation, layer.padding_mode
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     return _planned(
         layer.transposed, layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-        layer.output_padding, special == (1, (1, 1), "zeros"), tuple(x.shape[2:]), dtype,
+        layer.output_padding, special == (1, (1, 1), "zeros"), tuple(x.shape[2:]), dtype, kind == "cpu",
     )  # fmt: skip
 
 
 @cache
 def _planned(
     transposed: bool, before: int, out: int, kernel: tuple[int, ...], strides: tuple[int, ...], paddings: tuple[int, ...],
-    more: tuple[int, ...], plain: bool, size: tuple[int, ...], dtype: torch.dtype,
+    more: tuple[int, ...], plain: bool, size: tuple[int, ...], dtype: torch.dtype, cpu: bool,
 ) -> tuple[bool, Geometry] | None:  # fmt: skip
     """Whether a convolution is turned into a transposed one, and the geometry; None where nothing is faster."""
     if not plain or any(len({*pair}) > 1 for pair in (kernel, strides, paddings)):
@@ -105,21 +107,26 @@ def _planned(
     here = (size[0], size[1])
     if transposed:
         large = [(s - 1) * stride - 2 * padding + k + m for s, m in zip(size, more, strict=True)]
-        products = chosen(out, here, k, stride, dtype)
+        products = chosen(out, here, k, stride, dtype, cpu=cpu)
         return (False, Geometry(k, stride, padding, (large[0], large[1]), here, products)) if products else None
     turned = stride == 1 and k == 2 * padding + 1 and out < before  # it is a transposed one too
-    if turned and (products := chosen(out, here, k, 1, dtype)):
+    if turned and (products := chosen(out, here, k, 1, dtype, cpu=cpu)):
         return True, Geometry(k, 1, padding, here, here, products)
     small = ((size[0] + 2 * padding - k) // stride + 1, (size[1] + 2 * padding - k) // stride + 1)
-    products = chosen(before, small, k, stride, dtype)
+    products = chosen(before, small, k, stride, dtype, cpu=cpu)
     return (False, Geometry(k, stride, padding, here, small, products)) if products else None
 
 
-def chosen(channels: int, small: tuple[int, int], kernel: int, stride: int, dtype: torch.dtype) -> frozenset[Operation]:
+def chosen(
+    channels: int, small: tuple[int, int], kernel: int, stride: int, dtype: torch.dtype, *, cpu: bool = True
+) -> frozenset[Operation]:
     """The operations that are products, between large maps of ``channels`` and ``small`` ones.
 
-    Where they were faster on an Intel Xeon with AMX, the one processor that was asked (`benchmarks/operators.py`, docs/LOG.md).
+    Where they were faster on an Intel Xeon with AMX, the one processor that was asked (`benchmarks/operators.py`, docs/LOG.md), and
+    on an H100 (docs/gpu.md).
     """
+    if not cpu:
+        return frozenset({"down", "pair"}) if channels == 1 and kernel > 1 and dtype in HALF else frozenset()
     bf16, strided, side = dtype == torch.bfloat16, stride > 1, max(small)
     if kernel == 1 or (bf16 and not amx()):  # what bfloat16 is like without tiles nobody has measured
         return frozenset()
@@ -135,9 +142,9 @@ def chosen(channels: int, small: tuple[int, int], kernel: int, stride: int, dtyp
 
 def _cast(x: Tensor, kernel: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """As autocast has them."""
-    if not torch.is_autocast_enabled("cpu"):
+    if not torch.is_autocast_enabled(x.device.type):
         return x, kernel, bias
-    dtype = torch.get_autocast_dtype("cpu")
+    dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), kernel.to(dtype), None if bias is None else bias.to(dtype)
 
 
@@ -230,7 +237,7 @@ class _Pair(_Operation):
     @staticmethod
     def forward(large: Tensor, small: Tensor, _: None, geometry: Geometry) -> Tensor:
         a, b, side = large.shape[1], small.shape[1], geometry.kernel
-        kernel = torch.empty(b, a, side, side, dtype=small.dtype, memory_format=torch.channels_last)
+        kernel = torch.empty(b, a, side, side, dtype=small.dtype, device=small.device, memory_format=torch.channels_last)
         if "pair" in geometry.products:
             torch.mm(_rows(small).t(), _columns(large, geometry), out=kernel.permute(0, 2, 3, 1).view(b, -1))
             return kernel
@@ -275,7 +282,7 @@ def _rows(maps: Tensor) -> Tensor:
 
 def _maps(like: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
     """New maps with channels last: what is computed into them is no view, which layers after may overwrite."""
-    return torch.empty(len(like), channels, *size, dtype=like.dtype, memory_format=torch.channels_last)
+    return torch.empty(len(like), channels, *size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def _matrix(kernel: Tensor) -> Tensor:

@@ -117,6 +117,9 @@ def enlarged(x: Tensor, size: int) -> Tensor:
     if x.device.type == "xla" and 2 * x.shape[-1] - size in (0, 1):  # its own is for TPUs alone, and elsewhere the host's
         n, c, h, w = x.shape
         return x[:, :, :, None, :, None].expand(n, c, h, 2, w, 2).reshape(n, c, 2 * h, 2 * w)[:, :, :size, :size]
+    if x.device.type == "cuda":  # whose autocast would make float32 of what is only copied
+        with torch.autocast("cuda", enabled=False):
+            return nn.functional.interpolate(x, size=(size, size))
     return nn.functional.interpolate(x, size=(size, size))
 
 
