@@ -21,6 +21,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 
 @pytest.fixture(scope="module")
 def gpu() -> ModuleType:
+    sys.path.insert(0, str(SCRIPT.parent))  # as for a script
     spec = importlib.util.spec_from_file_location("gpu", SCRIPT)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -126,7 +126,7 @@ def chosen(
     on an H100 (docs/gpu.md).
     """
     if not cpu:
-        return frozenset({"down", "pair"}) if channels == 1 and kernel > 1 and dtype in HALF else frozenset()
+        return EVERY if channels == 1 and kernel > 1 else frozenset()
     bf16, strided, side = dtype == torch.bfloat16, stride > 1, max(small)
     if kernel == 1 or (bf16 and not amx()):  # what bfloat16 is like without tiles nobody has measured
         return frozenset()
