@@ -142,7 +142,7 @@ class Memory(Section):
         "fp32", "arithmetic inside the networks; auto: bf16 or fp16 where the device is fast at it (all but fp32 approximate)"
     )
     channels_last: bool = option(
-        True, "lay images out with the channels innermost: faster convolutions, on a CPU also by products of matrices"
+        True, "lay images out with the channels innermost: faster convolutions, some by products of matrices"
     )
 
 

@@ -22,7 +22,7 @@ from frugan.memory.private import amx, applied
 NARROW, MANY = 3, 256  # channels of large maps: at most those of images, and at least so many
 SMALL, TINY = 8, 4  # pixels a side of small maps, at most
 HALF = torch.float16, torch.bfloat16  # which are added up in single precision
-UNMEASURED = "meta", "mps", "xla"  # devices where nobody has asked
+UNMEASURED = "meta", "mps", "xla", "xpu"  # devices where nobody has asked
 
 Operation = Literal["down", "up", "pair"]
 EVERY = frozenset[Operation](("down", "up", "pair"))
