@@ -242,9 +242,11 @@ class BudgetPlanner:
         available = plan.budget - plan.framework - plan.data - MARGIN
         rows = []
         for job in self.search.jobs:
-            plain, taken = self.search.candidates(job, job.variants[0])[0], self.choice.chosen[job.name]
+            taken = self.choice.chosen[job.name]
+            plain = next(iter(self.search.candidates(job, job.variants[0])), taken)
             for levers in job.variants:
-                mine = self.search.candidates(job, levers)
+                if not (mine := self.search.candidates(job, levers)):
+                    continue
                 fits = next((c for c in mine if c.needs(plan.freed) <= available), mine[-1])
                 candidate = taken if taken.layout.levers == levers else fits
                 needs = candidate.needs(plan.freed)
