@@ -72,7 +72,7 @@ def projected() -> Recipe:
         recipe="projected",
         network=Projected(modulation=True),
         objective=Bce(label_smoothing=0.1),
-        optimizer=Optimizer(lr_g=3e-3, lr_d=3e-3, beta1=0.5, beta2=0.999, schedule="cosine"),
+        optimizer=Optimizer(lr_g=4e-3, lr_d=4e-3, beta1=0.0, beta2=0.999, schedule="cosine"),
         training=Training(reuse_fakes=True),
         memory=Memory(precision="auto"),
     )
