@@ -196,7 +196,8 @@ def test_the_smallest_budget_that_is_named_is_held_and_less_is_refused(
 
 def test_what_is_named_has_room_to_look_for_a_plan() -> None:
     """It is looked at with more samples than are computed at once where memory is scarcest."""
-    recipe = recipes.get("r3").replace(image_size=48, channels=3, batch_size=16, offload_state="no", penalty="double-backward")
+    few_plans = {"offload_state": "no", "penalty": "double-backward", "recompute_generator": "no", "checkpoint_blocks": "no"}
+    recipe = recipes.get("r3").replace(image_size=48, channels=3, batch_size=16, **few_plans)
     with pytest.raises(TooLittle) as refused:
         find(recipe, DEVICE, memory="2MiB")
     smallest = refused.value.smallest

@@ -27,8 +27,8 @@ from frugan.memory.trace import Timeline
 from frugan.utils.accelerator import accelerator
 
 KEPT = 1.4  # times what is live is what the C library's heap holds where there is no pool: 1.08 to 1.6 were seen (docs/LOG.md)
-SEGMENTS_MARGIN = 1.02  # the same of an accelerator's segments: a guess, until `make gpu` has measured it
-LACKED = 1.1  # by how much an estimate was short, where memory ran out: a guess, unrun on a GPU
+SEGMENTS_MARGIN = 1.02  # the same of an accelerator's segments: a guess; nearest upsampling may want more (docs/gpu.md)
+LACKED = 1.1  # by how much an estimate was short, where memory ran out: a guess
 SLOWER = 1.05  # micro-batches alone that take no longer than this, of the whole batch's time, are not bettered by levers
 
 # Those of accelerators are of a small GPU's data sheet and of PCIe 3; unmeasured.

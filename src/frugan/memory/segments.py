@@ -3,8 +3,7 @@
 torch's caching allocator takes memory from the driver in segments, cuts tensors from them, and keeps what is freed for the next
 tensors of its kind. What is limited, and what other programs see, is what it has reserved. This follows its rules
 (CUDACachingAllocator in torch 2.11 to 2.15: rounding to 512 B, segments of 2 and 20 MiB, best fit, neighbours joined, whole
-segments given back when nothing more may be reserved), and so predicts it. On CUDA it is unrun: ``make gpu`` compares it
-(docs/gpu.md).
+segments given back when nothing more may be reserved), and so predicts it. docs/gpu.md compares it with what CUDA's reserved.
 """
 
 from bisect import bisect_left, insort
