@@ -3,7 +3,8 @@
     python benchmarks/kernels.py --recipes resize dcgan --batch 512     # kernels of recorded phases, in the order of their time
     python benchmarks/kernels.py --recipes resize --loops               # images/s beside the tutorials' and a tuned loop
 
-On the CPU (``--device cpu``) operators take the place of kernels. Kernels are those of ten updates of both networks, seen by
+On the CPU (``--device cpu``) operators take the place of kernels, and memory is not handled as in a training; on a GPU the numbers
+of docs/gpu.md are of a sketch of this script, and it is unrun as it is. Kernels are those of ten updates of both networks, seen by
 torch's profiler; arithmetic is counted by torch's `FlopCounterMode`, whose products and convolutions are nearly all there is, and
 compared with the product of two large matrices in the same precision, just before. Rates are medians of interleaved rounds.
 """

@@ -258,6 +258,16 @@ def test_plans_are_shown_for_the_device(few: Path, capsys: pytest.CaptureFixture
 # ---- memory on the device --------------------------------------------------------------------------------------------------------
 
 
+@only_simulated
+def test_a_device_that_is_full_is_a_sentence(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    there = accelerator(DEVICE)
+    assert there is not None
+    sim.others(there.free() - 3 * MIB)
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", str(few), "--recipe", "dcgan", "--device", NAME])
+    assert capsys.readouterr().err == "frugan: memory ran out: close other programs, then run the same command.\n"
+
+
 @pytest.mark.parametrize("recipe", OWN_CODE)
 @pytest.mark.parametrize("levers_", [{}, {"offload_activations": True}])
 def test_what_is_predicted_is_what_the_allocator_reserves(
@@ -291,12 +301,12 @@ def test_offloaded_state_is_taken_by_itself_where_nothing_else_fits(few: Path, t
             find(recipe.replace(offload_state=choice), DEVICE, memory="2MiB")
         smallest[choice] = refused.value.smallest
     assert smallest["yes"] < smallest["no"] - 12 * MIB
-    between = str(smallest["yes"])
-    planner, plan = find(recipe, DEVICE, memory=between)
-    assert planner.recipe.memory.offload_state == "yes" and plan.predicted <= int(between)
+    least = str(smallest["yes"])
+    planner, plan = find(recipe, DEVICE, memory=least)
+    assert planner.recipe.memory.offload_state == "yes" and plan.predicted <= int(least)
     assert find(recipe, DEVICE, memory=str(2 * smallest["no"]))[0].recipe.memory.offload_state == "auto"
 
-    asked = settings_of("dcgan", memory=between, **(wide | {"epochs": 3}))
+    asked = settings_of("dcgan", memory=least, **(wide | {"epochs": 3}))
     straight = frugan.train(few, out=tmp_path / "a", **asked)
     with pytest.raises(Killed):
         frugan.train(few, out=tmp_path / "b", on_update=kill_at(8), **asked)

@@ -83,6 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # nobody reads on, as in `frugan ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except (RuntimeError, MemoryError) as error:
+        from frugan.memory import limit
+
+        if not limit.is_out_of_memory(error):
+            raise
+        print("frugan: memory ran out: close other programs, then run the same command.", file=sys.stderr)
+        sys.exit(2)
 
 
 def run() -> None:
