@@ -158,8 +158,20 @@ def test_training_longer_and_running_a_finished_one_again(
     assert_same_state(straight, train(tmp_path / "grown", epochs=4))
     before = final_state(straight)[1]
     train(straight, epochs=4, quiet=False)
-    assert "already trained" in capsys.readouterr().out
+    assert "more --epochs go on." in capsys.readouterr().out
     assert final_state(straight)[1] == before
+
+
+def test_a_finished_run_whose_rates_fell_says_how_to_go_on(
+    train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(tmp_path / "run", epochs=1, schedule="cosine")
+    train(run, epochs=1, schedule="cosine", quiet=False)
+    assert "more --epochs with --accept-changes (learning rates rise again) go on." in capsys.readouterr().out
+    with pytest.raises(frugan.UserError, match="epochs was 1 and is now 2"):
+        train(run, epochs=2, schedule="cosine")
+    train(run, epochs=2, schedule="cosine", accept_changes=True)
+    assert final_state(run)[1]["images"] == 2 * final_state(train(tmp_path / "other", epochs=1))[1]["images"]
 
 
 def test_results_that_a_kill_prevented_are_made_by_the_next_start(train: Callable[..., Path], tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def projected() -> Recipe:
     """Heads on frozen features that are learnt from the same images in seconds (Sauer et al. 2021, arXiv 2111.01007)."""
     return Recipe(
         recipe="projected",
-        network=Projected(modulation=True),
+        network=Projected(width_g=48, modulation=True),
         objective=Bce(label_smoothing=0.1),
         optimizer=Optimizer(lr_g=4e-3, lr_d=4e-3, beta1=0.0, beta2=0.999, schedule="cosine"),
         training=Training(reuse_fakes=True),

@@ -95,6 +95,8 @@ class Trainer:
                 else:
                     path, seen = session.folder.path, state.images
                     more = "--minutes" if session.duration.timed else "--epochs"
+                    if session.recipe.optimizer.schedule == "cosine":  # `RunFolder.check`
+                        more += " with --accept-changes (learning rates rise again)"
                     session.console.tell(f"{path} is already trained for {seen:,} images; more {more} go on.")
                     loop.finish()  # the last time could have been killed before it was
 
