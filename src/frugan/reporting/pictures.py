@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -57,16 +57,16 @@ def save_loop(images: Tensor, path: Path, milliseconds: int = 60) -> None:
         frames[0].save(part, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float, height: float, layout: Literal["constrained"] | None = None) -> Any:
     from matplotlib.figure import Figure  # half a second; and without pyplot, which would keep every figure alive
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def plot_memory(phases: Mapping[str, Sequence[Mapping[str, int]]], path: Path, title: str) -> None:
     """Draws what is live during one update, event by event, by what it is for; ``phases`` follow one another."""
     names = list(dict.fromkeys(name for course in phases.values() for now in course for name in now))
-    figure = _figure(10, 4.5)
+    figure = _figure(10, 4.5, "constrained")
     axes = figure.subplots()
     whole_course = [now for course in phases.values() for now in course]
     values = np.array([[now.get(name, 0) for now in whole_course] for name in names]) / 2**20
@@ -97,7 +97,8 @@ def warm_up() -> None:
 def plot_losses(lines: Sequence[Line], path: Path) -> None:
     """Draws Loss_D, Loss_G and D's opinions over the images seen."""
     figure = _figure(9, 6)
-    above, below = figure.subplots(2, 1, sharex=True)
+    margins = {"left": 0.1, "right": 0.98, "bottom": 0.08, "top": 0.98, "hspace": 0.06}  # to find these would draw all of it twice
+    above, below = figure.subplots(2, 1, sharex=True, gridspec_kw=margins)
     for axes, names in ((above, ("Loss_D", "Loss_G")), (below, ("D(x)", "D(G(z))"))):
         for name in names:
             points = [(line.images, line.measured[name]) for line in lines if name in line.measured]
@@ -108,6 +109,6 @@ def plot_losses(lines: Sequence[Line], path: Path) -> None:
     below.set_ylabel("discriminator's output")
     below.set_xlabel("images seen")
     with whole(path) as part:
-        figure.savefig(part, dpi=120)
+        figure.savefig(part, dpi=120, pil_kwargs={"compress_level": 2})
     del figure, above, below, axes
     gc.collect()  # a figure's parts refer to one another: left alone, many of them gather before Python looks for such
