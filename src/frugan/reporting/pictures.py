@@ -97,7 +97,7 @@ def warm_up() -> None:
 def plot_losses(lines: Sequence[Line], path: Path) -> None:
     """Draws Loss_D, Loss_G and D's opinions over the images seen."""
     figure = _figure(9, 6)
-    margins = {"left": 0.1, "right": 0.98, "bottom": 0.08, "top": 0.98, "hspace": 0.06}  # to find these would draw all of it twice
+    margins = {"left": 0.1, "right": 0.98, "bottom": 0.09, "top": 0.95, "hspace": 0.12}  # to find these would draw all of it twice
     above, below = figure.subplots(2, 1, sharex=True, gridspec_kw=margins)
     for axes, names in ((above, ("Loss_D", "Loss_G")), (below, ("D(x)", "D(G(z))"))):
         for name in names:
@@ -105,6 +105,7 @@ def plot_losses(lines: Sequence[Line], path: Path) -> None:
             axes.plot(*np.array(points).reshape(-1, 2).T, label=name, linewidth=1)
         axes.legend(loc="upper right")
         axes.grid(alpha=0.3)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4))  # a critic's numbers can be large, and the margin is not
     above.set_ylabel("loss")
     below.set_ylabel("discriminator's output")
     below.set_xlabel("images seen")
