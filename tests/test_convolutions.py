@@ -12,7 +12,7 @@ from torch.func import jvp
 
 from frugan.config import recipes
 from frugan.gan.build import lay_out
-from frugan.gan.networks import build
+from frugan.gan.networks import build, convolutions
 from frugan.gan.networks.blocks import Mean
 from frugan.gan.networks.convolutions import EVERY, Conv2d, ConvTranspose2d, Geometry, Operation, down, up
 from frugan.memory import private
@@ -25,6 +25,11 @@ LAST = torch.channels_last
 def maps(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     made = torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
     return made.contiguous(memory_format=LAST) if len(shape) == 4 else made
+
+
+def places(tensor: Tensor) -> list[int]:
+    """Where numbers lie: strides, but for dimensions of one."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 def geometries() -> st.SearchStrategy[tuple[int, int, int, int, int]]:
@@ -63,13 +68,19 @@ def test_derivatives_of_any_order(a: int, k: int, stride: int, padding: int, sid
 CHOSEN = [  # of layers that have products in one precision or both
     Conv2d(1, 8, 4, 2, 1), Conv2d(8, 1, 3, 1, 1), ConvTranspose2d(8, 1, 4, 2, 1), ConvTranspose2d(8, 3, 4, 2, 1),
     Conv2d(8, 6, 4, 2, 1), Conv2d(5, 8, 3, 1, 1), ConvTranspose2d(8, 6, 4, 2, 1), ConvTranspose2d(8, 1, 3, 2, 1),
+    Conv2d(1, 8, 1), Conv2d(8, 1, 1),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layer", CHOSEN, ids=repr)
-def test_layers_are_torchs(layer: Conv2d | ConvTranspose2d, precision: torch.dtype) -> None:
+@pytest.mark.parametrize("tiles", [True, False])
+def test_layers_are_torchs(
+    layer: Conv2d | ConvTranspose2d, precision: torch.dtype, tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     layer.to(memory_format=LAST)
+    monkeypatch.setattr(convolutions, "amx", lambda: tiles)
+    monkeypatch.setattr(convolutions, "_planned", convolutions._planned.__wrapped__)  # what it finds is no one else's
     found = []
     for layer.by_products in (False, True):
         layer.zero_grad()
@@ -77,9 +88,9 @@ def test_layers_are_torchs(layer: Conv2d | ConvTranspose2d, precision: torch.dty
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
             made = layer(x)
             tangent = jvp(layer, (x.detach(),), (x.detach().cos(),))[1]
-        assert made.dtype == precision and made.is_contiguous(memory_format=LAST)
+        assert made.dtype == precision and (made.is_contiguous(memory_format=LAST) or not layer.by_products)
         nn.functional.leaky_relu(made, 0.2, inplace=True).float().square().mean().backward()
-        assert all(p.grad is not None and p.grad.stride() == p.stride() for p in layer.parameters())
+        assert all(p.grad is not None and places(p.grad) == places(p) for p in layer.parameters())
         found.append([t.detach().float() for t in (made, tangent, x.grad, *(p.grad for p in layer.parameters()))])
     for one, other in zip(*found, strict=True):
         assert float((one - other).norm() / one.norm()) < (2e-6 if precision == torch.float32 else 2e-2)

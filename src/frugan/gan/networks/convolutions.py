@@ -122,21 +122,29 @@ def chosen(
 ) -> frozenset[Operation]:
     """The operations that are products, between large maps of ``channels`` and ``small`` ones.
 
-    Where they were faster on an Intel Xeon with AMX, the one processor that was asked (`benchmarks/operators.py`, docs/LOG.md), and
-    on an H100 (docs/gpu.md).
+    Where they were faster on one processor with AMX, an Intel Xeon, and on one without, an AMD Zen 5 (`benchmarks/operators.py`,
+    docs/LOG.md), and on an H100 (docs/gpu.md). Kernels of one pixel and one channel are for their maps, which have channels last:
+    torch's have channels first there, and layers after would mix both.
     """
     if not cpu:
         return EVERY if channels == 1 and kernel > 1 else frozenset()
+    if kernel == 1:
+        return EVERY if channels == 1 else frozenset()
     bf16, strided, side = dtype == torch.bfloat16, stride > 1, max(small)
-    if kernel == 1 or (bf16 and not amx()):  # what bfloat16 is like without tiles nobody has measured
-        return frozenset()
-    if channels >= MANY and strided and side <= TINY:
-        return EVERY
-    found = {
-        "down": channels == 1,
-        "up": strided and channels == 1 if bf16 else channels <= NARROW and side > TINY and (strided or channels == 1),
-        "pair": bf16 and (strided if channels == 1 else channels > NARROW and side <= (SMALL + 2 if strided else SMALL)),
-    }
+    many = channels >= MANY and strided and side <= TINY
+    narrow = channels <= NARROW and (strided or channels == 1)
+    if amx():
+        found = {
+            "down": many or channels == 1,
+            "up": many or (strided and channels == 1 if bf16 else narrow and side > TINY),
+            "pair": many or (bf16 and (strided if channels == 1 else channels > NARROW and side <= SMALL + 2 * strided)),
+        }
+    else:
+        found = {
+            "down": bf16 and (many or channels == 1),
+            "up": narrow,
+            "pair": bf16 and (strided if channels == 1 else channels > NARROW and side <= SMALL),
+        }
     return frozenset(operation for operation in EVERY if found[operation])
 
 

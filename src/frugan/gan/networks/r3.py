@@ -14,13 +14,14 @@ from torch.autograd.function import once_differentiable
 
 from frugan.config.architectures import R3
 from frugan.gan.networks.blocks import Average, Block, Head, Network
+from frugan.gan.networks.convolutions import Conv2d
 from frugan.utils.errors import UserError
 
 SLOPE = 0.2
 
 
 def _conv(before: int, out: int, kernel: int = 1, *, groups: int = 1, gain: float = 1.0, bias: bool = False) -> nn.Conv2d:
-    conv = nn.Conv2d(before, out, kernel, padding=kernel // 2, groups=groups, bias=bias)
+    conv = Conv2d(before, out, kernel, padding=kernel // 2, groups=groups, bias=bias)
     with torch.no_grad():
         if gain:
             nn.init.kaiming_normal_(conv.weight, a=SLOPE)
