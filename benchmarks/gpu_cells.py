@@ -318,7 +318,7 @@ def measure_prediction(gpu: Gpu, cell: Cell) -> Found:
     with arithmetic("fp32", gpu.device):
         model = Model(recipe, gpu.device)
         coupled = model.generator.couples_samples, model.discriminator.couples_samples
-        search = Search(jobs(recipe, gpu.device, coupled, model.growth), gpu.device)
+        search = Search(jobs(recipe, gpu.device, coupled, model.growth, in_four_passes=model.step.in_four_passes), gpu.device)
         search.prepare()
         del model
         layout = Layout.of(cell["batch"], cell["parts"])

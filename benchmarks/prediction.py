@@ -87,7 +87,8 @@ def measure(cell: dict[str, Any]) -> dict[str, int]:
     before = limit.baseline(device)
     traces = Traces(recipe, device, separate=True)
     facts = traces.facts
-    search = Search(jobs(recipe, device, (facts.coupled_g, facts.coupled_d), traces.growth), device)
+    coupled = facts.coupled_g, facts.coupled_d
+    search = Search(jobs(recipe, device, coupled, traces.growth, in_four_passes=facts.in_four_passes), device)
     exact = {job.name: search.exact(job, layout) for job in search.jobs}
     predicted = max(e.moment.bytes for e in exact.values())
     tensors = search.holds([e.timeline for e in exact.values()], cell["freed"])

@@ -39,7 +39,7 @@ class Options:
 
 def searched(recipe: Recipe, model: Model) -> Search:
     """What a plan looks at, traced on two and three samples and no more: arithmetic of this size takes minutes on a CPU."""
-    return Search(jobs(recipe, model.device, (False, False), model.growth), model.device)
+    return Search(jobs(recipe, model.device, (False, False), model.growth, in_four_passes=model.step.in_four_passes), model.device)
 
 
 def arithmetic(recipe: Recipe, search: Search) -> float:

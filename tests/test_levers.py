@@ -7,14 +7,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from frugan.config import recipes
-from frugan.config.architectures import R3, Architecture, Dcgan, Mlp, Upsample
+from frugan.config.architectures import R3, Architecture, Dcgan, Mlp, Projected, Upsample
 from frugan.config.objectives import Objective, RpGan
 from frugan.data.loader import Batch
 from frugan.gan.augment import OPERATIONS, Augment
+from frugan.gan.bends import bends_alone
 from frugan.gan.levers import LEVERS, jobs, named
 from frugan.gan.networks import build
-from frugan.gan.networks.blocks import Block
+from frugan.gan.networks.blocks import Block, Head, Network
 from frugan.gan.penalties import PENALTIES
+from frugan.gan.slopes import Judged
 from frugan.gan.step import Step
 from frugan.memory import levers, private
 from frugan.memory.layout import Guarantee, Layout
@@ -33,9 +35,17 @@ COUPLED = {
 }
 
 
+BENT = {  # discriminators that are linear but for leaky ReLUs
+    "r3": R3(latent_dim=5, width_g=4, width_d=4),
+    "dcgan": Dcgan(latent_dim=5, width_g=4, width_d=4, norm_d="none"),
+    "upsample": Upsample(latent_dim=5, width_g=4, width_d=4),
+    "mlp": Mlp(latent_dim=5, width_g=4, width_d=8),
+}
+
+
 def outcome(
-    network: Architecture, objective: Objective, layout: Layout, augment: bool = False, classes: int = 0
-) -> dict[str, Tensor]:
+    network: Architecture, objective: Objective, layout: Layout, augment: bool = False, classes: int = 0, four_passes: bool = True
+) -> dict[str, Tensor]:  # fmt: skip
     """Gradients, running statistics and measurements of both phases."""
     generator, discriminator = (n.double() for n in build(network, 12, 2, classes=classes))
     torch.manual_seed(1)
@@ -45,7 +55,9 @@ def outcome(
     images = torch.randint(0, 256, (sum(layout.sizes), 2, 12, 12), dtype=torch.uint8)
     labels = torch.arange(sum(layout.sizes)) % max(1, classes)
     batch = Batch(lambda row, n: images[row : row + n], lambda row, n: labels[row : row + n])
-    step = Step(generator, discriminator, objective, network.latent_dim, Draws(3), conditional=bool(classes))
+    step = Step(
+        generator, discriminator, objective, network.latent_dim, Draws(3), conditional=bool(classes), four_passes=four_passes
+    )  # fmt: skip
     step.augment = Augment(",".join(OPERATIONS), 0.7) if augment else None
     found = {}
     for name, phase in (("d", step.discriminator_phase), ("g", step.generator_phase)):
@@ -85,6 +97,64 @@ def test_any_levers_give_what_they_promise(
         else:
             error = (value - other[name]).double().norm() / value.double().norm().clamp_min(1e-6 * scale)
             assert error < 1e-11, (name, float(error))
+
+
+@settings(max_examples=40)
+@given(
+    network=st.sampled_from(sorted(BENT)),
+    kind=st.sampled_from(sorted(OBJECTIVES)),
+    penalties=st.sampled_from([(0.7, 0.0), (0.0, 0.4), (0.7, 0.4)]),
+    used=st.sets(st.sampled_from(["separate_terms", "checkpoint_blocks"])),
+    parts=st.sampled_from([1, 2]),
+    classes=st.sampled_from([0, 3]),
+)
+def test_penalties_in_four_passes_are_those_by_double_backward(
+    network: str, kind: str, penalties: tuple[float, float], used: set[str], parts: int, classes: int
+) -> None:
+    options = vars(OBJECTIVES[kind]) | {"r1": penalties[0], "r2": penalties[1]}
+    objective = type(OBJECTIVES[kind])(**options)
+    wanted = outcome(BENT[network], objective, Layout.of(6, parts), classes=classes, four_passes=False)
+    found = outcome(BENT[network], objective, Layout.of(6, parts, named(used)), classes=classes)
+    assert wanted.keys() == found.keys()
+    scale = max(v.double().norm() for k, v in wanted.items() if k[1] == ".")
+    for name, value in wanted.items():
+        error = (value - found[name]).double().norm() / value.double().norm().clamp_min(1e-6 * scale)
+        assert error < 1e-11, (name, float(error))
+
+
+def test_what_takes_four_passes() -> None:
+    def takes(network: Architecture, precision: str = "fp32", four_passes: bool = True) -> bool:
+        made = Step(*build(network, 24, 2), RpGan(), 5, Draws(0), precision=precision, four_passes=four_passes)
+        return made.in_four_passes
+
+    assert all(takes(network) for network in BENT.values())
+    assert takes(BENT["r3"], "bf16") and not takes(BENT["r3"], "fp16") and not takes(BENT["r3"], four_passes=False)
+    assert not any(takes(network) for network in COUPLED.values())
+    assert not takes(Dcgan(latent_dim=5, width_g=4, width_d=4, norm_d="group"))
+    assert not takes(Projected(latent_dim=5, width_g=4, width_d=4))  # several logits
+
+    class Unknown(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x
+
+    network = Network(Block(Unknown()), Head(nn.Flatten(), nn.Linear(4, 1), nn.Flatten(0)))
+    assert not bends_alone(network) and bends_alone(Network(*[*network.blocks][1:]))
+
+
+def test_weights_that_are_frozen_stay_so_in_four_passes() -> None:
+    network = BENT["r3"]
+    generator, discriminator = build(network, 12, 2)
+    discriminator.blocks[0].requires_grad_(False)
+    images = torch.randint(0, 256, (4, 2, 12, 12), dtype=torch.uint8)
+    found = []
+    for four_passes in (True, False):
+        discriminator.zero_grad()
+        step = Step(generator, discriminator, RpGan(r1=1.0), 5, Draws(3), four_passes=four_passes)
+        step.discriminator_phase(Batch(lambda row, n: images[row : row + n]), 0, Layout.of(4, 1))
+        found.append([p.grad for p in discriminator.parameters()])
+    frozen = [not p.requires_grad for p in discriminator.parameters()]
+    assert [g is None for g in found[0]] == [g is None for g in found[1]] == frozen
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*found, strict=True) if a is not None)
 
 
 def test_penalties_by_jvp_are_refused_with_batch_norm() -> None:
@@ -170,13 +240,17 @@ def test_images_get_no_gradients_that_nobody_reads(used: list[str], penalties: t
     generator, discriminator = build(network, 12, 2)
     step = Step(generator, discriminator, objective, network.latent_dim, Draws(3))
     seen: list[Tensor] = []
-    judge = step._discriminate
+    judge, judge_slopes = step._judge, step._penalised
 
-    def watch(images: Tensor, rows: Rows) -> Tensor:
+    def watch(images: Tensor, rows: Rows, layout: Layout) -> Tensor:
         seen.append(images)
-        return judge(images, rows)
+        return judge(images, rows, layout)
 
-    step._discriminate = watch  # type: ignore[method-assign]
+    def watch_slopes(images: Tensor, rows: Rows, layout: Layout) -> Judged:
+        seen.append(images)
+        return judge_slopes(images, rows, layout)
+
+    step._judge, step._penalised = watch, watch_slopes  # type: ignore[method-assign]
     images = torch.randint(0, 256, (6, 2, 12, 12), dtype=torch.uint8)
     step.discriminator_phase(Batch(lambda row, n: images[row : row + n]), 0, Layout.of(6, 2, named(used)))
     assert len(seen) >= 4

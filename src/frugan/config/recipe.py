@@ -115,7 +115,8 @@ class Memory(Section):
     )
     penalty: Literal["auto", "double-backward", "jvp"] = lever(
         "penalties by jvp", "reassociation", "D", 2,
-        "how gradient penalties are differentiated; jvp: forwards, which takes less together with the next",
+        "how gradient penalties are differentiated; auto: in four passes where D is linear but for leaky ReLUs; "
+        "jvp: forwards, which takes less together with the next",
         used="jvp", plain="double-backward",
     )  # fmt: skip
     checkpoint_blocks: Choice = lever(

@@ -81,7 +81,7 @@ def make_step(recipe: Recipe, generator: Network, discriminator: Network) -> Ste
         generator, discriminator, recipe.objective, recipe.network.latent_dim, Draws(recipe.training.seed, device),
         flip=recipe.data.flip != "no", augment=augment(recipe.augmentation), precision=memory.precision,
         channels_last=memory.channels_last, conditional=bool(recipe.classes), balanced=recipe.classes.present if balanced else (),
-        reuse_fakes=recipe.training.reuse_fakes,
+        reuse_fakes=recipe.training.reuse_fakes, four_passes=memory.penalty != "double-backward",
     )  # fmt: skip
     if balanced and not recipe.classes:
         raise UserError("--class-sampling balanced is for classes: --conditional learns them.")

@@ -61,9 +61,11 @@ def parts_of(recipe: Recipe, phase: str) -> int | None:
 
 
 def allowed(
-    recipe: Recipe, phase: str, device: torch.device, coupled: tuple[bool, bool]
+    recipe: Recipe, phase: str, device: torch.device, coupled: tuple[bool, bool], in_four_passes: bool = False
 ) -> dict[Lever, tuple[bool, ...]]:  # fmt: skip
     """For each lever of ``phase`` whether it may be left alone and whether it may be used, the plainest first.
+
+    Penalties that are computed in four passes (`frugan.gan.bends`) need no other way by themselves.
 
     Raises:
         UserError: a lever was asked for that does not go with gradient penalties and batch norm in D. By jvp they would be wrong,
@@ -85,6 +87,8 @@ def allowed(
                     way = "use --norm-d group, or none"
                     raise UserError(f"--penalty jvp would be wrong with batch norm in the discriminator: {way}.")
                 found[lever] = (False,)
+            elif in_four_passes and asked == "auto":
+                found[lever] = (False,)
         if lever.uncouples:
             if penalised and asked == "yes":
                 raise UserError(
@@ -101,15 +105,17 @@ def _uncoupling(recipe: Recipe, phase: str) -> tuple[bool, ...]:
     return (False, True) if parts is None else (parts > 1,)
 
 
-def variants(recipe: Recipe, phase: str, device: torch.device, coupled: tuple[bool, bool]) -> list[Levers]:
+def variants(
+    recipe: Recipe, phase: str, device: torch.device, coupled: tuple[bool, bool], in_four_passes: bool = False
+) -> list[Levers]:  # fmt: skip
     """The combinations of levers worth a look, the plainest first.
 
     What uncouples samples takes several times as long and makes micro-batches of any size possible, so that other levers hardly
     help: it is used alone, or with all of them where memory is least. Penalties by jvp need as much as by double backward until
     blocks are recomputed, and blocks under a double backward are all needed at once: the two are used together or not at all,
-    unless one was asked for.
+    unless one was asked for, or penalties take four passes.
     """
-    may = allowed(recipe, phase, device, coupled)
+    may = allowed(recipe, phase, device, coupled, in_four_passes)
     made = [tuple(sorted(x for x, used in zip(may, values, strict=True) if used)) for values in product(*may.values())]
     if recipe.memory.checkpoint_blocks == "auto" and len(may.get(LEVERS["penalty"], ())) > 1:
         together = [{lever.name for lever in variant} for variant in made]
@@ -125,14 +131,16 @@ def variants(recipe: Recipe, phase: str, device: torch.device, coupled: tuple[bo
     return made
 
 
-def usable(recipe: Recipe, phase: str, device: torch.device, coupled: tuple[bool, bool]) -> Levers:
+def usable(
+    recipe: Recipe, phase: str, device: torch.device, coupled: tuple[bool, bool], in_four_passes: bool = False
+) -> Levers:  # fmt: skip
     """The levers of ``phase`` that may be used or not, as memory asks for it."""
-    return tuple(lever for lever, values in allowed(recipe, phase, device, coupled).items() if len(values) > 1)
+    return tuple(lever for lever, values in allowed(recipe, phase, device, coupled, in_four_passes).items() if len(values) > 1)
 
 
 def jobs(
     recipe: Recipe, device: torch.device, coupled: tuple[bool, bool], trace: Callable[[str, Levers, int], Growth],
-    loads: Callable[[str], int] = lambda lever: 0,
+    loads: Callable[[str], int] = lambda lever: 0, in_four_passes: bool = False,
 ) -> list[Job]:  # fmt: skip
     """Both phases, for the search, traced by ``trace``.
 
@@ -142,6 +150,7 @@ def jobs(
         coupled: whether a sample's output depends on the others of its micro-batch, in the generator and in the discriminator.
         trace: a phase, its levers, and the samples that must be looked at (`Job`) to what a micro-batch allocates.
         loads: the name of a lever to the bytes besides tensors that come with it.
+        in_four_passes: whether gradient penalties are computed so.
 
     Raises:
         UserError: batch norm was asked to work on single samples.
@@ -151,7 +160,7 @@ def jobs(
         smallest = batch  # what is cut is uncoupled
     found = []
     for phase in PHASES:
-        parts, ways = parts_of(recipe, phase), variants(recipe, phase, device, coupled)
+        parts, ways = parts_of(recipe, phase), variants(recipe, phase, device, coupled, in_four_passes)
         if any(coupled) and (batch < 2 or (not uncoupling(ways[0]) and min(split(batch, parts or 1)) < 2)):
             raise UserError(
                 "batch norm cannot train on micro-batches of 1: use a larger --batch-size or fewer --accumulation-steps, "

@@ -46,6 +46,7 @@ class Passes:
     conditional: bool
     balanced: tuple[int, ...]
     reuse_fakes: bool
+    four_passes: bool
     keeps: bool
 
     def __post_init__(self) -> None:

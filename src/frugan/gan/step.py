@@ -1,5 +1,5 @@
-"""One phase of training, in micro-batches: with its base, `frugan.gan.passes`, the only place of an update that calls networks and
-``backward``.
+"""One phase of training, in micro-batches: with its bases, `frugan.gan.slopes` and `frugan.gan.passes`, the only place of an update
+that calls networks and ``backward``.
 
 A phase adds the gradients of its network to ``.grad`` and returns what it measured; it neither loads, logs nor updates. Each
 micro-batch's terms are summed and divided by the size of the whole batch, so that micro-batches of any sizes add up to the
@@ -21,18 +21,16 @@ from frugan.data.loader import Labels as Labels
 from frugan.data.loader import unlabelled
 from frugan.gan.losses import LOSSES
 from frugan.gan.networks import Network
-from frugan.gan.passes import Augment, Part, Passes
-from frugan.gan.penalties import Penalty, penalties, weighted
-from frugan.memory import levers, private
+from frugan.gan.passes import Augment, Part
+from frugan.gan.slopes import Slopes, per_sample
+from frugan.gan.slopes import Terms as Terms
+from frugan.memory import levers
 from frugan.memory.layout import Layout, slices
 from frugan.utils.draws import Draws, Rows
 
-Terms = dict[str, Tensor]
-Weighted = tuple[float, Tensor]  # a weight, and terms [n]
-
 
 @dataclass
-class Step(Passes):
+class Step(Slopes):
     """Both phases of one objective on one pair of networks.
 
     Args:
@@ -49,9 +47,11 @@ class Step(Passes):
         balanced: the classes that generated images have equally often; none: each has the class of the real image of its number.
         reuse_fakes: whether G learns from the generated images that D has just seen, which are made once for both where there is
             memory for that (``keeps``), else twice.
+        four_passes: whether penalties are computed so where that can be done (`frugan.gan.bends`); no: by double backward.
         whole: samples of a batch, where other processes compute some of them; None: all are in the layout.
 
     Attributes:
+        in_four_passes: whether penalties are.
         keeps: whether the graph of generated images is held through D's phase, for G's: bitwise the same without.
     """
 
@@ -67,18 +67,13 @@ class Step(Passes):
     conditional: bool = False
     balanced: tuple[int, ...] = ()
     reuse_fakes: bool = False
+    four_passes: bool = True
     whole: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.loss = LOSSES[type(self.objective)]
-        self._learning = [p for p in self.discriminator.parameters() if p.requires_grad]  # the others are frozen for good
         self._generating = [*self.generator.parameters()]
-        # Gradients of fp16 arithmetic underflow without a scale; with the other precisions the scaler does nothing.
-        self.scaler = torch.amp.GradScaler(self.like.device.type, enabled=self.precision == "fp16")
-        self.penalties: dict[str, list[Penalty]] = {"real": [], "fake": [], "between": []}  # by the images that they are taken at
-        for penalty in penalties(self.objective):
-            self.penalties[penalty.where].append(penalty)
 
     def discriminator_phase(self, batch: Batch, first: int, layout: Layout) -> Terms:
         """Adds D's gradients for one batch.
@@ -123,9 +118,9 @@ class Step(Passes):
                     between = torch.lerp(fake, real, share)
                 _add(total, compute(real, fake, of_real.used_as("real"), of_fake.used_as("fake"), whole, layout), whole)
                 if between is not None:
-                    _, (weight, slope), measured = self._penalised(between, of_real.used_as("between"), layout)
-                    self._backward(weight * slope, whole, self._learning)
-                    _add(total, measured, whole)
+                    judged = self._penalised(between, of_real.used_as("between"), layout)
+                    self._learn(judged.plus(share.new_zeros(count)), whole, [judged])
+                    _add(total, judged.measured, whole)
             self._whole.bring_back("real", partial(self._carry, "real", judge_real, self._learning))
             self._whole.bring_back("fake", partial(self._carry, "fake", judge_fake, self._learning))
         if self.augment:
@@ -200,12 +195,11 @@ class Step(Passes):
 
     def _at_once(self, real: Tensor, fake: Tensor, of_real: Rows, of_fake: Rows, batch: int, layout: Layout) -> Terms:
         """One backward for everything that concerns real and generated images."""
-        real_logits, real_penalty, measured = self._with_penalties(real, of_real, layout)
-        fake_logits, fake_penalty, more = self._with_penalties(fake, of_fake, layout)
-        terms = self._lost(real_logits, fake_logits)
-        loss = self._reported(terms, real_logits, fake_logits)
-        self._backward(_plus(_plus(terms, real_penalty), fake_penalty), batch, self._learning)
-        return loss | measured | more
+        judged = [self._judged(real, of_real, layout), self._judged(fake, of_fake, layout)]
+        terms = self._lost(judged[0].logits, judged[1].logits)
+        loss = self._reported(terms, judged[0].logits, judged[1].logits)
+        self._learn(judged[1].plus(judged[0].plus(terms)), batch, judged)
+        return loss | judged[0].measured | judged[1].measured
 
     def _one_by_one(self, real: Tensor, fake: Tensor, of_real: Rows, of_fake: Rows, batch: int, layout: Layout) -> Terms:
         """One backward for real images, then one for generated ones, so that never both graphs are held.
@@ -216,52 +210,16 @@ class Step(Passes):
         if self.loss.paired:
             with torch.no_grad(), levers.still_statistics(self.discriminator):
                 other = self._discriminate(fake, of_fake)
-        logits, penalty, measured = self._with_penalties(real, of_real, layout)
-        terms = self._lost(logits, torch.zeros_like(logits) if other is None else other)
-        self._backward(_plus(terms, penalty), batch, self._learning)
-        real_logits = logits.detach()
-        del logits, penalty, terms
-        logits, penalty, more = self._with_penalties(fake, of_fake, layout)
-        terms = self._lost(real_logits, logits)
-        loss = self._reported(terms, real_logits, logits)
-        self._backward(_plus(terms, penalty), batch, self._learning)
-        return loss | measured | more
-
-    def _with_penalties(self, images: Tensor, rows: Rows, layout: Layout) -> tuple[Tensor, Weighted | None, Terms]:
-        """Logits, what penalties there are add to D's loss, and their values by name."""
-        if self.penalties[rows.scope]:
-            return self._penalised(images, rows, layout)
-        return self._judge(images, rows, layout), None, {}
-
-    def _penalised(self, images: Tensor, rows: Rows, layout: Layout) -> tuple[Tensor, Weighted, Terms]:
-        """Logits, a weight with terms ``[n]`` whose gradient in D's weights is the penalties', and their values ``[n]``."""
-        penalties = self.penalties[rows.scope]
-        images.requires_grad_(True)
-        if not layout.uses("penalty"):
-            with self._offloading(self.discriminator, layout):
-                logits = self._discriminate(images, rows)
-                weight, terms, measured = weighted(penalties, _input_gradient(logits, images, create_graph=True))
-            return logits, (weight, terms), measured
-        private.load_forward_mode()
-        self._set_learning(False)
-        with self._saving(self.discriminator, layout):
-            gradient = _input_gradient(self._discriminate(images, rows), images)
-        self._set_learning(True)
-        gradient.requires_grad_(True)
-        weight, terms, measured = weighted(penalties, gradient)
-        (direction,) = torch.autograd.grad(terms.sum(), gradient)
-        recompute = layout.uses("checkpoint_blocks")
-        with (
-            self.autocast(),
-            self._offloading(self.discriminator, layout),
-            levers.still_statistics(self.discriminator),
-        ):  # they have moved in the pass before
-            logits, slope = levers.directional(self.discriminator.chain, images.detach(), direction, rows, recompute=recompute)
-        return logits.to(self.like.dtype), (weight, per_sample(slope).to(self.like.dtype)), measured
-
-    def _set_learning(self, learns: bool) -> None:
-        for parameter in self._learning:
-            parameter.requires_grad_(learns)
+        judged = self._judged(real, of_real, layout)
+        terms = self._lost(judged.logits, torch.zeros_like(judged.logits) if other is None else other)
+        self._learn(judged.plus(terms), batch, [judged])
+        real_logits, measured = judged.logits.detach(), judged.measured
+        del judged, terms
+        judged = self._judged(fake, of_fake, layout)
+        terms = self._lost(real_logits, judged.logits)
+        loss = self._reported(terms, real_logits, judged.logits)
+        self._learn(judged.plus(terms), batch, [judged])
+        return loss | measured | judged.measured
 
     def _lost(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         """D's terms ``[n]``."""
@@ -296,36 +254,10 @@ class Step(Passes):
     def _carry(self, scope: str, forward: Callable[..., Tensor], leaves: Sequence[Tensor], *part: int) -> None:
         self._go_back(self._whole.carried(scope, forward, *part), leaves)
 
-    def _backward(self, terms: Tensor, batch: int, leaves: Sequence[Tensor]) -> None:
-        self._go_back(self.scaler.scale(terms.sum() / batch), leaves)
-
-    def _go_back(self, value: Tensor, leaves: Sequence[Tensor]) -> None:
-        """Adds gradients to ``leaves`` alone: those of images, which penalties make leaves too, nobody reads."""
-        if value.requires_grad:  # what statistics carry need not come from anything that learns
-            torch.autograd.backward(value, inputs=[*leaves, *self._whole.leaves])
-
 
 def _parts(first: int, layout: Layout) -> list[Part]:
     """The micro-batches of a batch that begins at sample ``first``."""
     return [(first + begin, count) for begin, count in slices(layout.sizes)]
-
-
-def per_sample(values: Tensor) -> Tensor:
-    """Means over the heads of a discriminator that has several: ``[n]`` or ``[n, heads]`` to ``[n]``."""
-    return values.flatten(1).mean(1) if values.dim() > 1 else values
-
-
-def _plus(terms: Tensor, penalty: Weighted | None) -> Tensor:
-    return terms if penalty is None else terms + penalty[0] * penalty[1]
-
-
-def _input_gradient(logits: Tensor, images: Tensor, *, create_graph: bool = False) -> Tensor:
-    """Each sample's gradient of its logit, ``[n, c, h, w]``.
-
-    It is not divided by the batch and needs no scale in fp16; with the loss's scale it would overflow.
-    """
-    (gradient,) = torch.autograd.grad(per_sample(logits).sum(), images, create_graph=create_graph)
-    return gradient
 
 
 @contextmanager

@@ -33,10 +33,10 @@ def updates(session: Session, plan: Plan, state: State, note: Callable[[Event], 
         folder.rewrite_plan({"layouts": layouts, "freed_memory": made.freed})
 
     both = state.generator.couples_samples, state.discriminator.couples_samples
-    coupled = any(both)
+    coupled, four = any(both), state.step.in_four_passes
     least = {p: min(SMALLEST_COUPLED, *layout.sizes) if coupled else 1 for p, layout in plan.layouts.items()}
     traces = Traces(recipe, device)
-    known = Search(jobs(recipe, device, both, traces.growth), device)  # finds out nothing yet
+    known = Search(jobs(recipe, device, both, traces.growth, in_four_passes=four), device)  # finds out nothing yet
 
     @cache
     def needs(phase: str, layout: Layout) -> int | None:
@@ -48,7 +48,7 @@ def updates(session: Session, plan: Plan, state: State, note: Callable[[Event], 
 
     made = Recovery(
         [state.generator, state.discriminator], device, plan.layouts, plan.freed,
-        levers={p: usable(recipe, p, device, both) for p in PHASES},
+        levers={p: usable(recipe, p, device, both, four) for p in PHASES},
         smallest=dict.fromkeys(PHASES, 2) if coupled and approximate else least, coupled=coupled, changed=changed, needs=needs,
         planned=plan.planned,
     )  # fmt: skip

@@ -57,9 +57,9 @@ class Planner:
         try:
             self.facts = self.traces.facts
             self.coupled = self.facts.coupled_g, self.facts.coupled_d
-            search = Search(
-                jobs(recipe, device, self.coupled, self.traces.growth, self.traces.loads), device, approximate=approximate
-            )
+            traces, four = self.traces, self.facts.in_four_passes
+            found = jobs(recipe, device, self.coupled, traces.growth, traces.loads, four)
+            search = Search(found, device, approximate=approximate)
         except BaseException:
             self.traces.close()
             raise

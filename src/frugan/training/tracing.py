@@ -45,6 +45,7 @@ class Facts:
         loaded_each: the same as ``loaded`` of every further size of micro-batch, for which libraries make code of their own.
         reserved_each: the same as ``reserved``.
         waiting: bytes that wait on the host, where training is on another device.
+        in_four_passes: whether gradient penalties are computed so (`frugan.gan.bends`).
     """
 
     coupled_g: bool
@@ -55,6 +56,7 @@ class Facts:
     loaded_each: int
     reserved_each: int
     waiting: int = 0
+    in_four_passes: bool = False
 
 
 class Maker(Protocol):
@@ -75,7 +77,7 @@ class InProcess:
         self.recipe = recipe
         self.device = device
         self.model: Model | None = None
-        self._doubled: int | None = None  # bytes that double backward loads
+        self._penalties: int | None = None  # bytes that they load
         self._traced = False
 
     def _model(self) -> Model:
@@ -105,13 +107,16 @@ class InProcess:
         if self.device.type != "cpu":  # what is loaded there is seen in what the driver says is taken
             model = self._model()
             waiting = sum(t.untyped_storage().nbytes() for t in model.waiting())
-            return Facts(model.generator.couples_samples, model.discriminator.couples_samples, _bytes(model), 0, 0, 0, 0, waiting)
+            return Facts(
+                model.generator.couples_samples, model.discriminator.couples_samples, _bytes(model), 0, 0, 0, 0, waiting,
+                model.step.in_four_passes,
+            )  # fmt: skip
         found = [(limit.baseline(self.device), host.status("VmData"))]
         model = self._model()
         with model.unpenalised():
             model.warm(ENOUGH)
         tensors = sum(_bytes(model).values())
-        self._load_double_backward(model)
+        self._load_penalties(model)
         found.append((limit.at_rest(self.device) - tensors, host.status("VmData") - tensors))
         model.warm(LARGE)
         found.append((limit.at_rest(self.device) - tensors, host.status("VmData") - tensors))
@@ -121,7 +126,7 @@ class InProcess:
         loaded += PRODUCTS if all(p.dim() <= 2 for p in model.discriminator.parameters()) else 0
         return Facts(
             model.generator.couples_samples, model.discriminator.couples_samples, _bytes(model), loaded, reserved,
-            loaded_each, max(0, reserved_each),
+            loaded_each, max(0, reserved_each), in_four_passes=model.step.in_four_passes,
         )  # fmt: skip
 
     def _plots(self) -> list[int]:
@@ -130,24 +135,24 @@ class InProcess:
         warm_up()
         return [max(0, limit.at_rest(self.device) - before[0]), max(0, host.status("VmData") - before[1])]
 
-    def _load_double_backward(self, model: Model) -> None:
-        self._doubled = 0
+    def _load_penalties(self, model: Model) -> None:
+        self._penalties = 0
         if penalties(self.recipe.objective):
-            self._doubled -= limit.at_rest(self.device)
+            self._penalties -= limit.at_rest(self.device)
             model.run("D", Layout((ENOUGH,)))
-            self._doubled += limit.at_rest(self.device)
+            self._penalties += limit.at_rest(self.device)
 
     def _loads(self, lever: str) -> int:
-        """Bytes that ``lever`` of D's phase loads in place of double backward."""
+        """Bytes that ``lever`` of D's phase loads in place of what it does without."""
         model = self._model()
-        if self._doubled is None:  # facts were known already
+        if self._penalties is None:  # facts were known already
             limit.baseline(self.device)  # lets go of code that imports have touched, as a training does
             with model.unpenalised():
                 model.warm(ENOUGH)
-            self._load_double_backward(model)
+            self._load_penalties(model)
         before = limit.at_rest(self.device)
         model.run("D", Layout((ENOUGH,), named([lever])))
-        return max(0, limit.at_rest(self.device) - before - (self._doubled or 0)) + (TRACED if self._traced else 0)
+        return max(0, limit.at_rest(self.device) - before - (self._penalties or 0)) + (TRACED if self._traced else 0)
 
     def close(self) -> None:
         """Lets go of the networks."""

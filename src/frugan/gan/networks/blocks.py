@@ -145,11 +145,17 @@ class Head(Block):
         x = through(before, x, rows)
         logits: Tensor = last(x)
         if self.classes is not None:
-            assert rows is not None and rows.classes is not None, "a conditional discriminator needs the classes of its samples"
-            of_each = last.product(x, self.classes) if isinstance(last, Mean) else nn.functional.linear(x, self.classes)
-            logits = logits + of_each.gather(1, rows.classes[:, None])
+            logits = logits + self.of_classes(x, rows)
         result: Tensor = flat(logits)
         return result
+
+    def of_classes(self, x: Tensor, rows: Rows | None) -> Tensor:
+        """What features ``x`` add to the logits by the weights of each sample's class: ``[n, 1]``."""
+        assert self.classes is not None
+        assert rows is not None and rows.classes is not None, "a conditional discriminator needs the classes of its samples"
+        last = self[-2]
+        of_each = last.product(x, self.classes) if isinstance(last, Mean) else nn.functional.linear(x, self.classes)
+        return of_each.gather(1, rows.classes[:, None])
 
 
 class ClassNoise(OfSamples):
@@ -254,8 +260,10 @@ class Average(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[n, c, h, w]`` to ``[n, c, size, size]``."""
-        divides = x.shape[-1] % self.size == 0 and x.shape[-2] % self.size == 0
-        if divides or x.device.type in ("cpu", "meta"):
+        times = [n // self.size if n % self.size == 0 else 0 for n in x.shape[2:]]
+        if all(times) and x.device.type == "cpu":
+            return nn.functional.avg_pool2d(x, times)  # the same, faster
+        if all(times) or x.device.type in ("cpu", "meta"):
             return nn.functional.adaptive_avg_pool2d(x, self.size)
         # Where windows differ in size MPS refuses, and CUDA's gradient has other last bits each time; the same as two products with
         # matrices of means.
