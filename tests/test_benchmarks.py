@@ -3,6 +3,7 @@
 import ast
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -13,7 +14,10 @@ SCRIPTS = sorted([*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_what_it_imports_is_there(script: Path) -> None:
     missing = []
+    modules: dict[str, ModuleType] = {}
     for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            missing += [ast.unparse(node)] if not hasattr(modules[node.value.id], node.attr) else []
         if isinstance(node, ast.ImportFrom) and (script.parent / f"{node.module}.py").exists():  # one benchmark uses another
             there = ast.walk(ast.parse((script.parent / f"{node.module}.py").read_text()))
             names = {getattr(n, "name", None) or getattr(n, "id", None) for n in there}
@@ -26,4 +30,6 @@ def test_what_it_imports_is_there(script: Path) -> None:
                         import_module(f"{node.module}.{alias.name}")
                     except ImportError:
                         missing.append(f"{node.module}.{alias.name}")
+                if isinstance(found := getattr(module, alias.name, None), ModuleType):
+                    modules[alias.asname or alias.name] = found
     assert not missing
