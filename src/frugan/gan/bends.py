@@ -145,7 +145,11 @@ class Passage:
             passing = torch.addcmul(passing, self._images, shares[:, None, None, None])
         with torch.no_grad():
             for number, block in enumerate(self._blocks):
-                trail = self._again(number, self._ends.popleft())[0] if self._ends else self._trails.popleft()
+                if self._ends:
+                    trail, _ = self._again(number, self._ends.popleft())
+                    self._entries[number] = None
+                else:
+                    trail = self._trails.popleft()
                 with _instead(block, partial(_carried, trail, shares), partial(_masked, trail)):
                     passing = block(passing, self._rows)
 
@@ -165,7 +169,7 @@ class Passage:
             return made
 
         def bent(layer: nn.LeakyReLU, x: Tensor) -> Tensor:
-            made: Tensor = private.applied(_Bend, x, layer.negative_slope, trail)
+            made: Tensor = private.applied(_Bend, x, layer, trail)
             return made
 
         with _instead(block, watched, bent):
@@ -174,14 +178,15 @@ class Passage:
 
 
 class _Bend(Function):
-    """A leaky ReLU in place, whose maps the trail keeps."""
+    """A leaky ReLU whose maps the trail keeps."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slope: float, trail: Trail) -> Tensor:
-        nn.functional.leaky_relu_(x, slope)
-        ctx.mark_dirty(x)
-        ctx.slope, ctx.trail, ctx.number = slope, trail, trail.keep(x)
-        return x
+    def forward(ctx: Any, x: Tensor, layer: nn.LeakyReLU, trail: Trail) -> Tensor:
+        made = nn.functional.leaky_relu(x, layer.negative_slope, layer.inplace)
+        if layer.inplace:
+            ctx.mark_dirty(x)
+        ctx.slope, ctx.trail, ctx.number = layer.negative_slope, trail, trail.keep(made)
+        return made
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -220,7 +225,7 @@ def _carried(trail: Trail, shares: Tensor | None, layer: nn.Module, weight: str,
 
 def _shifted(maps: Tensor, shift: Tensor) -> Tensor:
     """``maps`` ``[n, c, ...]`` with ``[n, c]`` added in place: a row of pixels at a time, as channels alone are short."""
-    if maps.dim() < 4 or maps.is_contiguous():
+    if maps.dim() < 4 or maps.is_contiguous() or not maps.is_contiguous(memory_format=torch.channels_last):
         return maps.add_(shift[(...,) + (None,) * (maps.dim() - 2)])
     rows = maps.permute(0, 2, 3, 1).flatten(2)
     rows += shift.repeat(1, maps.shape[3])[:, None]
