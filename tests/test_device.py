@@ -166,7 +166,7 @@ def test_the_smallest_budget_that_is_named_is_held_and_less_is_refused(
     asked = ["train", str(few), "--recipe", recipe, "--image-size", "32", "--batch-size", "64", "--epochs", "1", "--device", NAME]
     asked += ["--whole-batch-norm", "no"]  # in the smallest budget it takes ten times as long; tests/test_batchnorm.py has it
     if recipe != "dcgan":  # one that looks at all plans is enough
-        few_plans = FEW_PLANS | {"offload_state": "no"} | ({"penalty": "double-backward"} if recipe == "r3" else {})
+        few_plans = FEW_PLANS | {"offload_state": "no"}
         asked += [word for name, value in few_plans.items() for word in (f"--{name.replace('_', '-')}", value)]
 
     def within(memory: str, out: str) -> tuple[int, str]:
@@ -196,7 +196,7 @@ def test_the_smallest_budget_that_is_named_is_held_and_less_is_refused(
 
 def test_what_is_named_has_room_to_look_for_a_plan() -> None:
     """It is looked at with more samples than are computed at once where memory is scarcest."""
-    few_plans = {"offload_state": "no", "penalty": "double-backward", "recompute_generator": "no", "checkpoint_blocks": "no"}
+    few_plans = {"offload_state": "no", "recompute_generator": "no", "checkpoint_blocks": "no"}
     recipe = recipes.get("r3").replace(image_size=48, channels=3, batch_size=16, **few_plans)
     with pytest.raises(TooLittle) as refused:
         find(recipe, DEVICE, memory="2MiB")
