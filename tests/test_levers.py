@@ -139,6 +139,7 @@ def test_what_takes_four_passes() -> None:
 
     network = Network(Block(Unknown()), Head(nn.Flatten(), nn.Linear(4, 1), nn.Flatten(0)))
     assert not bends_alone(network) and bends_alone(Network(*[*network.blocks][1:]))
+    assert not bends_alone(Network(Block(nn.Flatten(), nn.Linear(4, 3))))  # that may be several logits
 
 
 def test_weights_that_are_frozen_stay_so_in_four_passes() -> None:

@@ -41,8 +41,11 @@ Weighted = Callable[..., Tensor]
 
 def bends_alone(network: nn.Module) -> bool:
     """Whether ``network`` gives one logit for each image and is linear but for leaky ReLUs, by the classes of all its modules."""
-    return type(network) is Network and all(
-        type(m) in (*WEIGHTED, *LINEAR, nn.LeakyReLU) for m in network.modules() if m is not network
+    known = (*WEIGHTED, *LINEAR, nn.LeakyReLU)
+    return (
+        type(network) is Network
+        and type(network.blocks[-1]) is Head
+        and all(type(m) in known for m in network.modules() if m is not network)
     )
 
 
