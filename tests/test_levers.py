@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from frugan.config import recipes
 from frugan.config.architectures import R3, Architecture, Dcgan, Mlp, Projected, Upsample
 from frugan.config.objectives import Objective, RpGan
+from frugan.config.recipe import Recipe
 from frugan.data.loader import Batch
 from frugan.gan.augment import OPERATIONS, Augment
 from frugan.gan.bends import bends_alone
+from frugan.gan.build import lay_out
 from frugan.gan.levers import LEVERS, jobs, named
 from frugan.gan.networks import build
 from frugan.gan.networks.blocks import Block, Head, Network
@@ -120,6 +122,27 @@ def test_penalties_in_four_passes_are_those_by_double_backward(
     for name, value in wanted.items():
         error = (value - found[name]).double().norm() / value.double().norm().clamp_min(1e-6 * scale)
         assert error < 1e-11, (name, float(error))
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("network", sorted(BENT))
+def test_four_passes_as_training_lays_maps_out(network: str, channels: int) -> None:
+    """With channels last and convolutions by products, which the tests above do without."""
+    recipe = Recipe(recipe="bent", network=BENT[network], objective=RpGan(r1=0.7, r2=0.4)).replace(channels_last=True)
+    generator, discriminator = (n.double() for n in build(BENT[network], 12, channels))
+    lay_out(recipe, generator, discriminator)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in discriminator.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)  # biases too
+    images = torch.randint(0, 256, (4, channels, 12, 12), dtype=torch.uint8)
+    found = []
+    for four_passes in (True, False):
+        discriminator.zero_grad()
+        step = Step(generator, discriminator, recipe.objective, 5, Draws(3), channels_last=True, four_passes=four_passes)
+        step.discriminator_phase(Batch(lambda row, n: images[row : row + n]), 0, Layout.of(4, 1))
+        found.append(torch.cat([p.grad.flatten() for p in discriminator.parameters()]))
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-12
 
 
 def test_what_takes_four_passes() -> None:
