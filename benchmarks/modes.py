@@ -3,11 +3,12 @@
     python benchmarks/modes.py --data ../shared/data/fashion-mnist --minutes 12 --train recipe=dcgan "recipe=r3 batch-size=64"
 
 Each image is three of the training images of an IDX folder, drawn independently, one a channel. They are packed once, and each
-``--train`` trains on them (without classes) for so many minutes, unless it has. A classifier of single channels, trained on nine
-tenths of the same images, tells the mode of each of 25,600 samples. A mode is covered by one sample. KL is the reverse one of the
-papers, of the samples' modes from the real ones', in nats: from what the classifier says of real images (the channels are
-independent, so that its shares of single images say all), and from an even spread. ``real`` are as many other real images: what so
-few samples can have.
+``--train`` trains on them for so many minutes, unless it has. Nothing knows the modes, as in the papers, unless ``--labels`` gives
+each image the number of its own: then `projected` learns its features from them, as with any labelled set, while G and D still
+train without classes. A classifier of single channels, trained on nine tenths of the same images, tells the mode of each of 25,600
+samples. A mode is covered by one sample. KL is the reverse one of the papers, of the samples' modes from the real ones', in nats:
+from what the classifier says of real images (the channels are independent, so that its shares of single images say all), and from
+an even spread. ``real`` are as many other real images: what so few samples can have.
 """
 
 import math
@@ -36,6 +37,7 @@ from frugan.utils.draws import derive
 
 CLASSES = 10
 MODES = CLASSES**3
+PLACES = np.array([CLASSES**2, CLASSES, 1])  # of the channels' classes in a mode's number
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Options:
     train: tuple[str, ...] = ("recipe=dcgan",)  # flags of frugan train without their dashes, once for each training
     minutes: float = 12
     images: int = 60_000  # to train on
+    labels: bool = False  # each image has its mode as label, which features can be learnt from
     samples: int = 25_600
     out: Path = Path("runs/modes")
 
@@ -51,11 +54,15 @@ class Options:
 class Stacked(Source):
     """Images of three channels, each an image of ``base`` of its own."""
 
-    def __init__(self, base: ArraySource, images: int, seed: int) -> None:
+    def __init__(self, base: ArraySource, images: int, seed: int, labelled: bool = False) -> None:
         self.name, self.size, self.grey = f"stacked-{base.name}", base.size, False
         self.place, self.stamp = self.name, f"{base.stamp}/{images}/{seed}"
         self._base = base.images
         self._chosen = np.random.default_rng(derive(seed, "stacked")).integers(len(base), size=(images, 3))
+        if labelled:
+            assert base.labels is not None
+            self.labels = base.labels[self._chosen] @ PLACES
+            self.classes = [f"{mode:03}" for mode in range(MODES)]
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -95,7 +102,7 @@ class Modes:
     def __call__(self, images: Tensor) -> tuple[int, float, float]:
         """How many modes images, uint8 ``[n, 3, h, w]``, cover, and the KL of theirs from real ones and from an even spread."""
         classes = torch.stack([self.classifier.look(images[:, [c]])[1] for c in range(3)], 1)
-        counts = torch.bincount(classes @ torch.tensor([CLASSES**2, CLASSES, 1]), minlength=MODES).double()
+        counts = torch.bincount(classes @ torch.from_numpy(PLACES), minlength=MODES).double()
         p = counts / counts.sum()
         from_real = (torch.special.xlogy(p, p) - torch.special.xlogy(p, self.real)).sum()
         return int((counts > 0).sum()), float(from_real), float(torch.special.xlogy(p, p).sum() + math.log(MODES))
@@ -104,13 +111,14 @@ class Modes:
 def main(options: Options) -> None:
     base = open_source(Data(data=options.data))
     assert isinstance(base, ArraySource)
-    source = Stacked(base, options.images, 0)
-    pack = options.out / f"{source.name}-{options.images}"
+    source = Stacked(base, options.images, 0, options.labels)
+    known = "-labelled" if options.labels else ""
+    pack = options.out / f"{source.name}-{options.images}{known}"
     if not pack.exists():
         wanted = resolve(source, Data(data=str(pack)), say)
         make(source, wanted, pack, workers=2, tell=say)
     modes = Modes(options)
-    table = Table(title=f"{options.samples:,} samples, {source.name}, {options.images:,} images to train on")
+    table = Table(title=f"{options.samples:,} samples, {source.name}, {options.images:,} images to train on{known}")
     for heading in ("", "minutes", "images seen", "modes of 1,000", "KL from real", "KL from even"):
         table.add_column(heading, justify="right" if heading else "left")
 
@@ -121,7 +129,7 @@ def main(options: Options) -> None:
 
     row("real", torch.from_numpy(Stacked(base, options.samples, 1).stacked(slice(None))), "", "")
     for flags in options.train:
-        run = options.out / f"{plain(flags)}-{options.minutes:g}min"
+        run = options.out / f"{plain(flags)}-{options.minutes:g}min{known}"
         said = [str(pack), *(f"--{flag}" for flag in flags.split()), f"--minutes={options.minutes}", f"--out={run}"]
         subprocess.run([sys.executable, "-m", "frugan", "train", *said], check=True, stdout=sys.stderr)
         generator = frugan.load(run)

@@ -104,11 +104,31 @@ def batch_norm() -> tuple[type[nn.Module], ...]:
 
 
 def applied(function: type[Function], *given: Any) -> Any:
-    """``function.apply``, without what torch does to find default values among ``given``: 50 microseconds each time."""
+    """``function.apply``, without what torch does to find default values among ``given``: 30 microseconds each time.
+
+    It looks for them where a function has a context of its own, which only transformations need.
+    """
     transforming = part("transforming")
-    if transforming is None or transforming():
-        return function.apply(*given)
-    return super(Function, function).apply(*given)  # type: ignore[misc]
+    return (function if transforming is None or transforming() else _joined(function)).apply(*given)
+
+
+@cache
+def _joined(function: type[Function]) -> type[Function]:
+    """``function``, with its context set up while it is computed."""
+    if function.setup_context is Function.setup_context:
+        return function
+
+    class Joined(function):  # type: ignore[misc, valid-type]
+        setup_context = staticmethod(Function.setup_context)
+
+        @staticmethod
+        def forward(ctx: Any, *given: Any) -> Any:
+            output = function.forward(*given)
+            function.setup_context(ctx, given, output)
+            return output
+
+    Joined.__name__ = function.__name__
+    return Joined
 
 
 def amx() -> bool:
