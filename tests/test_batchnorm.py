@@ -109,6 +109,52 @@ def test_any_cut_gives_the_gradients_and_running_statistics_of_the_whole_batch(
     assert_equal(whole, outcome(NETWORKS[network], objective, sizes, {*levers, EXACT}, classes=classes, seen=seen, reuse=reuse))
 
 
+@pytest.mark.parametrize("network", sorted(NETWORKS))
+@pytest.mark.parametrize("seen", [0, 0.6])
+def test_with_no_other_lever_images_are_kept_which_changes_nothing(network: str, seen: float) -> None:
+    whole, objective = outcome(NETWORKS[network], Bce(), [7], seen=seen), Bce()
+    assert_equal(whole, outcome(NETWORKS[network], objective, [3, 2, 2], [EXACT], seen=seen))
+
+
+def test_generated_images_are_made_once_where_discriminators_take_statistics() -> None:
+    def passes(network: str, levers: set[str]) -> list[int]:
+        """Of G, in both phases."""
+        generator, discriminator = build(NETWORKS[network], 12, 2)
+        step, layout = Step(generator, discriminator, Bce(), 5, Draws(3)), Layout((2, 2, 2), named(levers))
+        found, count = [], 0
+
+        def counting(*_: object) -> None:
+            nonlocal count
+            count += 1
+
+        generator.register_forward_pre_hook(counting)
+        for phase in (step.discriminator_phase, step.generator_phase):
+            count = 0
+            phase(Batch(lambda row, n: torch.zeros(n, 2, 12, 12, dtype=torch.uint8), lambda row, n: None), 0, layout)
+            found.append(count // 3)
+        return found
+
+    made, judged = (len(layers_of(network)) for network in build(NETWORKS["dcgan, both"], 12, 2))
+    assert made and judged
+    assert passes("dcgan, both", {EXACT}) == [made + 1, made + 1 + 1 + made]
+    more = made + judged + 1 + judged  # passes up to layers of D begin with the images
+    assert passes("dcgan, both", {EXACT, "checkpoint_blocks"}) == [more, more + made]
+    assert passes("dcgan, G", {EXACT}) == [made + 1, made + 1 + made]  # once as it is
+
+
+@pytest.mark.parametrize("phase", [0, 1])
+@pytest.mark.parametrize("levers", [[EXACT], [EXACT, "checkpoint_blocks"]])
+def test_what_is_kept_of_a_batch_is_predicted(phase: int, levers: list[str]) -> None:
+    recipe = recipes.get("dcgan").replace(image_size=32, channels=3, batch_size=48, width_g=8, width_d=8)
+    model = Model(recipe, CPU)
+    search = Search(jobs(recipe, CPU, (True, True), model.growth), CPU)
+    layout = Layout.of(48, 6, named(levers))
+    predicted = search.exact(search.jobs[phase], layout).moment.bytes
+    traced = model._trace(search.jobs[phase].name, layout).peak().bytes
+    kept = 40 * 3 * 32 * 32 * 4 * (1 + phase)
+    assert traced <= predicted <= 1.02 * traced and search.jobs[phase].kept(layout) == (kept if levers == [EXACT] else 0)
+
+
 def test_heads_beside_one_another_take_as_many_passes_as_the_longest() -> None:
     _, discriminator = build(Projected(latent_dim=5, width_g=4, width_d=4, feature_width=4, feature_levels=3), 32, 2)
     heads = [len(layers_of(head)) for head in [*discriminator.blocks][:4]]

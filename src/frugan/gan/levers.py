@@ -138,6 +138,15 @@ def usable(
     return tuple(lever for lever, values in allowed(recipe, phase, device, coupled, in_four_passes).items() if len(values) > 1)
 
 
+def keeps_fakes(levers: Iterable[Lever], coupled: bool) -> bool:
+    """Whether a phase keeps the generated images of a whole batch that is computed in micro-batches, in place of making them anew
+    in each pass through D by which batch norm there takes its statistics, or brings gradients back.
+
+    ``coupled``: whether D has batch norm. Where other levers save memory, this takes none.
+    """
+    return coupled and [lever.name for lever in levers] == ["whole_batch_norm"]
+
+
 def jobs(
     recipe: Recipe, device: torch.device, coupled: tuple[bool, bool], trace: Callable[[str, Levers, int], Growth],
     loads: Callable[[str], int] = lambda lever: 0, in_four_passes: bool = False,
@@ -167,6 +176,14 @@ def jobs(
                 "or --norm-g group --norm-d group."
             )
         found.append(Job(
-            phase, batch, ways, partial(trace, phase), coupled=any(coupled), smallest=smallest, parts=parts, loads=loads
+            phase, batch, ways, partial(trace, phase), coupled=any(coupled), smallest=smallest, parts=parts, loads=loads,
+            keeps=partial(_kept_a_sample, recipe, phase, coupled[1]),
         ))  # fmt: skip
     return found
+
+
+def _kept_a_sample(recipe: Recipe, phase: str, coupled: bool, levers: Levers) -> int:
+    """Bytes of a generated image, and in G's phase of its gradient, where they are kept."""
+    channels, size, _ = recipe.data.shape
+    image = channels * size**2 * torch.finfo(torch.float32).bits // 8
+    return keeps_fakes(levers, coupled) * image * (2 if phase == "G" else 1)

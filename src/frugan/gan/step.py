@@ -10,7 +10,7 @@ from the whole batch (`frugan.memory.batchnorm`).
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from frugan.config.objectives import Objective
 from frugan.data.loader import Batch as Batch
 from frugan.data.loader import Labels as Labels
 from frugan.data.loader import unlabelled
+from frugan.gan.levers import keeps_fakes
 from frugan.gan.losses import LOSSES
 from frugan.gan.networks import Network
 from frugan.gan.passes import Augment, Part
@@ -98,6 +99,9 @@ class Step(Slopes):
             images = self.generate_for_both(first, count, batch.labels) if at_once else self._generate(rows)
             return self._shown(images, rows.used_as("fake"))
 
+        if self._keeps_fakes(layout):
+            generate = cache(generate)
+
         def judge_real(first: int, count: int) -> Tensor:
             rows = self._of_real(first, count, batch.labels)
             return self._judge(self._real(batch, rows), rows.used_as("real"), layout)
@@ -143,6 +147,13 @@ class Step(Slopes):
                 return kept.pop()
             return self._generate(self._of_fake(self._latent_g, first, count, batch.labels), learns=True, layout=layout)
 
+        @cache
+        def made(first: int, count: int) -> Tensor:
+            """Generated images that gradients are gathered at, for one pass back through G."""
+            return self._generate(self._of_fake(self._latent_g, first, count, batch.labels)).requires_grad_(True)
+
+        gathers = self._keeps_fakes(layout)
+
         def judge(first: int, count: int, fake: Tensor) -> Tensor:
             rows = self._of_fake(self._latent_g, first, count, batch.labels).used_as("g/fake")
             return self._judge(self._shown(fake, rows), rows, layout)
@@ -160,14 +171,20 @@ class Step(Slopes):
             return self.scaler.scale(terms.sum() / whole)
 
         def add(score: Callable[..., Tensor], *part: int) -> None:
-            self._through_generator(partial(generate, *part), partial(score, *part), layout)
+            if gathers:
+                self._go_back(score(*part, made(*part)), [made(*part)])
+            else:
+                self._through_generator(partial(generate, *part), partial(score, *part), layout)
 
-        passes = {self._latent_g: generate, "g/fake": lambda first, count: judge(first, count, generate(first, count))}
+        given = made if gathers else generate
+        passes = {self._latent_g: generate, "g/fake": lambda first, count: judge(first, count, given(first, count))}
         moved = levers.still_statistics(self.generator) if self.reuse_fakes else nullcontext()  # in D's phase, by the same images
         with moved, self._measured(layout, parts, passes | ({"g/real": judge_real} if self.loss.paired else {})):
             for part in parts:
                 add(lose, *part)
             self._whole.bring_back("g/fake", partial(add, partial(self._whole.carried, "g/fake", judge)))
+            for part in parts if gathers else ():
+                self._back_through(partial(generate, *part), made(*part).grad)
             self._whole.bring_back(self._latent_g, partial(self._carry, self._latent_g, generate, self._generating))
         return total
 
@@ -181,6 +198,9 @@ class Step(Slopes):
             rows = self._of_fake(self._latent_g, first, count, labels)
             return self._shown(self._generate(rows), rows.used_as("g/fake"))
 
+        if self._keeps_fakes(layout):
+            generate = cache(generate)
+
         def judge(first: int, count: int) -> Tensor:
             rows = self._of_fake(self._latent_g, first, count, labels)
             return self._discriminate(generate(first, count), rows.used_as("g/fake"))
@@ -192,6 +212,9 @@ class Step(Slopes):
             for part in parts:
                 _add(total, {"D(G(z))": self._score(judge(*part))}, whole)
         return total["D(G(z))"]
+
+    def _keeps_fakes(self, layout: Layout) -> bool:
+        return keeps_fakes(layout.levers, self.discriminator.couples_samples)
 
     def _at_once(self, real: Tensor, fake: Tensor, of_real: Rows, of_fake: Rows, batch: int, layout: Layout) -> Terms:
         """One backward for everything that concerns real and generated images."""
@@ -247,6 +270,10 @@ class Step(Slopes):
         self._go_back(score(fake.requires_grad_(True)), [fake])
         gradient = fake.grad
         del fake
+        self._back_through(generate, gradient)
+
+    def _back_through(self, generate: Callable[[], Tensor], gradient: Tensor | None) -> None:
+        """Adds G's gradients of what has that ``gradient`` in the images that ``generate`` gives once more."""
         with levers.still_statistics(self.generator):
             fake = generate()
         levers.backward_from(fake, gradient, [*self._generating, *self._whole.leaves])

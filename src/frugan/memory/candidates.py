@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from frugan.memory.growth import Growth, Rates
 from frugan.memory.host import Freed
 from frugan.memory.layout import Guarantee, Layout, Lever, split, uncoupling
-from frugan.memory.trace import Timeline
+from frugan.memory.trace import Event, Timeline
 
 Levers = tuple[Lever, ...]
 
@@ -28,6 +28,8 @@ class Job:
         parts: how many micro-batches, if that was asked for.
         draws: whether it draws from torch's global generators, which draw otherwise for micro-batches.
         loads: the name of a lever to the bytes besides tensors that come with it, such as libraries that it loads.
+        keeps: a combination of levers to the bytes of each sample that stay until the phase has come to its end, which the growth
+            has of one micro-batch.
     """
 
     name: str
@@ -39,6 +41,11 @@ class Job:
     parts: int | None = None
     draws: bool = False
     loads: Callable[[str], int] = lambda lever: 0
+    keeps: Callable[[Levers], int] = lambda levers: 0
+
+    def kept(self, layout: Layout) -> int:
+        """Bytes of the other micro-batches' samples that stay while one is computed."""
+        return self.keeps(layout.levers) * (sum(layout.sizes) - layout.micro_batch)
 
     def counts(self, levers: Levers) -> list[int]:
         """The numbers of micro-batches worth a look with ``levers``: one for each size of the largest, few ones first."""
@@ -49,6 +56,15 @@ class Job:
         if uncoupling(levers):
             return counts[1:]  # there is nothing to uncouple in a whole batch
         return [k for k in counts if k == 1 or min(split(self.batch, k)) >= self.smallest]
+
+    def timeline(self, layout: Layout, growth: Growth) -> Timeline:
+        """What ``layout`` allocates, of whose micro-batches ``growth`` is."""
+        timeline, kept = growth.timeline(shortened(layout.sizes)), self.kept(layout)
+        if not kept:
+            return timeline
+        other = min(timeline.sizes, default=0) - 1
+        events = [Event([other], [kept]), *timeline.events, Event([other])]
+        return replace(timeline, sizes=timeline.sizes | {other: kept}, events=events)
 
     @property
     def can_uncouple(self) -> bool:

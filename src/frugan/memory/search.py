@@ -105,10 +105,10 @@ class Search:
                 run = self._growth_if_it_fits(job, layout.levers, layout.micro_batch)
                 there.release()
                 if run is None:  # more than there is now, whatever few samples tell; it is asked anew where there may be more
-                    timeline = growth.timeline(shortened(layout.sizes))
+                    timeline = job.timeline(layout, growth)
                     return Exact(timeline, partial(self._with_margin, timeline, there.total()), lacked=True)
                 growth = run
-            timeline = growth.timeline(shortened(layout.sizes))
+            timeline = job.timeline(layout, growth)
             self._exact[key] = Exact(timeline, partial(self._with_margin, timeline, 0))
         return self._exact[key]
 
@@ -181,7 +181,7 @@ class Search:
             flops, fresh = (int(a / 16 * job.batch) for a in (growth.work(16)[:, 0].sum(), growth.fresh(16)))
             found = []
             for layout, one, more in zip(layouts, alone, several, strict=True):
-                peak = one if len(layout.sizes) == 1 else more
+                peak = (one if len(layout.sizes) == 1 else more) + job.kept(layout)
                 found.append(Candidate(
                     job, layout, peak, int(kept * peak) + apart, peak + apart, flops,
                     each * job.batch + once * len(layout.sizes), fresh,
