@@ -112,8 +112,8 @@ def test_any_cut_gives_the_gradients_and_running_statistics_of_the_whole_batch(
 @pytest.mark.parametrize("network", sorted(NETWORKS))
 @pytest.mark.parametrize("seen", [0, 0.6])
 def test_with_no_other_lever_images_are_kept_which_changes_nothing(network: str, seen: float) -> None:
-    whole, objective = outcome(NETWORKS[network], Bce(), [7], seen=seen), Bce()
-    assert_equal(whole, outcome(NETWORKS[network], objective, [3, 2, 2], [EXACT], seen=seen))
+    whole = outcome(NETWORKS[network], Bce(), [7], seen=seen)
+    assert_equal(whole, outcome(NETWORKS[network], Bce(), [3, 2, 2], [EXACT], seen=seen))
 
 
 def test_generated_images_are_made_once_where_discriminators_take_statistics() -> None:
