@@ -4,6 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from frugan.memory import private
 from frugan.utils.draws import Draws, hashed
 
 
@@ -54,3 +55,16 @@ def test_hashes_are_bits_like_any_others_and_those_of_their_rows() -> None:
     assert abs(float((ones[:, 1:] != ones[:, :-1]).double().mean()) - 0.5) < 0.002
     assert torch.equal(hashed(5, torch.tensor(7), 3, 6, device), bits[7:10])
     assert not (hashed(6, 0, 64, 6, device) == bits[:64]).any()
+
+
+def test_what_is_drawn_within_a_transformation_does_not_stay() -> None:
+    """There it is a wrapper, which is nothing afterwards: penalties by jvp draw dropout's masks so."""
+    private.load_forward_mode()
+    draws, plain = Draws(0), Draws(0)
+
+    def dropped(x: torch.Tensor) -> torch.Tensor:
+        return x * draws.keep("a", 0, len(x), (3,), 0.5)
+
+    _, found = torch.func.jvp(dropped, (torch.ones(6, 3),), (torch.ones(6, 3),))
+    assert torch.equal(found, plain.keep("a", 0, 6, (3,), 0.5).float()) and draws.kept() == []
+    assert torch.equal(draws.keep("a", 4, 2, (3,), 0.5), plain.keep("a", 4, 2, (3,), 0.5)) and len(draws.kept()) == 1

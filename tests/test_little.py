@@ -109,7 +109,11 @@ def test_copies_are_near_and_new_images_are_as_near_as_real_ones() -> None:
     assert values["nearest"] == pytest.approx(1, abs=0.05) and values["copies"] == 0
     values = compared(real[:40] * 0.98, real, piece=7)
     assert values["nearest"] < 0.1 and values["copies"] == 1
-    assert np.isnan(compared(new, real[:1].expand(5, -1))["nearest"])
+    twice = torch.cat([real, real])
+    assert compared(real, twice) == {"nearest": 0, "copies": 1}
+    assert compared(new, twice) == compared(new, real)
+    one = real[:1].expand(5, -1)
+    assert np.isnan(compared(new, one)["nearest"]) and compared(new, one)["copies"] == 0 and compared(one, one)["copies"] == 1
 
 
 def test_a_run_on_few_images_says_how_near_its_samples_lie(train: Callable[..., Path], tmp_path: Path) -> None:

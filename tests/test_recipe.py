@@ -11,7 +11,7 @@ from frugan.cli import parse
 from frugan.cli.parsing import recipe_said
 from frugan.config import recipes
 from frugan.config.architectures import Architecture
-from frugan.config.objectives import Objective
+from frugan.config.objectives import Hinge, Objective
 from frugan.config.recipe import Recipe
 from frugan.config.run import Run
 from frugan.config.section import Kinded
@@ -21,6 +21,21 @@ from frugan.gan.penalties import PENALTIES
 from frugan.utils.errors import UserError
 
 names = st.sampled_from(sorted(recipes.RECIPES))
+
+
+def test_a_file_may_say_what_differs_from_a_recipe_that_it_names(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('recipe = "mlp"\n[training]\nepochs = 1\n')
+    assert recipes.get(str(file)) == recipes.mlp().replace(epochs=1)
+    file.write_text('recipe = "r3"\n[objective]\nkind = "hinge"\n[optimizer]\nlr_g = 1e-3\n')
+    found = recipes.get(str(file))
+    assert found.network == recipes.r3().network and found.objective == Hinge() and found.optimizer.lr_g == 1e-3
+    assert found.optimizer.lr_d == recipes.r3().optimizer.lr_d
+    file.write_text('recipe = "mpl"')
+    with pytest.raises(UserError, match="there is no recipe called 'mpl': did you mean 'mlp'"):
+        recipes.get(str(file))
+    file.write_text(recipes.r3().replace(lr_g=1e-3).to_toml().replace('recipe = "r3"', 'recipe = "my own"'))
+    assert recipes.get(str(file)).recipe == "my own"
 
 
 @given(name=names, objective=st.sampled_from(sorted(Objective.kinds)), lr=st.floats(1e-6, 1), size=st.none() | st.integers(8, 999))

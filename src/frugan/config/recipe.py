@@ -7,7 +7,7 @@ flags of the command line, the keyword arguments of `frugan.train` and the keys 
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -221,23 +221,34 @@ class Recipe:
         return tomli_w.dumps(document)
 
     @classmethod
-    def from_toml(cls, text: str, where: str) -> "Recipe":
+    def from_toml(cls, text: str, where: str, named: "Mapping[str, Callable[[], Recipe]] | None" = None) -> "Recipe":
         """Reads what `to_toml` writes; what is left out has its default.
 
+        Args:
+            text: of the file.
+            where: it is from.
+            named: recipes by their names; a text without a table for the network says what differs from the one it names.
+
         Raises:
-            UserError: not TOML, an unknown table, key or kind, or a value outside its range; names ``where``.
+            UserError: not TOML, an unknown table, key, kind or recipe, or a value outside its range; names ``where``.
         """
         try:
             document = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise UserError(f"{where} is not valid TOML: {error}.") from None
         try:
-            return cls._from_document(document)
+            name = str(document.get("recipe", "custom"))
+            if not named or "recipe" not in document or "network" in document:
+                plain = cls(recipe=name, network=Architecture.of("dcgan")(), objective=Objective.of("bce")())
+                return cls._from_document(document, plain)
+            if name not in named:
+                raise UserError(f"there is no recipe called {name!r}: {nearest(name, named)}")
+            return cls._from_document(document, named[name]())
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
 
     @classmethod
-    def _from_document(cls, document: dict[str, Any]) -> "Recipe":
+    def _from_document(cls, document: dict[str, Any], otherwise: "Recipe") -> "Recipe":
         bases: dict[str, Any] = {
             "data": Data, "network": Architecture, "objective": Objective, "augmentation": Augmentation,
             "optimizer": Optimizer, "training": Training, "memory": Memory, "classes": Classes,
@@ -251,23 +262,24 @@ class Recipe:
             if not isinstance(table, Mapping):
                 raise UserError(f"{name!r} must be a table, [{name}].")
             table = dict(table)
+            section = getattr(otherwise, name)
             if issubclass(base, Kinded):
-                base = base.of(str(table.pop("kind", "dcgan" if name == "network" else "bce")))
+                base = base.of(str(table.pop("kind", section.kind)))
             known = {f.name for f in fields(base)}
             for key in table:
                 if key not in known:
                     raise UserError(f"there is no key {key!r} in [{name}]: {nearest(key, known)}")
-            sections[name] = base(**table)
-        return cls(recipe=str(document.get("recipe", "custom")), **sections)
+            sections[name] = dataclasses.replace(section, **table) if type(section) is base else base(**table)
+        return cls(recipe=otherwise.recipe, **sections)
 
 
-def read(path: Path) -> Recipe:
-    """The recipe in a TOML file.
+def read(path: Path, named: Mapping[str, Callable[[], Recipe]] | None = None) -> Recipe:
+    """The recipe in a TOML file; ``named`` as in `Recipe.from_toml`.
 
     Raises:
         UserError: the file cannot be read or says something no recipe has.
     """
     try:
-        return Recipe.from_toml(path.read_text(encoding="utf-8"), str(path))
+        return Recipe.from_toml(path.read_text(encoding="utf-8"), str(path), named)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the recipe {path}: {error}.") from None

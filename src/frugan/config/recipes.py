@@ -90,7 +90,7 @@ def default(data: Data) -> str:
 
 
 def get(name: str) -> Recipe:
-    """The recipe called ``name``, or the one in the TOML file ``name``.
+    """The recipe called ``name``, or the one in the TOML file ``name``, which may name one of these and say what differs.
 
     Raises:
         UserError: there is neither (with the nearest name).
@@ -98,5 +98,5 @@ def get(name: str) -> Recipe:
     if name in RECIPES:
         return RECIPES[name]()
     if name.endswith(".toml"):
-        return read(Path(name))
+        return read(Path(name), RECIPES)
     raise UserError(f"there is no recipe called {name!r}: {nearest(name, RECIPES)}")

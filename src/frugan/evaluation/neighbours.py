@@ -17,24 +17,23 @@ def thumbnails(images: Tensor) -> Tensor:
     return adaptive_avg_pool2d(images.cpu().float().div_(255), side).flatten(1)
 
 
-def nearest(rows: Tensor, pieces: Iterable[tuple[int, Tensor]], leave_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def nearest(rows: Tensor, pieces: Iterable[tuple[int, Tensor]], *, others: bool = False) -> tuple[Tensor, Tensor]:
     """Distance to, and number of, the nearest of others to each of ``rows``.
 
     Args:
         rows: float32 ``[n, d]``.
         pieces: the others, each piece ``[m, d]`` with the number of its first.
-        leave_out: for each row the number of one that does not count, int64 ``[n]``.
+        others: whether only those count that differ from a row.
 
     Returns:
         float32 ``[n]``, infinite where there is none, and int64 ``[n]``.
     """
     best = torch.full((len(rows),), torch.inf)
     which = torch.zeros(len(rows), dtype=torch.int64)
-    for first, others in pieces:
-        distances = torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
-        if leave_out is not None:
-            here = (leave_out >= first) & (leave_out < first + len(others))
-            distances[here.nonzero().flatten(), leave_out[here] - first] = torch.inf
+    for first, piece in pieces:
+        distances = torch.cdist(rows, piece, compute_mode="donot_use_mm_for_euclid_dist")
+        if others:
+            distances[distances == 0] = torch.inf
         found = distances.min(1)
         closer = found.values < best
         best, which = torch.where(closer, found.values, best), torch.where(closer, found.indices + first, which)
@@ -46,7 +45,7 @@ def compared(samples: Tensor, real: Tensor, piece: int = 512) -> dict[str, float
 
     Returns:
         ``nearest``: the distance of a sample from its nearest real image, divided by that image's distance from its own nearest
-        other, the median of all samples: one more real image would lie at about 1; NaN if most images are there twice.
+        other, the median of all samples: one more real image would lie at about 1; NaN if all images are the same.
         ``copies``: the share of samples for which this is below `NEAR`.
     """
 
@@ -54,11 +53,11 @@ def compared(samples: Tensor, real: Tensor, piece: int = 512) -> dict[str, float
         return ((first, real[first : first + piece]) for first in range(0, len(real), piece))
 
     distances, which = nearest(samples, pieces())
-    usual, _ = nearest(real, pieces(), leave_out=torch.arange(len(real)))
+    usual, _ = nearest(real, pieces(), others=True)  # an image may be there twice
+    known = usual.isfinite()  # all or none
     # Of each image by itself: blurred samples are near to plain images, which are near to one another.
-    ratios = (distances / usual[which])[usual[which] > 0]  # an image that is there twice tells nothing
-    known = len(ratios) > len(samples) // 2
+    ratios = distances / usual[which]
     return {
-        "nearest": float(ratios.median()) if known else torch.nan,
-        "copies": float((distances < NEAR * usual[which]).float().mean()),
+        "nearest": float(ratios.median()) if known.all() else torch.nan,
+        "copies": float((distances <= NEAR * usual.where(known, 0)[which]).float().mean()),
     }

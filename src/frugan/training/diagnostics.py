@@ -246,7 +246,7 @@ class Diagnostics:
         count = min(len(self.data), LOOKED_AT, max(1024, BYTES // images[0].numel()))
         distances, which = nearest(thumbnails(images), _pieces(self.data, count))
         found = torch.cat([self.data.batch(int(i), 1).cpu() for i in which])
-        usual, _ = nearest(thumbnails(found), _pieces(self.data, count), leave_out=which)
+        usual, _ = nearest(thumbnails(found), _pieces(self.data, count), others=True)
         self._look(lambda sign: sign.neighbours(distances, usual))
         return found
 

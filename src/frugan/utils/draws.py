@@ -171,7 +171,9 @@ class Draws:
                 last = None
                 self._blocks.pop(purpose, None)  # before the next is drawn: never two of them are held
                 self._generator.manual_seed(derive(self.seed, purpose, number))
-                last = self._blocks[purpose] = (number, fill(allocate(), generator=self._generator))
+                last = number, fill(allocate(), generator=self._generator)
+                if _stays(last[1]):
+                    self._blocks[purpose] = last
             piece = last[1][offset : offset + end - row]
             if rows is None:
                 rows = piece.new_empty(count, *piece.shape[1:])
@@ -179,6 +181,15 @@ class Draws:
             row += len(piece)
         assert rows is not None, "no rows were asked for"
         return rows
+
+
+def _stays(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is there after the transformation (torch.func) in which it may have been made: such have no storage."""
+    try:
+        tensor.untyped_storage()
+    except NotImplementedError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
