@@ -197,6 +197,13 @@ def test_a_flag_without_a_command_is_one_sentence_and_the_version_is_told(capsys
     assert re.fullmatch(r"frugan \d+\.\d+.*\n", capsys.readouterr().out)
 
 
+def test_a_plan_says_that_a_batch_has_more_images_than_there_are(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", str(few), "--recipe", "mlp", "--batch-size", "100"])
+    assert "few has 64 images: a training wants as many as a batch has." in capsys.readouterr().out.replace("\n", " ")
+    main(["plan", str(few), "--recipe", "mlp", "--batch-size", "64"])
+    assert "few has" not in capsys.readouterr().out
+
+
 def test_a_plan_refuses_arithmetic_that_the_device_has_not(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["plan", str(few), "--precision", "tf32", "--device", "cpu"])

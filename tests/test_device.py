@@ -265,7 +265,7 @@ def test_a_device_that_is_full_is_a_sentence(few: Path, capsys: pytest.CaptureFi
     sim.others(there.free() - 3 * MIB)
     with pytest.raises(SystemExit, match="2"):
         main(["plan", str(few), "--recipe", "dcgan", "--device", NAME])
-    assert capsys.readouterr().err == "frugan: memory ran out: close other programs, then run the same command.\n"
+    assert capsys.readouterr().err == "frugan: memory ran out: close other programs or ask for less, then run the command again.\n"
 
 
 @pytest.mark.parametrize("recipe", OWN_CODE)

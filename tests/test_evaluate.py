@@ -312,6 +312,18 @@ def test_metrics_without_evaluating_are_said(tmp_path: Path) -> None:
         frugan.train("digits", metrics="swd", out=tmp_path / "r", quiet=True)
 
 
+def test_a_run_whose_images_are_elsewhere_says_which_they_are(
+    train: Callable[..., Path], few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(few.parent)
+    run = train(tmp_path / "run", few.name, epochs=1)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(run), "--samples", "32", "--metrics", "swd"])
+    assert f"{run} was trained on '{few.name}', which is not to be had from here: name it as DATA" in capsys.readouterr().err
+    main(["evaluate", str(run), str(few), "--samples", "32", "--metrics", "swd"])
+
+
 def test_images_are_evaluated_like_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "noise"
     folder.mkdir()

@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         if not limit.is_out_of_memory(error):
             raise
-        print("frugan: memory ran out: close other programs, then run the same command.", file=sys.stderr)
+        print("frugan: memory ran out: close other programs or ask for less, then run the command again.", file=sys.stderr)
         sys.exit(2)
 
 

@@ -71,7 +71,13 @@ def run(said: Any) -> None:
         drawn, trained = generator.drawn(count, seed=said.seed), generator.recipe.classes.names
     elif said.data is None:
         raise UserError(f"{path} is no run folder: name a run, or images and DATA to evaluate them by.")
-    source, asked = opened(asked, console.tell)
+    try:
+        source, asked = opened(asked, console.tell)
+    except UserError as error:
+        if said.data is not None:
+            raise
+        elsewhere = f"{said.run} was trained on {asked.data!r}, which is not to be had from here: name it as DATA"
+        raise UserError(f"{elsewhere} ({error})") from None
     if not source.random_access:
         raise UserError(
             f"{asked.data} is a stream, and real images are needed in any order: copy them to this disk, and name the copy as DATA."

@@ -68,6 +68,8 @@ def run(said: Any) -> None:
         for reason in planner.budget.why(found):
             console.tell(reason)
         console.plan(found, recipe.training.batch_size)
+        if training.source.random_access and len(training.source) < recipe.training.batch_size:
+            console.tell(f"{training.source.name} has {len(training.source):,} images: a training wants as many as a batch has.")
         precision = planner.recipe.memory.precision
         if speed is not None:
             console.tell(f"Speed: about {speed:,.0f} images/s in {precision}: one micro-batch of each phase was run and timed.")

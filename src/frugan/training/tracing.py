@@ -192,7 +192,10 @@ class Subprocess:
         except ValueError:
             answer = {"shortage": True} if self._process.wait() in (-9, 137) else {"failed": f"it ended by {self._process.wait()}"}
         if "shortage" in answer:
-            raise UserError("memory ran out while planning: close other programs, then run the same command; nothing was written.")
+            raise UserError(
+                "memory ran out while planning: close other programs, give a larger --memory or choose smaller networks, then run "
+                "the command again; nothing was written."
+            )
         if "refused" in answer:
             raise UserError(answer["refused"])
         if "failed" in answer:
