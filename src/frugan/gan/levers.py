@@ -185,5 +185,5 @@ def jobs(
 def _kept_a_sample(recipe: Recipe, phase: str, coupled: bool, levers: Levers) -> int:
     """Bytes of a generated image, and in G's phase of its gradient, where they are kept."""
     channels, size, _ = recipe.data.shape
-    image = channels * size**2 * torch.finfo(torch.float32).bits // 8
+    image = channels * size**2 * torch.float32.itemsize
     return keeps_fakes(levers, coupled) * image * (2 if phase == "G" else 1)
