@@ -49,7 +49,7 @@ def main(options: Options) -> None:
         command = [str(options.data / data), *flags.split(), "--out", str(run.path)]
         subprocess.run([sys.executable, "-m", "frugan", "train", *command], check=True, stdout=sys.stderr)
         last = run.read_log()[-1]
-        minutes = last.images / last.speed / 60
+        minutes = last.images / last.speed / (1 - last.looking) / 60
         table.add_row(f"{data} {flags}", f"{last.images:,}", f"{minutes:.1f}", f"{last.speed:,.0f}")
         if options.pictures:
             options.pictures.mkdir(parents=True, exist_ok=True)

@@ -82,6 +82,10 @@ def test_the_run_folder_holds_what_it_should(few: Path, tmp_path: Path, capsys: 
     last = RunFolder(run).read_log()[-1].as_dict()
     assert last["images"] == 320
     assert {"Loss_D", "Loss_G", "D(x)", "D(G(z))", "D(G(z)) after", "lr_g", "lr_d", "images/s", "epoch"} <= last.keys()
+    for line in RunFolder(run).read_log()[:-1]:  # images/s are without pictures and checkpoints, the time left is with them
+        assert 0 <= line.looking < 1
+        assert line.seconds_left == pytest.approx((320 - line.images) / (line.speed * (1 - line.looking)))
+    assert last["looking"] > 0
 
 
 def test_plain_lines_where_there_is_no_terminal(few: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_odd_lines_are_read_as_far_as_they_go(event: str | None, found: dict[str
 def test_the_log_has_the_keys_that_it_always_had(train: Callable[..., Path], tmp_path: Path) -> None:
     run = train(tmp_path / "r", epochs=1, r1=1.0)
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    own = ["images", "epoch", "updates", "images/s", "seconds left", "memory"]
+    own = ["images", "epoch", "updates", "images/s", "looking", "seconds left", "memory"]
     measured = list(lines[0])[len(own) : -2]
     assert {"Loss_D", "Loss_G", "D(x)", "D(G(z))", "R1", "D(G(z)) before", "D(G(z)) after"} == {*measured}
     assert list(lines[0]) == [*own, *measured, "lr_g", "lr_d"]

@@ -28,7 +28,8 @@ class Line:
         images: seen so far.
         epoch: the same, in epochs.
         updates: of D so far.
-        speed: images a second, since training began or went on.
+        speed: images a second, on average since training began or went on, without the time of what ``looking`` is the share of.
+        looking: share of that time that pictures, checkpoints and evaluation took.
         seconds_left: to the end of training.
         memory: bytes that the process holds; 0 if that was not measured.
         measured: the means since the line before by their names, as ``Loss_D``, ``D(x)``, ``R1``.
@@ -40,6 +41,7 @@ class Line:
     epoch: float = 0.0
     updates: int = 0
     speed: float = math.nan
+    looking: float = math.nan
     seconds_left: float = math.nan
     memory: int = 0
     measured: Mapping[str, float] = field(default_factory=dict)
@@ -50,7 +52,7 @@ class Line:
         """As ``log.jsonl`` has it."""
         return {
             "images": self.images, "epoch": self.epoch, "updates": self.updates, "images/s": self.speed,
-            "seconds left": self.seconds_left, "memory": self.memory, **self.measured, "lr_g": self.lr_g, "lr_d": self.lr_d,
+            "looking": self.looking, "seconds left": self.seconds_left, "memory": self.memory, **self.measured, "lr_g": self.lr_g, "lr_d": self.lr_d,
         }  # fmt: skip
 
     @classmethod
@@ -58,7 +60,8 @@ class Line:
         """What ``found`` in ``log.jsonl`` says; every value that no other attribute has was measured."""
         return cls(
             images=_whole(found, "images"), epoch=_real(found, "epoch", 0.0), updates=_whole(found, "updates"),
-            speed=_real(found, "images/s"), seconds_left=_real(found, "seconds left"), memory=_whole(found, "memory"),
+            speed=_real(found, "images/s"), looking=_real(found, "looking"), seconds_left=_real(found, "seconds left"),
+            memory=_whole(found, "memory"),
             measured=_numbers({name: value for name, value in found.items() if name not in FIXED and value is not None}),
             lr_g=_real(found, "lr_g"), lr_d=_real(found, "lr_d"),
         )  # fmt: skip

@@ -37,7 +37,7 @@ PANELS: tuple[tuple[str, str, Mapping[str, str], int | None], ...] = (
         3,
     ),
     ("Memory", "What the process holds.", {"memory": "held"}, None),
-    ("Speed", "On average since training began or went on.", {"images/s": "images/s"}, 0),
+    ("Speed", "On average since training began or went on, without pictures, checkpoints and evaluation.", {"images/s": "images/s"}, 0),
     ("Penalties", "Before their weights.", {name: name for name in PENALTY_NAMES}, None),
     (
         "Augmentation",
@@ -131,7 +131,9 @@ def _glance(story: Story) -> Iterator[str]:
         if best := story.metrics[measure].best:
             tiles.append((f"Best {_label(measure)}", _value(measure, best[1]), f"after {best[0]:,.0f} images"))
     if (speed := number(story.last.speed)) is not None:
-        tiles.append(("Speed", f"{speed:,.0f}", "images/s"))
+        looking = number(story.last.looking)
+        beside = "" if looking is None else f", and {looking:.1%} of the time for pictures, checkpoints and evaluation"
+        tiles.append(("Speed", f"{speed:,.0f}", f"images/s{beside}"))
     if learnt := story.features:
         right = ", ".join(f"{share:.1%} of {task}" for task, share in learnt.accuracy.items()) or learnt.task
         tiles.append(("Features of D", right, f"right after {learnt.updates:,} updates" if learnt.accuracy else ""))

@@ -49,6 +49,7 @@ class Loop:
         self.mean = Mean()
         self.measured: dict[str, float] = {}
         self._clock, self._clock_images = 0.0, state.images
+        self._looking = 0.0  # seconds of the clock that `_pause` took
 
     def run(self) -> None:
         """Trains to the end.
@@ -159,11 +160,12 @@ class Loop:
     def _line(self, measured: dict[str, float]) -> Line:
         """How far training is, how fast it goes, and what was measured."""
         state, session = self.state, self.session
-        speed = (state.images - self._clock_images) / max(time.monotonic() - self._clock, 1e-9)
+        images, seconds = state.images - self._clock_images, max(time.monotonic() - self._clock, 1e-9)
         return Line(
-            images=state.images, epoch=state.images / len(session.loader), updates=state.updates, speed=speed,
-            seconds_left=session.duration.left(state.images, speed), memory=limit.held(session.device), measured=measured,
-            **state.rates(),
+            images=state.images, epoch=state.images / len(session.loader), updates=state.updates,
+            speed=images / max(seconds - self._looking, 1e-9), looking=self._looking / seconds,
+            seconds_left=session.duration.left(state.images, images / seconds), memory=limit.held(session.device),
+            measured=measured, **state.rates(),
         )  # fmt: skip
 
     def _end_epoch(self, number: int) -> None:
@@ -181,7 +183,7 @@ class Loop:
         pictures, checkpoint = duration.due()
         if not (ended or last or pictures or checkpoint or decided):
             return
-        length = len(session.loader)
+        began, length = time.monotonic(), len(session.loader)
         epoch = state.images // length if ended else state.images / length
         pictures = pictures or epoch % run.sample_every == 0 or (last and duration.timed)
         is_best = (ended or pictures) and self.observer.look(epoch, state.images, state.updates, self.sample, pictures, last)
@@ -196,6 +198,7 @@ class Loop:
             session.console.tell(f"{decided.total:,} images, {duration.epochs:.3g} epochs, are {duration.words} at this speed.")
         limit.release(session.device)
         duration.done(pictures, checkpoint)
+        self._looking += time.monotonic() - began
 
     def finish(self) -> None:
         """Everything that stands at the end of a run."""
