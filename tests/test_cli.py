@@ -114,6 +114,8 @@ def test_generate_writes_grids_files_strips_and_loops(
 ) -> None:
     run = str(train(tmp_path / "run"))
     main(["generate", run, "--n", "6", "--seed", "3"])
+    assert capsys.readouterr().out.strip() == f"{run}/generated/seed_3_n6.png"
+    main(["generate", run, "--seed", "3"])  # writes over no other number of them
     assert capsys.readouterr().out.strip() == f"{run}/generated/seed_3.png"
     main(["generate", run, "--n", "3", "--separate", "--out", str(tmp_path / "many")])
     assert len(list((tmp_path / "many").iterdir())) == 3

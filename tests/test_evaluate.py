@@ -193,6 +193,15 @@ def test_training_keeps_the_best_checkpoint_and_writes_down_why(run: Path) -> No
     assert torch.equal(best.generate(2), frugan.load(run, best=True).generate(2))
 
 
+def test_images_of_the_best_generator_stand_beside_those_of_the_last(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more in ([], ["--best"], ["--separate"], ["--separate", "--best"]):
+        main(["generate", str(run), "--n", "2", "--out", str(tmp_path / "made"), *more])
+    names = {"seed_0_n2.png", "seed_0_n2_best.png", *(f"seed_0_0000{i}{best}.png" for i in (0, 1) for best in ("", "_best"))}
+    assert {path.name for path in (tmp_path / "made").iterdir()} == names
+
+
 def test_a_resumed_training_evaluates_as_if_it_had_not_been_broken_off(run: Path, tmp_path: Path) -> None:
     ways = {
         "recipe": "mlp",

@@ -120,7 +120,14 @@ def test_what_does_nothing_or_is_slow_on_the_cpu_is_said(
     assert "nothing to offload to" in said and "many times slower" in said
     train(tmp_path / "plain", epochs=1, quiet=False)
     said = capsys.readouterr().out
-    assert "nothing to offload to" not in said and "many times slower" not in said
+    assert "nothing to offload to" not in said and "many times slower" not in said and "does nothing" not in said
+    idle = {"cuda_graphs": "yes", "penalty": "jvp", "augment_policy": "color", "schedule_factor": 0.3, "evaluate_samples": 100}
+    train(tmp_path / "idle", epochs=1, quiet=False, **idle)
+    said = capsys.readouterr().out
+    for name in idle:
+        assert f"--{name.replace('_', '-')} does nothing without " in said
+    train(tmp_path / "looked", epochs=1, quiet=False, penalty="jvp", r1=1.0, augment="diff", augment_policy="color")
+    assert "does nothing" not in capsys.readouterr().out
 
 
 KEPT_APART = """

@@ -52,7 +52,7 @@ def run(options: Generate) -> None:
         raise UserError(f"--separate writes many files: --out {out} must be a folder.")
     if options.interpolate and options.separate:
         raise UserError("--interpolate writes a strip and a GIF: leave --separate out.")
-    asked = "".join(f"_{plain(name)}" for name in options.classes)  # so that no file of other classes is written over
+    asked = "".join(f"_{plain(name)}" for name in (*("best",) * options.best, *options.classes))  # so that no other is written over
     if options.interpolate:
         if len(options.classes) > 1:
             raise UserError(f"--interpolate keeps to one class: name one of {', '.join(options.classes)}.")
@@ -68,15 +68,16 @@ def run(options: Generate) -> None:
         pictures.save_loop(images, loop)
         print(f"{strip}\n{loop}")
         return
-    classes = options.classes or generator.classes
+    classes, best = options.classes or generator.classes, "_best" if options.best else ""
     images = generator.generate(options.n, seed=options.seed, classes=classes)
     if options.separate:
         for i, image in enumerate(images):
             of = f"_{plain(classes[i % len(classes)])}" if classes else ""
-            pictures.save(pictures.single(image), out / f"seed_{options.seed}_{i:05d}{of}.png")
+            pictures.save(pictures.single(image), out / f"seed_{options.seed}_{i:05d}{best}{of}.png")
         print(f"{len(images)} images in {out}")
     else:
-        path = single or out / f"seed_{options.seed}{asked}.png"
+        number = f"_n{options.n}" if options.n != Generate.n else ""
+        path = single or out / f"seed_{options.seed}{number}{asked}.png"
         pictures.save(pictures.grid(images, classes=len(classes)), path)
         print(path)
 

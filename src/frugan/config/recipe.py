@@ -205,6 +205,21 @@ class Recipe:
                 changed[name] = dataclasses.replace(section, **own)
         return dataclasses.replace(self, **changed)  # type: ignore[arg-type]
 
+    def idle(self) -> list[str]:
+        """A sentence for each setting that was changed, and that nothing looks at."""
+        schedule, augment = self.optimizer.schedule, self.augmentation.augment
+        penalised = any(getattr(self.objective, name, 0) for name in ("r1", "r2", "gradient_penalty"))
+        needs = {
+            "augment_policy": (augment != "none", "--augment"),
+            "ada_target": (augment == "ada", "--augment ada"),
+            "ada_images": (augment == "ada", "--augment ada"),
+            "schedule_epochs": (schedule in ("step", "exponential"), "--schedule step or exponential"),
+            "schedule_factor": (schedule in ("step", "exponential", "plateau"), "--schedule step, exponential or plateau"),
+            "schedule_patience": (schedule == "plateau", "--schedule plateau"),
+            "penalty": (penalised, "a gradient penalty, as --r1 is"),
+        }
+        return [sentence for section in self.sections().values() for sentence in section.idle(needs)]
+
     def differences(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
         """The settings in which ``other`` differs: name to (here, there)."""
         here, there = self.flat(), other.flat()

@@ -2,7 +2,7 @@
 
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -66,6 +66,17 @@ class Section:
                 limit = f.metadata.get(bound)
                 if limit is not None and not holds(value, limit):
                     raise UserError(f"{flag(f.name)} must be {words} {limit:g}, not {value:g} ({f.metadata['help']}).")
+
+    def idle(self, needs: Mapping[str, tuple[bool, str]]) -> Iterator[str]:
+        """A sentence for each field that has not its default although nothing looks at it.
+
+        Args:
+            needs: fields that only matter with others, each with whether it does here, and what it needs.
+        """
+        for f in fields(self):
+            matters, needed = needs.get(f.name, (True, ""))
+            if not matters and getattr(self, f.name) != f.default:
+                yield f"{flag(f.name)} does nothing without {needed}."
 
 
 def _fits(value: object, hint: Any) -> bool:

@@ -32,7 +32,7 @@ def introduce(session: Session, plan: Plan, generator: Network, discriminator: N
     session.console.plan(plan, session.batch)
     if memory.precision == "fp32" and (fast := device.fast_precision(session.device)) != "fp32":
         tell(f"This device is faster in {fast}, which rounds more: --precision {fast}.")
-    for notice in notices(session, plan, generator, discriminator):
+    for notice in (*_idle(session), *notices(session, plan, generator, discriminator)):
         tell(notice)
 
 
@@ -80,6 +80,16 @@ def notices(session: Session, plan: Plan, generator: Network, discriminator: Net
             "Gradient penalties are meant for each sample alone, and batch norm in D couples them: consider --norm-d group."
         )
     return told
+
+
+def _idle(session: Session) -> list[str]:
+    """What was asked for, and does nothing here."""
+    run = session.run
+    needs = {
+        "cuda_graphs": (session.device.type == "cuda", "a CUDA device"),
+        "evaluate_samples": (run.evaluate_every > 0, "--evaluate-every"),
+    }
+    return [*session.recipe.idle(), *run.idle(needs)]
 
 
 def diverged(session: Session, images: int, name: str, scaled: bool) -> UserError:
