@@ -195,6 +195,25 @@ def test_a_fine_tuning_goes_on_without_the_run_it_started_from(train: Callable[.
     assert_same_state(straight, train(tmp_path / "broken", init_from=first))
 
 
+def test_a_run_whose_folder_is_removed_or_moved_goes_on_in_one_made_anew(
+    train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    straight = train(tmp_path / "straight", epochs=3)
+    removed, moved = tmp_path / "removed", tmp_path / "moved"
+
+    def at(images: int, what: Callable[[], object]) -> Callable[[int], None]:
+        return lambda seen: what() and None if seen == images else None
+
+    batch = 16
+    for out, what in ((removed, lambda: shutil.rmtree(removed)), (moved, lambda: moved.rename(tmp_path / "elsewhere"))):
+        train(out, epochs=3, on_update=at(5 * batch, what), quiet=False)
+        assert f"{out} was moved or removed while it was trained" in capsys.readouterr().out
+        assert_same_state(straight, out)
+        train(out, epochs=3)  # is known again
+        assert (out / "report.html").exists() and RunFolder(out).read_log()
+    assert (tmp_path / "elsewhere" / "log.jsonl").exists()
+
+
 def test_accepting_an_average_and_fp16_later(train: Callable[..., Path], tmp_path: Path) -> None:
     out = train(tmp_path / "run", epochs=1, ema_half_life=0, recipe="r3")
     train(out, epochs=2, recipe="r3", precision="fp16", accept_changes=True)

@@ -43,6 +43,7 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.lock_file = path / ".lock"
         self._lock = FileLock(self.lock_file)
+        self._claimed: dict[Path, str] = {}  # files by which this run is known again, as they were last written
 
     def __enter__(self) -> Self:
         try:
@@ -60,7 +61,7 @@ class RunFolder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._lock.release()
-        if not self.plan_file.exists() and all(p == self.lock_file for p in self.path.iterdir()):  # refused: leave no trace
+        if self.path.is_dir() and not self.plan_file.exists() and all(p == self.lock_file for p in self.path.iterdir()):  # refused: leave no trace
             self.lock_file.unlink(missing_ok=True)
             self.path.rmdir()
 
@@ -115,11 +116,19 @@ class RunFolder:
             self.rewind_log(images)
         for part in self.path.rglob(".*.part.*"):
             part.unlink(missing_ok=True)
-        write_text(self.plan_file, json.dumps(plan, indent=2) + "\n")
-        write_text(self.recipe_file, recipe.to_toml())
+        self._claimed = {self.plan_file: json.dumps(plan, indent=2) + "\n", self.recipe_file: recipe.to_toml()}
+        for path, text in self._claimed.items():
+            write_text(path, text)
         if not resumed:
             self.log_file.unlink(missing_ok=True)
         return resumed
+
+    def mend(self) -> bool:
+        """Writes again what this run is known by, if the folder was moved or removed since `claim`; whether it was."""
+        gone = [path for path in self._claimed if not path.exists()]
+        for path in gone:
+            write_text(path, self._claimed[path])
+        return bool(gone)
 
     def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint, or None."""
@@ -208,7 +217,8 @@ class RunFolder:
 
     def rewrite_plan(self, changes: Mapping[str, Any]) -> None:
         """Changes what ``plan.json`` says."""
-        write_text(self.plan_file, json.dumps(self._read_plan() | dict(changes), indent=2) + "\n")
+        self._claimed[self.plan_file] = json.dumps(self._read_plan() | dict(changes), indent=2) + "\n"
+        write_text(self.plan_file, self._claimed[self.plan_file])
 
     def rewind_log(self, images: int) -> None:
         """Drops what was logged after ``images`` images: it is about to be trained again."""

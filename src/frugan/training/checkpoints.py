@@ -76,11 +76,21 @@ def save(session: Session, state: State) -> None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise diverged(session, state.images, name, state.scaler.is_enabled())
     folder = session.folder
+    mend(session)
     numbers |= {"recipe": session.recipe.to_toml(), "fingerprint": session.loader.fingerprint} | session.machine()
     numbers["duration"] = session.duration.capture()
     checkpoint.save(checkpoint.path_for(folder.checkpoints, state.images), tensors, numbers)
     save_generator(session, state)
     checkpoint.prune(folder.checkpoints, session.run.keep_checkpoints)
+
+
+def mend(session: Session) -> None:
+    """Makes the run folder again if somebody moved or removed it while it was trained, and says so."""
+    if session.folder.mend():
+        session.console.tell(
+            f"{session.folder.path} was moved or removed while it was trained: it is made again, without what was in it, and "
+            "training goes on there."
+        )
 
 
 def save_generator(session: Session, state: State) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from frugan.memory import limit
 from frugan.reporting.records import DurationDecided, Line
-from frugan.training.checkpoints import save, save_generator
+from frugan.training.checkpoints import mend, save, save_generator
 from frugan.training.graphs import Graphs
 from frugan.training.messages import diverged
 from frugan.training.observer import Bystander
@@ -155,6 +155,7 @@ class Loop:
                     raise diverged(self.session, state.images, name, state.scaler.is_enabled())
                 del measured[name]
         self.measured = measured
+        mend(self.session)
         self.observer.line(self._line(measured))
 
     def _line(self, measured: dict[str, float]) -> Line:
