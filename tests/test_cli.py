@@ -214,3 +214,13 @@ def test_a_plan_refuses_arithmetic_that_the_device_has_not(few: Path, capsys: py
     with pytest.raises(SystemExit) as ended:
         main(["plan", str(few), "--precision", "tf32", "--device", "cpu"])
     assert ended.value.code == 2 and "--precision tf32 is of NVIDIA GPUs" in capsys.readouterr().err
+
+
+def test_the_score_of_generated_images_is_told_where_the_last_update_was_of_d_alone(
+    train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path / "run", epochs=1, discriminator_steps=3, quiet=False)
+    assert "Loss_G" not in RunFolder(tmp_path / "run").read_log()[-1].measured
+    said = capsys.readouterr().out
+    assert re.search(r"epoch 1/1  Loss_D \S+  Loss_G \S+  D\(x\) \S+  D\(G\(z\)\) [0-9.]+  \S+ images/s", said)
+    assert re.search(r"Final Loss_D \S+  Loss_G \S+  D\(x\) \S+  D\(G\(z\)\) \S+ -> ", said)

@@ -116,7 +116,7 @@ def test_images_smaller_than_the_target_are_enlarged_and_it_is_said_once(
 
 def test_a_batch_larger_than_the_data_set(refused: Callable[..., str], few: Path, tmp_path: Path) -> None:
     said = one_sentence(refused("train", few, *SMALL, "--batch-size", "65", "--out", tmp_path / "r"))
-    assert "--batch-size 65 is more than the 64 images of few" in said
+    assert "--batch-size 65 is more than the 64 images of few: use --batch-size 64 or less" in said
 
 
 def test_a_size_below_8(refused: Callable[..., str], few: Path, tmp_path: Path) -> None:
@@ -126,7 +126,8 @@ def test_a_size_below_8(refused: Callable[..., str], few: Path, tmp_path: Path) 
 
 def test_an_unknown_recipe(refused: Callable[..., str], tmp_path: Path) -> None:
     assert "no recipe called 'dcgam': did you mean 'dcgan'?" in one_sentence(refused("train", "--recipe", "dcgam"))
-    assert "cannot read the recipe" in one_sentence(refused("train", "--recipe", tmp_path / "none.toml"))
+    said = one_sentence(refused("train", "--recipe", tmp_path / "none.toml"))
+    assert f"cannot read the recipe {tmp_path / 'none.toml'}: No such file or directory." in said
 
 
 def test_an_unknown_key(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -245,9 +246,10 @@ def test_generating_from_what_is_no_run(refused: Callable[..., str], trained: Pa
 
 
 def test_fine_tuning_from_nothing_and_freezing_everything(refused: Callable[..., str], few: Path, tmp_path: Path) -> None:
-    assert "there is no checkpoint in it" in one_sentence(
-        refused("train", few, *SMALL, "--init-from", tmp_path / "none", "--out", tmp_path / "r")
-    )
+    (tmp_path / "empty").mkdir()
+    for name, reason in (("none", "there is no such folder"), ("empty", "there is no checkpoint in it")):
+        said = one_sentence(refused("train", few, *SMALL, "--init-from", tmp_path / name, "--out", tmp_path / "r"))
+        assert f"--init-from {tmp_path / name}: {reason}" in said
     assert not (tmp_path / "r").exists()  # no trace of what was refused
     assert "leaves nothing to train" in one_sentence(refused("train", few, *SMALL, "--freeze-d", "2", "--out", tmp_path / "r"))
     assert "--freeze-d is for fine-tuning" in one_sentence(
@@ -340,7 +342,9 @@ def test_a_run_that_has_no_checkpoint_yet_is_somebodys_too(
     with pytest.raises(InterruptedError):
         frugan.train(few, out=tmp_path / "r", on_update=stop, quiet=True, recipe="dcgan", batch_size=8, image_size=8)
     assert "belongs to another run" in one_sentence(refused("train", photos(), *SMALL, "--out", tmp_path / "r"))
-    assert "was started with other settings" in one_sentence(refused("train", few, *SMALL, "--out", tmp_path / "r"))
+    assert "was started with other settings: --" in one_sentence(refused("train", few, *SMALL, "--out", tmp_path / "r"))
+    said = one_sentence(refused("train", few, "--recipe", "mlp", "--batch-size", "8", "--out", tmp_path / "r"))
+    assert "was started with other settings: --recipe was dcgan and is now mlp. Give another" in said
 
 
 def test_a_recipe_beside_other_files_is_not_taken_for_a_run(refused: Callable[..., str], few: Path, tmp_path: Path) -> None:

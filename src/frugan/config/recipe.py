@@ -297,4 +297,5 @@ def read(path: Path, named: Mapping[str, Callable[[], Recipe]] | None = None) ->
     try:
         return Recipe.from_toml(path.read_text(encoding="utf-8"), str(path), named)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the recipe {path}: {error}.") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot read the recipe {path}: {reason}.") from None

@@ -98,7 +98,7 @@ def open_within(memory: str | None, source: Source, data: Data, batch: int, devi
         if batch > len(loader):
             raise UserError(
                 f"--batch-size {batch} is more than the {len(loader)} images of {source.name}: "
-                f"use --batch-size {min(64, len(loader))} or fewer."
+                f"use --batch-size {len(loader)} or less."
             )
         return loader
     within = f" within --memory {memory}" if room else ""

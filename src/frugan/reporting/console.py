@@ -41,6 +41,8 @@ def losses(measured: Mapping[str, float]) -> str:
     parts = [f"{name} {measured[name]:.3f}" for name in ("Loss_D", "Loss_G", "D(x)") if name in measured]
     if {"D(G(z)) before", "D(G(z)) after"} <= measured.keys():
         parts.append(f"D(G(z)) {measured['D(G(z)) before']:.3f} -> {measured['D(G(z)) after']:.3f}")
+    elif "D(G(z))" in measured:  # the last update was of D alone
+        parts.append(f"D(G(z)) {measured['D(G(z))']:.3f}")
     return "  ".join(parts)
 
 

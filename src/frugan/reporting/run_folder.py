@@ -102,7 +102,11 @@ class RunFolder:
             changes.pop("minutes" if by_clock else "epochs", None)
         if changes and not accept_changes:
             shown = {k: ["unset" if value is None else value for value in pair] for k, pair in changes.items()}
-            listed = ", ".join(f"{flag(k)} was {was} and is now {now}" for k, (was, now) in shown.items())
+            if before.recipe != recipe.recipe:  # by which most of them differ
+                shown = {"recipe": [before.recipe, recipe.recipe]}
+            listed = ", ".join(
+                f"{'the network' if k == 'network' else flag(k)} was {was} and is now {now}" for k, (was, now) in shown.items()
+            )
             raise UserError(
                 f"{self.path} was started with other settings: {listed}. "
                 "Give another --out to start anew, or --accept-changes to go on with the new ones."

@@ -28,7 +28,8 @@ def begin(session: Session) -> State:
         other = RunFolder(Path(training.init_from))
         loaded = other.load_newest() if other.path.is_dir() else None
         if loaded is None:
-            raise UserError(f"--init-from {training.init_from}: there is no checkpoint in it.")
+            reason = "there is no checkpoint in it" if other.path.is_dir() else "there is no such folder"
+            raise UserError(f"--init-from {training.init_from}: {reason}; name a run folder.")
         tensors, numbers = loaded
         weights = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIXES)}
         del loaded, tensors  # moments, which are most of it

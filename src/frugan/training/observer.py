@@ -129,7 +129,8 @@ class Observer(Bystander):
         log = self.folder.read_log()
         self.album.losses(log)
         self.console.stop()
-        self.console.tell(f"Final {losses(log[-1].measured if log else {})}")
+        measured = {name: value for line in log for name, value in line.measured.items()}  # the last line may be of D alone
+        self.console.tell(f"Final {losses(measured)}")
         folder = self.folder
         self.console.tell(f"Samples are in {folder.final_samples}, everything else beside them; {folder.report_file} shows it all.")
 
