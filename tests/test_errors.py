@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock
 
 import frugan
-from frugan.cli import main
+from frugan.cli import main, parse
 from frugan.reporting.run_folder import RunFolder
 
 from .conftest import snapshot
@@ -298,7 +298,7 @@ def test_a_generator_without_a_checkpoint_is_not_trained_over(refused: Callable[
 @pytest.mark.skipif(sys.platform != "linux", reason="limits what Linux counts")
 def test_memory_that_runs_out_is_said_and_training_goes_on(few: Path, tmp_path: Path) -> None:
     script = f"""
-from frugan.cli import main
+from frugan.cli import main, parse
 from frugan.memory import host, limit
 from frugan.training import trainer
 
@@ -356,3 +356,43 @@ def test_an_empty_name(refused: Callable[..., str]) -> None:
 
 def test_data_named_twice(refused: Callable[..., str], few: Path) -> None:
     assert "the data is named twice" in one_sentence(refused("train", few, "--data_path", few))
+
+
+def test_a_pattern_that_the_shell_has_written_out(refused: Callable[..., str], photos: Callable[..., Path]) -> None:
+    folder = photos(n=3)
+    said = one_sentence(refused("train", *sorted(folder.iterdir())))
+    assert f"3 names came for DATA, {folder / '000.png'} the first: name the folder that holds them, {folder}." in said
+    shards = [folder / "a.tar", folder / "b.tar"]
+    for shard in shards:
+        shard.write_bytes(b"")
+    assert f"them, {folder}, or put the pattern in quotes." in one_sentence(refused("train", *shards))
+    said = one_sentence(refused("train", folder / "*.png"))
+    assert f"patterns such as {folder / '*.png'} are for tars: name the folder of the images, {folder}." in said
+    assert f"name its folder, {folder}." in one_sentence(refused("train", folder / "000.png"))
+
+
+def test_words_that_are_missing_or_too_many(refused: Callable[..., str], tmp_path: Path) -> None:
+    for command in ("generate", "evaluate"):
+        assert f"RUN is missing: write frugan {command} RUN;" in one_sentence(refused(command))
+    for command, places in (("train", "DATA"), ("generate", "RUN"), ("evaluate", "RUN and DATA"), ("data pack", "DATA")):
+        words = ["digits"] * len(places.split(" and "))
+        said = one_sentence(refused(*command.split(), *words, "more", "--seed" if command == "generate" else "--workers", "1"))
+        assert f"'more' is too much, frugan {command} takes {places} alone" in said
+    assert "there is no flag -x: flags begin with two dashes" in one_sentence(refused("train", "-x"))
+    assert "there is no flag --no-compare: leave --compare out" in one_sentence(refused("plan", "--no-compare"))
+
+
+def test_values_of_choices_and_switches_are_not_taken_for_data(
+    refused: Callable[..., str], few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given in (["--flip", "maybe"], ["--flip=maybe"], [str(few), "--flip", "maybe"]):
+        assert "--flip must be one of no, yes, auto, not 'maybe'" in one_sentence(refused("train", *given))
+    for given in (["--conditional", "yes"], ["--conditional=yes"], [str(few), "--no-conditional", "Yes"]):
+        said = one_sentence(refused("train", *given))
+        assert "takes no value, and" in said and "write --conditional or --no-conditional." in said
+    assert "write --compare alone, or leave it out." in one_sentence(refused("plan", few, "--compare", "true"))
+    monkeypatch.chdir(tmp_path)  # where a folder may have such a name
+    (tmp_path / "on").symlink_to(few)
+    for switch in ("--conditional", "--flip"):
+        assert parse(["train", switch, "on"])[1].data == "on"
+    assert parse(["train", "--flip", "mnist"])[1].data == "mnist"

@@ -10,7 +10,7 @@ from pathlib import Path
 from frugan.config.recipe import Data
 from frugan.data.sources.base import Source as Source
 from frugan.data.sources.base import Tell as Tell
-from frugan.data.sources.base import plain
+from frugan.data.sources.base import is_image, plain
 from frugan.data.sources.files import archive, folder
 from frugan.data.sources.idx import CLASSES, idx_files
 from frugan.data.sources.packs import pack
@@ -42,9 +42,12 @@ def open_source(data: Data) -> Source:
                 source.name = plain(source.name)  # which may come from a manifest or a URL, and becomes part of paths
                 return source
         if path.exists():
-            raise UserError(f"{path} is neither a folder nor a zip of images.")
+            alone = f": name its folder, {path.parent}" if is_image(path.name) else ""
+            raise UserError(f"{path} is neither a folder nor a zip of images{alone}.")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}.") from None
+    if any(c in path.name for c in "*?[") and path.parent.is_dir():
+        raise UserError(f"patterns such as {path} are for tars: name the folder of the images, {path.parent}.")
     near = "check the path"
     if path.parent == Path():
         near += ", or " + nearest(data.data, [*CLASSES, "digits"]).removesuffix(".").removesuffix("?")
