@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,6 +79,22 @@ def test_a_folder_that_is_not_there(refused: Callable[..., str], tmp_path: Path)
     said = one_sentence(refused("train", tmp_path / "fotos", "--out", tmp_path / "r"))
     assert "there is no folder or zip" in said
     assert "fotos" in said
+
+
+def test_a_path_that_is_mistyped(
+    refused: Callable[..., str], photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos(n=4, classes=2)
+    monkeypatch.chdir(tmp_path)
+    begun = time.monotonic()
+    for typed, meant in (
+        ("photos/clas1", "photos/class1"),
+        ("foto", "photos"),
+        (tmp_path / "photo/class0", tmp_path / "photos/class0"),
+    ):
+        assert f"there is no folder or zip {typed}: did you mean '{meant}'?" in one_sentence(refused("train", typed))
+    assert "there is no folder or zip photos/none: check the path." in one_sentence(refused("train", "photos/none"))
+    assert time.monotonic() - begun < 5  # the hub was not asked
 
 
 def test_a_data_set_that_is_misspelt(refused: Callable[..., str]) -> None:

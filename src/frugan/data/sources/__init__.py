@@ -18,7 +18,7 @@ from frugan.data.sources.standard import digits, named
 from frugan.data.sources.streams import stream
 from frugan.data.sources.tables import records
 from frugan.data.sources.tars import tars
-from frugan.utils.errors import UserError, nearest
+from frugan.utils.errors import UserError, nearest, nearest_path
 
 # In this order: the first that knows the kind opens it.
 OPENERS: list[Callable[[Data], Source | None]] = [digits, named, stream, pack, idx_files, archive, tars, records, folder]
@@ -48,8 +48,7 @@ def open_source(data: Data) -> Source:
         raise UserError(f"cannot read {path}: {error.strerror or error}.") from None
     if any(c in path.name for c in "*?[") and path.parent.is_dir():
         raise UserError(f"patterns such as {path} are for tars: name the folder of the images, {path.parent}.")
-    near = "check the path"
-    if path.parent == Path():
-        near += ", or " + nearest(data.data, [*CLASSES, "digits"]).removesuffix(".").removesuffix("?")
-    near += "."
-    raise UserError(f"there is no folder or zip {path}: {near}")
+    if (near := nearest_path(path)) is not None:
+        raise UserError(f"there is no folder or zip {path}: did you mean {str(near)!r}?")
+    known = ", or " + nearest(data.data, [*CLASSES, "digits"]).rstrip(".?") if path.parent == Path() else ""
+    raise UserError(f"there is no folder or zip {path}: check the path{known}.")
