@@ -64,6 +64,8 @@ def check(options: Any) -> None:
 
     console = Console(quiet=options.json)
     source, data = _images(options, console.tell)
+    if source.pack is not None:
+        source.pack.check()
     found = look(source, data, workers=options.workers, progress=console.looking)
     sheet = Path(options.sheet or f"{source.name}-check.png")
     if found.shown:
