@@ -167,6 +167,42 @@ def test_images_without_classes(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_class_none_of_whose_images_can_be_read_is_not_learnt(
+    train: Callable[..., Path], animals: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = animals(cats=24, dogs=24, newts=1)
+    (folder / "newts" / "00.png").write_bytes(b"none")
+    settings = {"conditional": True, "quiet": False, "class_sampling": "balanced"}
+    run = train(tmp_path / "run", folder, **settings, epochs=1)
+    said = capsys.readouterr().out
+    assert (
+        said.count("No image of class newts can be read: nothing is learnt of it.") == 1
+        and "48 images of animals in 2 classes" in said
+    )
+    recipe = (run / "recipe.toml").read_text()
+    assert Recipe.from_toml(recipe, "here").classes == Classes(("cats", "dogs", "newts"), (24, 24, 0))
+    assert frugan.load(run).classes == ("cats", "dogs")
+    counts = "\n    24,\n    24,\n    0,"
+    assert counts in recipe  # earlier versions wrote what there would have been
+    (run / "recipe.toml").write_text(recipe.replace(counts, counts.replace("0", "1")))
+    train(run, folder, **settings, epochs=2)
+    said = capsys.readouterr().out  # of a pack that was there
+    assert said.count("No image of class newts can be read: nothing is learnt of it.") == 1
+    assert Recipe.from_toml((run / "recipe.toml").read_text(), "here").classes.counts == (24, 24, 0)
+    (run / "recipe.toml").write_text(recipe.replace(counts, "\n    23,\n    25,\n    0,"))
+    with pytest.raises(UserError, match="was started with other classes of the same images"):
+        train(run, folder, **settings, epochs=3)
+
+
+def test_of_two_classes_one_cannot_be_read(train: Callable[..., Path], animals: Callable[..., Path], tmp_path: Path) -> None:
+    folder = animals(cats=24, dogs=2)
+    for path in (folder / "dogs").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="needs two classes, and the images of animals are all of one, cats: leave it out"):
+        train(tmp_path / "run", folder, conditional=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_labels_out_of_range_and_one_class_only(few: Path, train: Callable[..., Path], tmp_path: Path) -> None:
     images = np.zeros((64, 8, 8), np.uint8)
     strange = np.full(64, 1, np.uint8)

@@ -9,6 +9,7 @@ import torch
 
 from frugan.config.recipe import Data
 from frugan.data.classes import classes_of as classes_of
+from frugan.data.classes import classes_read as classes_read
 from frugan.data.classes import present as present
 from frugan.data.decode import background_colour, flatten, is_grey
 from frugan.data.loader import Loader as Loader

@@ -61,6 +61,7 @@ def packed(source: Source, data: Data, *, workers: int, tell: Tell, progress: Pr
                         if pack.manifest.skipped:
                             name, why = next(iter(pack.manifest.reasons.items()))
                             tell(f"{pack.manifest.skipped} images were skipped when they were packed, {name} for one: {why}.")
+                            _say_lost(source, pack, tell)
                         return pack
                     tell(f"{source.name} has changed since it was packed: packing it anew.")
                 except UserError as error:
@@ -112,7 +113,17 @@ def _make(source: Source, data: Data, folder: Path, workers: int, tell: Tell, pr
         part.replace(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return Pack(folder)
+    pack = Pack(folder)
+    _say_lost(source, pack, tell)
+    return pack
+
+
+def _say_lost(source: Source, pack: Pack, tell: Tell) -> None:
+    """Names the classes none of whose images could be read."""
+    there = pack.labels(np.arange(len(pack))) if pack.manifest.skipped else None
+    if there is not None and source.labels is not None:
+        for number in np.setdiff1d(source.labels, there):
+            tell(f"No image of class {source.classes[number]} can be read: nothing is learnt of it.")
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:

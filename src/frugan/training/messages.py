@@ -21,7 +21,8 @@ def introduce(session: Session, plan: Plan, generator: Network, discriminator: N
     """Says what is about to be trained, on what, and how."""
     recipe, tell = session.recipe, session.console.tell
     data, memory = recipe.data, recipe.memory
-    classes = f" in {session.classes} classes" if session.classes else ""
+    there = len(recipe.classes.present) or session.classes
+    classes = f" in {there} classes" if there else ""
     kind = "grey" if data.channels == 1 else "colour"
     tell(f"{len(session.loader):,} images of {session.name}{classes}, {kind}, {data.image_size}x{data.image_size}.")
     session.console.networks(summarise(recipe, (generator, discriminator)))

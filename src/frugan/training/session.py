@@ -11,7 +11,7 @@ import torch
 
 from frugan.config.recipe import Recipe
 from frugan.config.run import Run
-from frugan.data.opening import Loader, Source, Tell, classes_of, open_within, opened, present
+from frugan.data.opening import Loader, Source, Tell, classes_of, classes_read, open_within, opened, present
 from frugan.memory import limit
 from frugan.reporting.console import Console
 from frugan.reporting.run_folder import Followed, RunFolder
@@ -85,6 +85,8 @@ class Session:
             run.memory, source, recipe.data, batch, where, seed=recipe.training.seed, workers=run.workers, tell=console.tell,
             share=(share.begin, share.count), progress=console.packing,
         )  # fmt: skip
+        if recipe.classes and source.random_access and len(loader) < len(source):
+            recipe = replace(recipe, classes=classes_read(source, loader))
         out = Path(run.out) if run.out else Path("runs") / f"{source.name}-{recipe.recipe}"
         folder = RunFolder(out) if group.leads else Followed(out)
         saved = folder.saved_plan()
