@@ -33,7 +33,10 @@ def opened(data: Data, tell: Tell) -> tuple[Source, Data]:
     Raises:
         UserError: they are not there, or cannot be read.
     """
+    background_colour(data.background)  # refuses what is none, whether it is needed or not
     source = open_source(data)
+    for sentence in source.ignored(data):
+        tell(sentence)
     return source, resolve(source, data, tell)
 
 

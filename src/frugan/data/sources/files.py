@@ -19,6 +19,8 @@ class FileSource(Source):
     The class of a file is the first folder in which the paths differ; files beside such folders mean that there are no classes.
     """
 
+    unused = ("split", "image_column", "label_column")
+
     def __init__(self, root: Path, entries: list[Entry], archive: zipfile.ZipFile | None) -> None:
         self.root = root
         self.name = root.stem if archive else root.absolute().name

@@ -14,6 +14,8 @@ from frugan.utils.errors import UserError
 class PackSource(Source):
     """Images that are packed already."""
 
+    unused = ("split", "background", "image_column", "label_column")
+
     def __init__(self, pack: Pack) -> None:
         manifest = pack.manifest
         self.pack = pack

@@ -200,6 +200,7 @@ class ShardSource(Source):
     """Shards that are read as training goes."""
 
     random_access = False
+    unused = ("split",)
 
     def __init__(self, name: str, shards: Sequence[Shard], problems: Sequence[str]) -> None:
         self.name, self.place, self.problems = name, name, problems

@@ -65,6 +65,8 @@ class TarSource(Source):
         UserError: there are no images in them.
     """
 
+    unused = ("split", "image_column")
+
     def __init__(self, name: str, place: str, shards: Sequence[Path], label: str | None, missing: Sequence[str] = ()) -> None:
         self.name, self.place = name, place
         self.shards = shards
