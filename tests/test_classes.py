@@ -110,6 +110,31 @@ def test_pictures_have_a_row_for_each_class(
     assert "--interpolate keeps to one class" in capsys.readouterr().err
 
 
+def test_pictures_that_are_larger_than_their_format_are_refused_before_they_are_made(
+    train: Callable[..., Path], animals: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(train(tmp_path / "run", animals(cats=20, dogs=20), conditional=True, epochs=1))
+    most = (65_500 - pictures.GAP) // (64 + pictures.GAP)  # in a row of JPEG
+    seeds = [str(seed) for seed in range(most // 8 + 2)]
+    for name, asked, pixels in (
+        ("a.jpg", ["--classes", "cats", "--n", str(most + 1)], "65,540x68"),
+        ("a.JPEG", ["--n", str(2 * most + 1)], "65,540x134"),
+        ("a.webp", ["--classes", "cats", "--n", "249"], "16,436x68"),
+        ("a.jpg", ["--classes", "cats", "--interpolate", *seeds, "--frames", "9"], "74,318x68"),
+    ):
+        out = tmp_path / name
+        with pytest.raises(SystemExit):
+            main(["generate", run, "--out", str(out), *asked])
+        said = capsys.readouterr().err
+        assert said.startswith(f"frugan: {out} would have {pixels} pixels, and {out.suffix} has at most") and said.count("\n") == 1
+        assert "write a .png, or ask for fewer images" in said and not out.exists()
+    main(["generate", run, "--out", str(tmp_path / "a.jpg"), "--classes", "cats", "--n", str(most)])
+    assert size(tmp_path / "a.jpg")[0] == most * 66 + 2 <= 65_500
+    main(["generate", run, "--out", str(tmp_path / "a.webp"), "--classes", "cats", "--n", "248"])
+    main(["generate", run, "--out", str(tmp_path / "b.png"), "--classes", "cats", "--interpolate", "1", "2", "--frames", "17"])
+    assert size(tmp_path / "b.png")[0] == 10 * 66 + 2  # every other one, and the last
+
+
 def test_natural_classes_are_as_often_as_in_the_data_and_belong_to_the_sample() -> None:
     recipe = replace(recipes.get("dcgan"), classes=Classes(("a", "none", "b"), (30, 0, 10)))
     whole = natural(recipe, 5, 0, 4000)
