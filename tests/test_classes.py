@@ -110,6 +110,31 @@ def test_pictures_have_a_row_for_each_class(
     assert "--interpolate keeps to one class" in capsys.readouterr().err
 
 
+def test_pictures_that_are_larger_than_their_format_are_refused_before_they_are_made(
+    train: Callable[..., Path], animals: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(train(tmp_path / "run", animals(cats=20, dogs=20), conditional=True, epochs=1))
+    most = (65_500 - pictures.GAP) // (64 + pictures.GAP)  # in a row of JPEG
+    seeds = [str(seed) for seed in range(most // 8 + 2)]
+    for name, asked, pixels in (
+        ("a.jpg", ["--classes", "cats", "--n", str(most + 1)], "65,540x68"),
+        ("a.JPEG", ["--n", str(2 * most + 1)], "65,540x134"),
+        ("a.webp", ["--classes", "cats", "--n", "249"], "16,436x68"),
+        ("a.jpg", ["--classes", "cats", "--interpolate", *seeds, "--frames", "9"], "74,318x68"),
+    ):
+        out = tmp_path / name
+        with pytest.raises(SystemExit):
+            main(["generate", run, "--out", str(out), *asked])
+        said = capsys.readouterr().err
+        assert said.startswith(f"frugan: {out} would have {pixels} pixels, and {out.suffix} has at most") and said.count("\n") == 1
+        assert "write a .png, or ask for fewer images" in said and not out.exists()
+    main(["generate", run, "--out", str(tmp_path / "a.jpg"), "--classes", "cats", "--n", str(most)])
+    assert size(tmp_path / "a.jpg")[0] == most * 66 + 2 <= 65_500
+    main(["generate", run, "--out", str(tmp_path / "a.webp"), "--classes", "cats", "--n", "248"])
+    main(["generate", run, "--out", str(tmp_path / "b.png"), "--classes", "cats", "--interpolate", "1", "2", "--frames", "17"])
+    assert size(tmp_path / "b.png")[0] == 10 * 66 + 2  # every other one, and the last
+
+
 def test_natural_classes_are_as_often_as_in_the_data_and_belong_to_the_sample() -> None:
     recipe = replace(recipes.get("dcgan"), classes=Classes(("a", "none", "b"), (30, 0, 10)))
     whole = natural(recipe, 5, 0, 4000)
@@ -164,6 +189,42 @@ def test_images_without_classes(
     with pytest.raises(UserError) as caught:
         train(tmp_path / "run", animals(**of), conditional=True)
     assert sentence in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_class_none_of_whose_images_can_be_read_is_not_learnt(
+    train: Callable[..., Path], animals: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = animals(cats=24, dogs=24, newts=1)
+    (folder / "newts" / "00.png").write_bytes(b"none")
+    settings = {"conditional": True, "quiet": False, "class_sampling": "balanced"}
+    run = train(tmp_path / "run", folder, **settings, epochs=1)
+    said = capsys.readouterr().out
+    assert (
+        said.count("No image of class newts can be read: nothing is learnt of it.") == 1
+        and "48 images of animals in 2 classes" in said
+    )
+    recipe = (run / "recipe.toml").read_text()
+    assert Recipe.from_toml(recipe, "here").classes == Classes(("cats", "dogs", "newts"), (24, 24, 0))
+    assert frugan.load(run).classes == ("cats", "dogs")
+    counts = "\n    24,\n    24,\n    0,"
+    assert counts in recipe  # earlier versions wrote what there would have been
+    (run / "recipe.toml").write_text(recipe.replace(counts, counts.replace("0", "1")))
+    train(run, folder, **settings, epochs=2)
+    said = capsys.readouterr().out  # of a pack that was there
+    assert said.count("No image of class newts can be read: nothing is learnt of it.") == 1
+    assert Recipe.from_toml((run / "recipe.toml").read_text(), "here").classes.counts == (24, 24, 0)
+    (run / "recipe.toml").write_text(recipe.replace(counts, "\n    23,\n    25,\n    0,"))
+    with pytest.raises(UserError, match="was started with other classes of the same images"):
+        train(run, folder, **settings, epochs=3)
+
+
+def test_of_two_classes_one_cannot_be_read(train: Callable[..., Path], animals: Callable[..., Path], tmp_path: Path) -> None:
+    folder = animals(cats=24, dogs=2)
+    for path in (folder / "dogs").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="needs two classes, and the images of animals are all of one, cats: leave it out"):
+        train(tmp_path / "run", folder, conditional=True)
     assert not (tmp_path / "run").exists()
 
 

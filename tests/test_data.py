@@ -507,3 +507,41 @@ def test_the_images_are_found_among_the_arguments(tmp_path: Path) -> None:
     for arguments in [*ways, ["--lr-g=1e-3", data, "--conditional"], ["--flip", "auto", data]]:
         assert parse(["train", *arguments])[1].recipe == "resize", arguments
     assert parse(["train", "--epochs", "5"])[1].recipe == "projected"
+
+
+@pytest.mark.parametrize(
+    ("named", "asked", "told"),
+    [
+        ("digits", {"split": "test"}, "--split test does nothing here: digits is taken whole."),
+        ("digits", {"stream": True}, "--stream does nothing here: digits is not read from shards."),
+        ("digits", {"background": "red"}, "--background red does nothing here: digits has no transparent pixels."),
+        ("few", {"background": "black", "split": "all"}, "--background black does nothing here: few has no transparent pixels."),
+        ("photos", {"split": "test", "background": "red"}, "--split test does nothing here: photos is taken whole."),
+        ("photos", {"label_column": "kind"}, "--label-column kind does nothing here: photos is no table."),
+        ("zip", {"image_column": "x"}, "--image-column x does nothing here: photos is no table."),
+        ("tar", {"image_column": "x", "label_column": "y"}, "--image-column x does nothing here: photos is no table."),
+        ("pack", {"split": "test"}, "--split test does nothing here: photos is taken whole."),
+        ("tar", {"stream": True, "split": "test"}, "--split test does nothing here: photos is taken whole."),
+        ("photos", {"flip": "yes", "background": "red", "channels": 3, "image_size": 16}, None),
+        ("few", {"split": "all"}, None),
+    ],
+    ids=str,
+)
+def test_settings_that_do_nothing_with_these_images_are_named(
+    named: str, asked: dict[str, object], told: str | None, few: Path, photos: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = photos(n=2)
+    if named in ("zip", "tar"):
+        shutil.make_archive(str(folder), named, folder)
+    elif named == "pack":
+        main(["data", "pack", str(folder), "--out", str(tmp_path / "p")])
+    places = {"few": few, "photos": folder, "zip": f"{folder}.zip", "tar": f"{folder}.tar", "pack": tmp_path / "p"}
+    said = list[str]()
+    opened(Data(**{"data": str(places.get(named, named))} | asked), said.append)  # type: ignore[arg-type]
+    assert [line for line in said if "does nothing" in line] == ([told] if told else [])
+
+
+@pytest.mark.parametrize("named", ["digits", "few"])
+def test_a_colour_that_is_none_is_refused_where_none_is_needed(named: str, few: Path) -> None:
+    with pytest.raises(UserError, match="--background 'nocolour' is no colour"):
+        opened(Data(data=str(few) if named == "few" else named, background="nocolour"), print)

@@ -1,8 +1,10 @@
 """Every kind of bad input: one clear sentence, exit code 2, no traceback, nothing written over."""
 
 import json
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import torch
 from filelock import FileLock
 
 import frugan
-from frugan.cli import main
+from frugan.cli import main, parse
 from frugan.reporting.run_folder import RunFolder
+from frugan.utils.errors import counted
 
 from .conftest import snapshot
 
@@ -71,13 +74,29 @@ def test_no_images_found(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "empty" / "notes.txt").write_text("none")
     said = one_sentence(refused("train", tmp_path / "empty", "--out", tmp_path / "r"))
     assert "no images found in" in said
-    assert "none of its 1 files is" in said
+    assert "among 1 file: an image is bmp, gif" in said
 
 
 def test_a_folder_that_is_not_there(refused: Callable[..., str], tmp_path: Path) -> None:
     said = one_sentence(refused("train", tmp_path / "fotos", "--out", tmp_path / "r"))
     assert "there is no folder or zip" in said
     assert "fotos" in said
+
+
+def test_a_path_that_is_mistyped(
+    refused: Callable[..., str], photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos(n=4, classes=2)
+    monkeypatch.chdir(tmp_path)
+    begun = time.monotonic()
+    for typed, meant in (
+        ("photos/clas1", "photos/class1"),
+        ("foto", "photos"),
+        (tmp_path / "photo/class0", tmp_path / "photos/class0"),
+    ):
+        assert f"there is no folder or zip {typed}: did you mean '{meant}'?" in one_sentence(refused("train", typed))
+    assert "there is no folder or zip photos/none: check the path." in one_sentence(refused("train", "photos/none"))
+    assert time.monotonic() - begun < 5  # the hub was not asked
 
 
 def test_a_data_set_that_is_misspelt(refused: Callable[..., str]) -> None:
@@ -103,7 +122,7 @@ def test_some_corrupt_images_are_named_and_the_rest_is_trained_on(
     main(["train", str(folder), *SMALL[:-1], "--out", str(tmp_path / "r")])
     said = capsys.readouterr().out
     assert "Skipped 004.png: not an image, or empty." in said
-    assert "1 of 12 images were skipped." in said
+    assert "1 of 12 images was skipped." in said
     assert (tmp_path / "r" / "final_generated_images.png").exists()
 
 
@@ -300,7 +319,7 @@ def test_a_generator_without_a_checkpoint_is_not_trained_over(refused: Callable[
 @pytest.mark.skipif(sys.platform != "linux", reason="limits what Linux counts")
 def test_memory_that_runs_out_is_said_and_training_goes_on(few: Path, tmp_path: Path) -> None:
     script = f"""
-from frugan.cli import main
+from frugan.cli import main, parse
 from frugan.memory import host, limit
 from frugan.training import trainer
 
@@ -354,9 +373,69 @@ def test_a_recipe_beside_other_files_is_not_taken_for_a_run(refused: Callable[..
     assert "holds files of something else" in one_sentence(said)
 
 
+def test_one_of_something_is_singular(refused: Callable[..., str], photos: Callable[..., Path], tmp_path: Path) -> None:
+    assert [counted(1, "image"), counted(2000, "image"), counted(0, "class", "classes")] == ["1 image", "2,000 images", "0 classes"]
+    assert [counted(1.0, "minute"), counted(0.5, "minute")] == ["1 minute", "0.5 minutes"]
+    alone = photos(n=1)
+    command = [sys.executable, "-m", "frugan", "train", str(alone), *SMALL[:-1], "--batch-size", "1", "--threads", "1"]
+    command += ["--norm-g", "group", "--norm-d", "none"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "r")], capture_output=True, text=True, check=True)
+    said = done.stdout.replace("\n", " ")
+    assert (
+        "1 image of photos, colour" in said
+        and "dcgan, 1 epoch, fp32 on cpu with 1 thread, into" in said
+        and "Only 1 image: " in said
+    )
+    assert not re.search(r"\b1 (images|epochs|threads|classes|files|channels)\b", said)
+    assert "more than the 1 image of photos: use --batch-size 1." in one_sentence(refused("train", alone, "--batch-size", "2"))
+    (alone / "000.png").write_bytes(b"")
+    for command in (["train"], ["data", "pack"], ["data", "check", "--sheet", str(tmp_path / "s.png")]):
+        assert "not even the one image of photos can be read" in one_sentence(refused(*command, alone))
+
+
 def test_an_empty_name(refused: Callable[..., str]) -> None:
     assert "the name of the data is empty" in one_sentence(refused("train", ""))
 
 
 def test_data_named_twice(refused: Callable[..., str], few: Path) -> None:
     assert "the data is named twice" in one_sentence(refused("train", few, "--data_path", few))
+
+
+def test_a_pattern_that_the_shell_has_written_out(refused: Callable[..., str], photos: Callable[..., Path]) -> None:
+    folder = photos(n=3)
+    said = one_sentence(refused("train", *sorted(folder.iterdir())))
+    assert f"3 names came for DATA, {folder / '000.png'} the first: name the folder that holds them, {folder}." in said
+    shards = [folder / "a.tar", folder / "b.tar"]
+    for shard in shards:
+        shard.write_bytes(b"")
+    assert f"them, {folder}, or put the pattern in quotes." in one_sentence(refused("train", *shards))
+    said = one_sentence(refused("train", folder / "*.png"))
+    assert f"patterns such as {folder / '*.png'} are for tars: name the folder of the images, {folder}." in said
+    assert f"name its folder, {folder}." in one_sentence(refused("train", folder / "000.png"))
+
+
+def test_words_that_are_missing_or_too_many(refused: Callable[..., str], tmp_path: Path) -> None:
+    for command in ("generate", "evaluate"):
+        assert f"RUN is missing: write frugan {command} RUN;" in one_sentence(refused(command))
+    for command, places in (("train", "DATA"), ("generate", "RUN"), ("evaluate", "RUN and DATA"), ("data pack", "DATA")):
+        words = ["digits"] * len(places.split(" and "))
+        said = one_sentence(refused(*command.split(), *words, "more", "--seed" if command == "generate" else "--workers", "1"))
+        assert f"'more' is too much, frugan {command} takes {places} alone" in said
+    assert "there is no flag -x: flags begin with two dashes" in one_sentence(refused("train", "-x"))
+    assert "there is no flag --no-compare: leave --compare out" in one_sentence(refused("plan", "--no-compare"))
+
+
+def test_values_of_choices_and_switches_are_not_taken_for_data(
+    refused: Callable[..., str], few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given in (["--flip", "maybe"], ["--flip=maybe"], [str(few), "--flip", "maybe"]):
+        assert "--flip must be one of no, yes, auto, not 'maybe'" in one_sentence(refused("train", *given))
+    for given in (["--conditional", "yes"], ["--conditional=yes"], [str(few), "--no-conditional", "Yes"]):
+        said = one_sentence(refused("train", *given))
+        assert "takes no value, and" in said and "write --conditional or --no-conditional." in said
+    assert "write --compare alone, or leave it out." in one_sentence(refused("plan", few, "--compare", "true"))
+    monkeypatch.chdir(tmp_path)  # where a folder may have such a name
+    (tmp_path / "on").symlink_to(few)
+    for switch in ("--conditional", "--flip"):
+        assert parse(["train", switch, "on"])[1].data == "on"
+    assert parse(["train", "--flip", "mnist"])[1].data == "mnist"

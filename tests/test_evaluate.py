@@ -258,6 +258,12 @@ def test_the_split_that_is_named_is_taken(tmp_path: Path, few: Path, capsys: pyt
     for arguments, real in (([], "32 of 70 real"), (["--split", "test"], "32 of 40 real"), (["--split", "all"], "32 of 110 real")):
         main(["evaluate", str(run), "--samples", "32", "--metrics", "swd", "--json", *arguments])
         assert real in json.loads(capsys.readouterr().out.splitlines()[-1])["protocol"]
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(run), "--run-split", "test"])
+    assert "--run-split is for images" in capsys.readouterr().err
+    main(["evaluate", "digits", "digits", "--run-split", "test", "--samples", "32", "--metrics", "swd"])
+    said = capsys.readouterr().out
+    assert "--run-split test does nothing here: digits is taken whole." in said and "32 images of digits against" in said
 
 
 def test_the_best_checkpoint_is_kept_although_it_was_killed_before_it_could_be(

@@ -71,7 +71,7 @@ def test_words_for_flip_old_and_new() -> None:
     recipe = Recipe.from_toml("recipe = 'dcgan'\n[data]\nflip = true", "here")
     assert recipe.data.flip == "yes" and Recipe.from_toml(recipe.to_toml(), "here") == recipe
     for arguments, plain in (
-        (["train", "--flip", "x"], ["train", "--flip", "yes", "x"]),
+        (["train", "--flip", "x/"], ["train", "--flip", "yes", "x/"]),
         (["--flip", "auto"], ["--flip", "auto"]),
         (["--flip"], ["--flip", "yes"]),
         (["--flip", "False"], ["--flip", "no"]),

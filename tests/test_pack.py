@@ -73,6 +73,46 @@ def test_a_damaged_pack_is_made_again(photos: Callable[..., Path]) -> None:
     assert pack(folder, said).manifest == before.manifest
 
 
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["pixels.bin", "labels.bin"])
+@pytest.mark.parametrize("as_it_is", [False, True])
+def test_a_bit_that_is_wrong_is_noticed(
+    file: str, as_it_is: bool, photos: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random = np.random.default_rng(0)
+    bare = write_idx(tmp_path / "few", random.integers(0, 255, (9, 8, 8)), random.integers(0, 3, 9))
+    folder, said = bare if as_it_is else photos(n=6, classes=2), list[str]()
+    settings = {"image_size": 8, "channels": 1} if as_it_is else {}  # packed without decoding
+    before = pack(folder, **settings)
+    flip_a_bit(before.folder / file)
+    assert pack(folder, said, **settings).manifest == before.manifest
+    assert said == [
+        f"{before.folder / file} is damaged, its bytes are not those that were packed: pack the images again, which is done now."
+    ]
+    said.clear()
+    assert pack(folder, said, **settings).manifest == before.manifest and not said
+
+    mine = tmp_path / "mine"
+    shutil.copytree(before.folder, mine)
+    flip_a_bit(mine / file)
+    kept = (mine / file).read_bytes()
+    for command in (["train", str(mine), "--out", str(tmp_path / "r")], ["data", "check", str(mine)]):
+        with pytest.raises(SystemExit):
+            main(command)
+        assert f"frugan: {mine / file} is damaged, its bytes are not those that were packed" in capsys.readouterr().err
+    assert (mine / file).read_bytes() == kept and not (tmp_path / "r").exists()
+    known = json.loads((mine / "manifest.json").read_text())
+    for name in ("pixels_crc32", "labels_crc32"):  # as earlier versions packed
+        del known[name]
+    (mine / "manifest.json").write_text(json.dumps(known))
+    assert len(pack(mine, **settings)) == len(before)
+
+
 def test_packing_that_is_killed_leaves_nothing_that_is_trusted(photos: Callable[..., Path], tmp_path: Path) -> None:
     folder = photos(n=300, side=300)
     command = [sys.executable, "-m", "frugan", "data", "pack", str(folder), "--image-size", "256", "--out", str(tmp_path / "p")]
@@ -218,7 +258,7 @@ def test_a_hostile_manifest_trains_into_runs(
     [
         {"name": 5}, {"name": None}, {"images": "40"}, {"images": -40}, {"images": 40.0}, {"size": 0}, {"size": 1 << 70},
         {"channels": 2}, {"classes": "ab"}, {"classes": [1]}, {"reasons": []}, {"small": 3}, {"fingerprint": 1},
-        {"more": "than there is"}, {"version": 99}, {"labelled": True},
+        {"more": "than there is"}, {"version": 99}, {"labelled": True}, {"pixels_crc32": "1"}, {"labels_crc32": -1},
     ],
     ids=str,
 )  # fmt: skip

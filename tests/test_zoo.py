@@ -1,5 +1,6 @@
 """Files of every bad kind: each is named with its reason, and training goes on with the rest."""
 
+import http.server
 import io
 import os
 import re
@@ -8,11 +9,12 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -342,17 +344,49 @@ def test_nothing_that_can_be_read(tmp_path: Path) -> None:
         loaded(as_folder(tmp_path / "zoo", {f"{i}.png": b"" for i in range(3)}))
 
 
-def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub that has nothing; or, at a path below ``/ill``, one that is out of order."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked += [self.path] * ("photoz" in self.path)  # the library asks for things of its own too
+        self.send_response(503 if self.path.startswith("/ill") else 404)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    """The address of a `Hub`."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        Hub.asked.clear()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("place", "asked", "why"),
+    [("", 1, "the hub has none of that name"), ("/ill", 1, "503"), ("away", 0, ""), ("offline", 0, "offline mode")],
+)
+def test_a_hub_that_has_not_what_is_asked_for_or_does_not_answer(
+    place: str, asked: int, why: str, hub: str, tmp_path: Path, photos: Callable[..., Path]
+) -> None:
+    photos(n=2)
     script = """
 from frugan.cli import main
-main(["train", "nobody/nothing", "--out", "r"])
+main(["train", "photoz/nothing", "--out", "r"])
 """
-    away = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}  # else it tries for long
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | away, cwd=tmp_path)
-    assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("frugan: there is no folder nobody/nothing, and as a data set on the hub it cannot be had")
-    assert "parquet files" in last
+    there = {"HF_ENDPOINT": "http://127.0.0.1:9" if place == "away" else hub + place * (place == "/ill")}
+    there |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": str(int(place == "offline"))}
+    command, environment = [sys.executable, "-c", script], os.environ | there
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
+    assert done.returncode == 2 and len(Hub.asked) == asked
+    assert done.stderr.startswith("frugan: there is no folder photoz/nothing, and as a data set on the hub it cannot be had (")
+    assert why in done.stderr and "parquet files" in done.stderr and done.stderr.count("\n") == 1  # and no noise of tries
 
 
 @pytest.mark.parametrize("where", ["in a header", "in an extended header", "between two members", "in an image"])

@@ -15,7 +15,7 @@ from typing import Any
 import tyro
 
 from frugan.cli import data, evaluate, generate, plan, report, summary, train
-from frugan.cli.parsing import Command, check_flags, spelled_out
+from frugan.cli.parsing import Command, check, spelled_out
 from frugan.utils.errors import UserError, nearest
 
 COMMANDS: dict[str, Command | Mapping[str, Command]] = {
@@ -37,8 +37,8 @@ def parse(arguments: Sequence[str]) -> tuple[Command, Any]:
     """The command that was asked for, and what was said to it.
 
     Raises:
-        UserError: an unknown command, recipe, objective or flag, or a value of the wrong type.
-        SystemExit: with 2, after saying which arguments are too many or missing; with 0 after ``--help``.
+        UserError: an unknown command, recipe, objective or flag, a value of the wrong type, words too many or missing.
+        SystemExit: with 0 after ``--help``.
     """
     prog, commands, arguments = "frugan", COMMANDS, spelled_out(arguments)
     while arguments and isinstance(further := commands.get(arguments[0]), Mapping):
@@ -52,7 +52,7 @@ def parse(arguments: Sequence[str]) -> tuple[Command, Any]:
         raise UserError(f"there is no command {name!r}: {nearest(name, commands)}")
     options: dict[str, Any] = {each: _options(command, arguments[1:] if each == name else ()) for each, command in commands.items()}
     if name in commands:
-        check_flags(arguments[1:], options[name])
+        check(arguments[1:], options[name], f"{prog} {name}")
     said = tyro.extras.subcommand_cli_from_dict(
         options, prog=prog, description="Trains GANs in the memory you have.", args=arguments
     )

@@ -63,6 +63,8 @@ def run(said: Any) -> None:
         generator = load_generator(said.run, said.device, best=said.best)
         if said.image_size or said.channels:
             raise UserError(f"--image-size and --channels are for images: {path} has its own.")
+        if said.run_split != "train":
+            raise UserError(f"--run-split is for images: {path} makes its own.")
         asked = replace(generator.recipe.data, stream=False, **data_said(said))  # of the size that it makes
         averaged = ", averaged over training" if generator.recipe.training.ema_half_life else ", not averaged"
         which = "the best checkpoint of " if said.best else ""
@@ -87,9 +89,13 @@ def run(said: Any) -> None:
     if produce is None:
         asked = replace(asked, data=said.run, split=said.run_split)
         evaluated = open_source(asked)
+        part = f"{said.run_split} " if said.run_split != "train" else ""
+        if part and "split" in evaluated.unused:
+            console.tell(f"--run-split {said.run_split} does nothing here: {evaluated.name} is taken whole.")
+            part = ""
         images = open_loader(evaluated, asked, seed=SEED, **ways)
         produce, count = images.batch, min(count, len(images))
-        what = f"{'images' if said.run_split == 'train' else said.run_split + ' images'} of {evaluated.name}"
+        what = f"{part}images of {evaluated.name}"
     classes = tuple(map(str, source.classes))
     if drawn is not None and trained != classes:
         drawn = None

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from frugan.cli.parsing import Command
-from frugan.utils.errors import UserError
+from frugan.utils.errors import UserError, counted
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -52,29 +52,35 @@ def run(options: Generate) -> None:
         raise UserError(f"--separate writes many files: --out {out} must be a folder.")
     if options.interpolate and options.separate:
         raise UserError("--interpolate writes a strip and a GIF: leave --separate out.")
+    side = generator.recipe.data.shape[1]
     asked = "".join(f"_{plain(name)}" for name in (*("best",) * options.best, *options.classes))  # so that no other is written over
     if options.interpolate:
         if len(options.classes) > 1:
             raise UserError(f"--interpolate keeps to one class: name one of {', '.join(options.classes)}.")
+        every = max(1, options.frames // 8)  # a strip of every frame would be too wide to look at
+        last = (len(options.interpolate) - 1) * options.frames
+        shown = [*range(0, last, every), last]
+        if single:
+            pictures.check_fits(single, len(shown), side, len(shown))
         images = generator.interpolate(options.interpolate, options.frames, of=next(iter(options.classes), None))
         name = "-".join(map(str, options.interpolate)) + asked
         strip, loop = (
             single or out / f"interpolation_{name}.png",
             (single or out / f"interpolation_{name}.gif").with_suffix(".gif"),
         )
-        every = max(1, options.frames // 8)  # a strip of every frame would be too wide to look at
-        kept = images[::every] if (len(images) - 1) % every == 0 else images
-        pictures.save(pictures.grid(kept, columns=len(kept)), strip)
+        pictures.save(pictures.grid(images[shown], columns=len(shown)), strip)
         pictures.save_loop(images, loop)
         print(f"{strip}\n{loop}")
         return
     classes, best = options.classes or generator.classes, "_best" if options.best else ""
+    if single:
+        pictures.check_fits(single, options.n, side, classes=len(classes))
     images = generator.generate(options.n, seed=options.seed, classes=classes)
     if options.separate:
         for i, image in enumerate(images):
             of = f"_{plain(classes[i % len(classes)])}" if classes else ""
             pictures.save(pictures.single(image), out / f"seed_{options.seed}_{i:05d}{best}{of}.png")
-        print(f"{len(images)} images in {out}")
+        print(f"{counted(len(images), 'image')} in {out}")
     else:
         number = f"_n{options.n}" if options.n != Generate.n else ""
         path = single or out / f"seed_{options.seed}{number}{asked}.png"

@@ -4,15 +4,18 @@ Every field of a section of settings is a flag, with the help, type and default 
 ``--objective`` are read first, because they decide which fields there are.
 """
 
+import re
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from itertools import takewhile
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from frugan.config import recipes
+from frugan.config.greys import NAMED
 from frugan.config.objectives import Objective
 from frugan.config.recipe import BOTH, Data, Recipe
 from frugan.config.run import Run
@@ -21,6 +24,7 @@ from frugan.utils.errors import UserError, nearest
 from frugan.utils.threads import spin_briefly as spin_briefly
 
 SWITCHES = {"quiet", "json", "compare", "help"}  # of commands that have a recipe, besides those of sections
+TRUTHS = {"yes", "no", "true", "false", "on", "off", "1", "0"}  # that one may take for the value of a switch
 
 
 @dataclass(frozen=True)
@@ -162,13 +166,29 @@ def _takes_value(argument: str) -> bool:
     return name not in SWITCHES and hints.get(name) is not bool
 
 
-def check_flags(arguments: Sequence[str], options: type[Any]) -> None:
-    """Says what is wrong with a flag or its value in one sentence, where tyro would draw a box; ``options`` has their types."""
+def check(arguments: Sequence[str], options: type[Any], prog: str) -> None:
+    """Says what is wrong with a flag, its value or the words beside them in one sentence, where tyro would draw a box.
+
+    Args:
+        arguments: what was said.
+        options: has the types.
+        prog: the command, as it is called.
+    """
     hints = typing.get_type_hints(options)
-    for i, argument in enumerate(arguments):
+    named, rest = list[str](), list(arguments)
+    while rest:
+        argument = rest.pop(0)
         name, equals, value = argument.partition("=")
         key = name[2:].replace("-", "_")
-        if not name.startswith("--") or key in ("", "help") or hints.get(key.removeprefix("no_")) is bool:
+        if not name.startswith("-"):
+            named.append(argument)
+            continue
+        if name in ("--", "-h", "--help"):
+            continue
+        if not name.startswith("--"):
+            raise UserError(f"there is no flag {name}: flags begin with two dashes, and {prog} --help lists them.")
+        if hints.get(key.removeprefix("no_")) is bool:
+            _check_switch(name, key.removeprefix("no_"), [value] if equals else rest[:1], options, bool(equals))
             continue
         if key not in hints:
             of = [
@@ -180,16 +200,55 @@ def check_flags(arguments: Sequence[str], options: type[Any]) -> None:
             if of and "recipe" in hints:
                 raise UserError(f"{name} is a setting of --recipe {' or '.join(of)}, which was not asked for.")
             raise UserError(f"there is no flag {name}: {nearest(flag(key), map(flag, hints))}")
-        following = [value] if equals else [a for a in arguments[i + 1 : i + 2] if not a.startswith("--")]
+        hint = hints[key]
+        several = typing.get_origin(hint) is tuple  # as many values as there are
+        following = [value] if equals else [*takewhile(lambda a: not a.startswith("--"), rest if several else rest[:1])]
         if not following:
             raise UserError(f"{name} needs a value.")
-        hint = hints[key]
-        if typing.get_origin(hint) is tuple:  # as many values as there are
-            following = [value] if equals else list(takewhile(lambda a: not a.startswith("--"), arguments[i + 1 :]))
-            hint = typing.get_args(hint)[0]
+        if not equals:
+            del rest[: len(following)]
+        hint = typing.get_args(hint)[0] if several else hint
         for text in following:
             if not readable(text, hint):
                 raise UserError(f"{name} must be {spoken(hint)}, not {text!r}.")
+    if not {"-h", "--help"} & {*arguments}:
+        _check_words(named, options, prog)
+
+
+def _check_switch(name: str, key: str, following: Sequence[str], options: type[Any], equals: bool) -> None:
+    """``name`` is a switch; a word like yes that follows it, and names nothing that is there, is meant to be its value."""
+    pair = f"write {flag(key)} or --no-{flag(key)[2:]}"
+    if tyro.conf.FlagCreatePairsOff in getattr(typing.get_type_hints(options, include_extras=True)[key], "__metadata__", ()):
+        if name.startswith("--no"):
+            raise UserError(f"there is no flag {name}: leave {flag(key)} out.")
+        pair = f"write {flag(key)} alone, or leave it out"
+    for word in following:
+        if equals or (word.lower() in TRUTHS and not Path(word).exists()):
+            raise UserError(f"{name} takes no value, and {word!r} was given: {pair}.")
+
+
+def _check_words(words: Sequence[str], options: type[Any], prog: str) -> None:
+    """There must be a word for each place that needs one, and no more of them than places."""
+    hints = typing.get_type_hints(options, include_extras=True)
+    places = [f for f in fields(options) if tyro.conf.Positional in getattr(hints[f.name], "__metadata__", ())]
+    if any(typing.get_origin(typing.get_args(hints[f.name])[0]) is tuple for f in places):  # as many as there are
+        return
+    for place in places[len(words) :]:
+        if place.default is MISSING:
+            name = place.name.upper()
+            raise UserError(f"{name} is missing: write {prog} {name}; {prog} --help says what it may be.")
+    if len(words) <= len(places):
+        return
+    taken = " and ".join(f.name.upper() for f in places) or "flags"
+    listed = words[len(places) - 1 :]
+    if taken.endswith("DATA") and all(Path(word).exists() for word in listed):
+        quoted = ", or put the pattern in quotes" if listed[0].endswith(".tar") else ""
+        raise UserError(
+            f"{len(listed)} names came for DATA, {listed[0]} the first: name the folder that holds them, "
+            f"{Path(listed[0]).parent}{quoted}."
+        )
+    left = words[len(places)]
+    raise UserError(f"{left!r} is too much, {prog} takes {taken} alone: leave it out, or put a name with spaces in quotes.")
 
 
 def spelled_out(arguments: Sequence[str]) -> list[str]:
@@ -204,6 +263,14 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
             if argument.lower() in (*meant, "yes", "no", "auto"):
                 argument = meant.get(argument.lower(), argument.lower())
             else:
+                if not argument.startswith("-") and not _names_images(argument):
+                    kinds = spoken(typing.get_type_hints(Data)["flip"])
+                    raise UserError(f"--flip must be {kinds}, not {argument!r}, and there are no images of that name.")
                 said.append("yes")
         said += ["--flip", "no"] if argument in ("--no-flip", "--no_flip") else [argument]
     return [*said, "yes"] if said[-1:] == ["--flip"] else said
+
+
+def _names_images(word: str) -> bool:
+    """Whether ``word`` is meant to name images: they are there, or it is more than a plain word."""
+    return word.lower().replace("_", "-") in NAMED or Path(word).exists() or bool(re.search(r"[/\\:.*{]", word))

@@ -9,6 +9,7 @@ import torch
 
 from frugan.config.recipe import Data
 from frugan.data.classes import classes_of as classes_of
+from frugan.data.classes import classes_read as classes_read
 from frugan.data.classes import present as present
 from frugan.data.decode import background_colour, flatten, is_grey
 from frugan.data.loader import Loader as Loader
@@ -19,7 +20,7 @@ from frugan.data.sources import open_source
 from frugan.data.sources.streams import ShardSource
 from frugan.data.stream_loader import StreamLoader, block_of
 from frugan.memory import limit
-from frugan.utils.errors import UserError
+from frugan.utils.errors import UserError, counted
 
 DEFAULT_SIZE = 64  # pixels, where images have no size in common
 PACKING = 160 << 20  # bytes that decoding and packing images may take: below that a budget is not held while it goes on
@@ -32,7 +33,10 @@ def opened(data: Data, tell: Tell) -> tuple[Source, Data]:
     Raises:
         UserError: they are not there, or cannot be read.
     """
+    background_colour(data.background)  # refuses what is none, whether it is needed or not
     source = open_source(data)
+    for sentence in source.ignored(data):
+        tell(sentence)
     return source, resolve(source, data, tell)
 
 
@@ -54,7 +58,7 @@ def resolve(source: Source, data: Data, tell: Tell) -> Data:
         else:
             channels = 1
             if grey:
-                tell(f"None of {grey} images looked at has colour: training in grey; --channels 3 trains in colour.")
+                tell(f"None of the images looked at ({grey}) has colour: training in grey; --channels 3 trains in colour.")
     return Data(**(vars(data) | {"image_size": max(size, 8), "channels": channels}))
 
 
@@ -97,8 +101,8 @@ def open_within(memory: str | None, source: Source, data: Data, batch: int, devi
     else:
         if batch > len(loader):
             raise UserError(
-                f"--batch-size {batch} is more than the {len(loader)} images of {source.name}: "
-                f"use --batch-size {len(loader)} or less."
+                f"--batch-size {batch} is more than the {counted(len(loader), 'image')} of {source.name}: "
+                f"use --batch-size {len(loader)}{' or less' if len(loader) > 1 else ''}."
             )
         return loader
     within = f" within --memory {memory}" if room else ""

@@ -8,6 +8,7 @@ read by `os.preadv`, not by a map, because pages of a map count as the process's
 import json
 import os
 import weakref
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from frugan.utils.errors import UserError
 
 VERSION = 1  # of the format, and of how images are made to fit
+CHECKED = 1 << 30  # bytes of a file, a third of a second, up to which it is compared with its checksum each time
+PIECE = 1 << 20  # bytes that are read at a time for that
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Manifest:
         skipped: how many could not be read.
         reasons: the first of them, and why.
         small: one that was smaller than ``size``, if there is one.
+        pixels_crc32: checksum of ``pixels.bin``; None in packs of earlier versions.
+        labels_crc32: of ``labels.bin``.
     """
 
     name: str
@@ -50,12 +55,14 @@ class Manifest:
     skipped: int = 0
     reasons: dict[str, str] = field(default_factory=dict)
     small: str | None = None
+    pixels_crc32: int | None = None
+    labels_crc32: int | None = None
     version: int = VERSION
 
     def __post_init__(self) -> None:
         if not (isinstance(self.classes, list) and isinstance(self.reasons, dict)):
             raise ValueError("its manifest is not what a pack has")
-        numbers = (self.images, self.channels, self.size, self.skipped)
+        numbers = (self.images, self.channels, self.size, self.skipped, self.pixels_crc32 or 0, self.labels_crc32 or 0)
         texts = [self.name, self.stamp, self.background, self.fingerprint, self.small or "", *self.classes]
         texts += [text for pair in self.reasons.items() for text in pair]
         right = all(type(number) is int and number >= 0 for number in numbers) and all(isinstance(text, str) for text in texts)
@@ -92,6 +99,22 @@ class Pack:
 
     def __len__(self) -> int:
         return self.manifest.images
+
+    def check(self, most: int | None = None) -> None:
+        """Reads the files, those of up to ``most`` bytes.
+
+        Raises:
+            UserError: one does not hold what was packed.
+        """
+        for file, checksum in (("pixels.bin", self.manifest.pixels_crc32), ("labels.bin", self.manifest.labels_crc32)):
+            path, found = self.folder / file, 0
+            if checksum is None or (most is not None and path.stat().st_size > most):
+                continue
+            with path.open("rb") as content:
+                while piece := content.read(PIECE):
+                    found = zlib.crc32(piece, found)
+            if found != checksum:
+                raise UserError(f"{path} is damaged, its bytes are not those that were packed: pack the images again.")
 
     @property
     def bytes(self) -> int:

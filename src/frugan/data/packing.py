@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,9 +18,9 @@ from filelock import FileLock, Timeout
 
 from frugan.config.recipe import Data
 from frugan.data.decode import Pixels, background_colour
-from frugan.data.pack import VERSION, Manifest, Pack
+from frugan.data.pack import CHECKED, VERSION, Manifest, Pack
 from frugan.data.sources.base import ArraySource, Source, Tell, reason
-from frugan.utils.errors import UserError
+from frugan.utils.errors import UserError, counted
 from frugan.utils.files import cache_folder, sweep
 from frugan.utils.units import size as in_words
 
@@ -37,11 +38,12 @@ def packed(source: Source, data: Data, *, workers: int, tell: Tell, progress: Pr
     """The pack of ``source`` as ``data`` (resolved) wants it, from the cache, or made now; runs that want the same share it.
 
     Raises:
-        UserError: no image can be read, or the disk is full.
+        UserError: no image can be read, or the disk is full; or ``source`` is a pack, and damaged.
     """
     for problem in source.problems:
         tell(problem)
     if source.pack is not None:
+        source.pack.check(CHECKED)
         return source.pack
     wanted = json.dumps(
         [VERSION, source.place, source.name, *data.shape, data.background, data.split, data.image_column, data.label_column]
@@ -55,13 +57,15 @@ def packed(source: Source, data: Data, *, workers: int, tell: Tell, progress: Pr
                 try:
                     pack = Pack(folder)
                     if pack.manifest.stamp == source.stamp:
+                        pack.check(CHECKED)
                         if pack.manifest.skipped:
                             name, why = next(iter(pack.manifest.reasons.items()))
-                            tell(f"{pack.manifest.skipped} images were skipped when they were packed, {name} for one: {why}.")
+                            tell(f"Packing skipped {counted(pack.manifest.skipped, 'image')}, {name} for one: {why}.")
+                            _say_lost(source, pack, tell)
                         return pack
                     tell(f"{source.name} has changed since it was packed: packing it anew.")
                 except UserError as error:
-                    tell(str(error))
+                    tell(f"{str(error).removesuffix('.')}, which is done now.")
             return _make(source, data, folder, workers, tell, progress)
     except OSError as error:
         raise _unwritable(folder, error) from None
@@ -109,7 +113,22 @@ def _make(source: Source, data: Data, folder: Path, workers: int, tell: Tell, pr
         part.replace(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return Pack(folder)
+    pack = Pack(folder)
+    _say_lost(source, pack, tell)
+    return pack
+
+
+def none_of(source: Source) -> str:
+    """All images of ``source``, as a sentence begins that says what none of them can."""
+    return f"none of the {len(source):,} images of {source.name}" if len(source) > 1 else f"not even the one image of {source.name}"
+
+
+def _say_lost(source: Source, pack: Pack, tell: Tell) -> None:
+    """Names the classes none of whose images could be read."""
+    there = pack.labels(np.arange(len(pack))) if pack.manifest.skipped else None
+    if there is not None and source.labels is not None:
+        for number in np.setdiff1d(source.labels, there):
+            tell(f"No image of class {source.classes[number]} can be read: nothing is learnt of it.")
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
@@ -122,6 +141,7 @@ def _write(source: Source, data: Data, part: Path, workers: int, tell: Tell, pro
     row_bytes = math.prod(data.shape)
     threads = 1 if isinstance(source, ArraySource) else workers  # small arrays are mostly work for Python
     digest = hashlib.sha256()
+    checksum = labels_checksum = 0
     reasons: dict[str, str] = {}
     written = skipped = 0
     small: str | None = None
@@ -139,9 +159,11 @@ def _write(source: Source, data: Data, part: Path, workers: int, tell: Tell, pro
             for begin in range(0, len(source), COPIED):
                 rows = np.ascontiguousarray(source.images[begin : begin + COPIED]).data
                 digest.update(rows)
+                checksum = zlib.crc32(rows, checksum)
                 pixels.write(rows)
             if source.labels is not None:
-                classes.write(source.labels.astype("<i8").data)
+                classes.write(whole := source.labels.astype("<i8").data)
+                labels_checksum = zlib.crc32(whole)
             written = len(source)
         for index, decoded in enumerate(in_order(decode, 0 if written else len(source), threads, row_bytes)):
             if isinstance(decoded, str):
@@ -154,23 +176,26 @@ def _write(source: Source, data: Data, part: Path, workers: int, tell: Tell, pro
                 small = source.where(index) if enlarged and small is None else small
                 row = np.ascontiguousarray(image).data
                 digest.update(row)
+                checksum = zlib.crc32(row, checksum)
                 pixels.write(row)
                 if source.labels is not None:
-                    classes.write(int(source.labels[index]).to_bytes(8, "little", signed=True))
+                    label = int(source.labels[index]).to_bytes(8, "little", signed=True)
+                    labels_checksum = zlib.crc32(label, labels_checksum)
+                    classes.write(label)
                 written += 1
             if progress:
                 progress(index + 1, len(source))
         if not written:
             first = "".join(f", {name} for one: {why}" for name, why in list(reasons.items())[:1])
-            raise UserError(f"none of the {len(source)} images of {source.name} can be read{first}.")
+            raise UserError(f"{none_of(source)} can be read{first}.")
         for file in (pixels, classes):
             file.flush()
             os.fsync(file.fileno())
     if skipped:
-        tell(f"{skipped} of {len(source)} images were skipped.")
+        tell(f"{skipped} of {counted(len(source), 'image')} {'was' if skipped == 1 else 'were'} skipped.")
     return Manifest(
         source.name, source.stamp, written, channels, size, data.background, list(source.classes), source.labels is not None,
-        digest.hexdigest(), skipped, reasons, small,
+        digest.hexdigest(), skipped, reasons, small, checksum, labels_checksum,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -14,10 +15,34 @@ from PIL import Image
 from torch import Tensor
 
 from frugan.reporting.records import Line
+from frugan.utils.errors import UserError
 from frugan.utils.files import whole
 
 GAP = 2  # pixels between the images of a grid
 LEAST_SIDE = 64  # pixels that a small image is enlarged to in a grid, so that a person can see it
+LARGEST = {".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}  # pixels a side that a format can have; others have what is needed
+
+
+def _sheet(count: int, side: int, columns: int | None, classes: int) -> tuple[int, int, int, int]:
+    """Columns, the side of an image, width and height of a `grid` of ``count`` images of ``side`` pixels."""
+    columns = -(-count // classes) if classes else columns or math.isqrt(count - 1) + 1
+    side *= max(1, LEAST_SIDE // side)
+    rows = min(classes, count) or -(-count // columns)
+    return columns, side, columns * (side + GAP) + GAP, rows * (side + GAP) + GAP
+
+
+def check_fits(path: Path, count: int, side: int, columns: int | None = None, *, classes: int = 0) -> None:
+    """The format of ``path`` must have room for a `grid` of ``count`` images of ``side`` pixels.
+
+    Raises:
+        UserError: it has not.
+    """
+    _, _, width, height = _sheet(max(1, count), side, columns, classes)
+    if max(width, height) > (most := LARGEST.get(path.suffix.lower(), sys.maxsize)):
+        raise UserError(
+            f"{path} would have {width:,}x{height:,} pixels, and {path.suffix} has at most {most:,} a side: write a .png, or ask "
+            "for fewer images."
+        )
 
 
 def grid(images: Tensor, columns: int | None = None, *, classes: int = 0) -> Image.Image:
@@ -26,11 +51,8 @@ def grid(images: Tensor, columns: int | None = None, *, classes: int = 0) -> Ima
     Where images are of so many ``classes`` in turn, each class has a row of its own.
     """
     images = images.cpu()  # at once, wherever they are
-    factor = max(1, LEAST_SIDE // images.shape[-1])
-    columns = -(-len(images) // classes) if classes else columns or math.isqrt(len(images) - 1) + 1
-    side = images.shape[-1] * factor
-    rows = min(classes, len(images)) or -(-len(images) // columns)
-    sheet = Image.new("L" if images.shape[1] == 1 else "RGB", (columns * (side + GAP) + GAP, rows * (side + GAP) + GAP), "white")
+    columns, side, width, height = _sheet(len(images), images.shape[-1], columns, classes)
+    sheet = Image.new("L" if images.shape[1] == 1 else "RGB", (width, height), "white")
     for i, image in enumerate(images):  # torchvision's make_grid would do, but importing it takes 160 MiB
         row, column = (i % classes, i // classes) if classes else divmod(i, columns)
         picture = single(image).resize((side, side), Image.Resampling.NEAREST)

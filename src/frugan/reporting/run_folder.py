@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from operator import ge
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -86,7 +87,9 @@ class RunFolder:
                 f"{plan['images']} of the images can be read, and {then.get('images')} could when {self.path} was started: "
                 "mend them, or give another --out."
             )
-        if before.classes and recipe.classes and before.classes != recipe.classes:
+        # Earlier versions counted images that cannot be read too.
+        same = before.classes.names == recipe.classes.names and all(map(ge, before.classes.counts, recipe.classes.counts))
+        if before.classes and recipe.classes and not same:
             raise UserError(
                 f"{self.path} was started with other classes of the same images ({before.classes} then, "
                 f"{recipe.classes} now): give another --out; --init-from starts from its weights."

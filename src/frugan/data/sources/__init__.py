@@ -10,7 +10,7 @@ from pathlib import Path
 from frugan.config.recipe import Data
 from frugan.data.sources.base import Source as Source
 from frugan.data.sources.base import Tell as Tell
-from frugan.data.sources.base import plain
+from frugan.data.sources.base import is_image, plain
 from frugan.data.sources.files import archive, folder
 from frugan.data.sources.idx import CLASSES, idx_files
 from frugan.data.sources.packs import pack
@@ -18,7 +18,7 @@ from frugan.data.sources.standard import digits, named
 from frugan.data.sources.streams import stream
 from frugan.data.sources.tables import records
 from frugan.data.sources.tars import tars
-from frugan.utils.errors import UserError, nearest
+from frugan.utils.errors import UserError, nearest, nearest_path
 
 # In this order: the first that knows the kind opens it.
 OPENERS: list[Callable[[Data], Source | None]] = [digits, named, stream, pack, idx_files, archive, tars, records, folder]
@@ -42,11 +42,13 @@ def open_source(data: Data) -> Source:
                 source.name = plain(source.name)  # which may come from a manifest or a URL, and becomes part of paths
                 return source
         if path.exists():
-            raise UserError(f"{path} is neither a folder nor a zip of images.")
+            alone = f": name its folder, {path.parent}" if is_image(path.name) else ""
+            raise UserError(f"{path} is neither a folder nor a zip of images{alone}.")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}.") from None
-    near = "check the path"
-    if path.parent == Path():
-        near += ", or " + nearest(data.data, [*CLASSES, "digits"]).removesuffix(".").removesuffix("?")
-    near += "."
-    raise UserError(f"there is no folder or zip {path}: {near}")
+    if any(c in path.name for c in "*?[") and path.parent.is_dir():
+        raise UserError(f"patterns such as {path} are for tars: name the folder of the images, {path.parent}.")
+    if (near := nearest_path(path)) is not None:
+        raise UserError(f"there is no folder or zip {path}: did you mean {str(near)!r}?")
+    known = ", or " + nearest(data.data, [*CLASSES, "digits"]).rstrip(".?") if path.parent == Path() else ""
+    raise UserError(f"there is no folder or zip {path}: check the path{known}.")

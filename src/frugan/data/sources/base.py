@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
@@ -13,12 +13,18 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from frugan.config.recipe import Data
+from frugan.config.section import flag
 from frugan.data.decode import Pixels, fit, flatten
 from frugan.data.pack import Pack
 
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 NAME_BYTES = 120  # of a source, in names of files: systems allow 255, and more than a source's name is in them
+
+UNUSED = {  # why a setting of `Data` may change nothing
+    "split": "is taken whole", "stream": "is not read from shards", "background": "has no transparent pixels",
+    "image_column": "is no table", "label_column": "is no table",
+}  # fmt: skip
 
 Tell = Callable[[str], None]  # is called with what a person should know
 Entry = tuple[str, int, int]  # a file: its path, its bytes, and what changes when they do
@@ -39,6 +45,7 @@ class Source(ABC):
         random_access: whether images can be opened in any order.
         pack: the pack, if they are packed already.
         problems: what is amiss with the whole of it, a sentence each.
+        unused: names of settings of `Data` that change nothing about it, of those in `UNUSED`.
     """
 
     name: str
@@ -52,6 +59,7 @@ class Source(ABC):
     random_access: bool = True
     pack: Pack | None = None
     problems: Sequence[str] = ()
+    unused: Sequence[str] = ()
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -74,9 +82,18 @@ class Source(ABC):
             small = min(opened.size) < size
             return fit(flatten(opened, background), size, channels), small
 
+    def ignored(self, data: Data) -> Iterator[str]:
+        """A sentence for each setting that ``data`` has and that changes nothing."""
+        for name in self.unused:
+            if (value := getattr(data, name)) != getattr(Data, name):
+                said = flag(name) if value is True else f"{flag(name)} {value}"
+                yield f"{said} does nothing here: {self.name} {UNUSED[name]}."
+
 
 class ArraySource(Source):
     """Grey images in one array, uint8 ``[n, h, w]``."""
+
+    unused: Sequence[str] = ("stream", "background", "image_column", "label_column")
 
     def __init__(
         self, name: str, images: NDArray[np.uint8], labels: NDArray[np.int64] | None, classes: Sequence[str],

@@ -62,7 +62,9 @@ def digits(data: Data) -> Source | None:
     images, labels = as_published()
     small = np.rint(images * (255 / 16)).astype(np.uint8)
     large = np.stack([np.asarray(Image.fromarray(i).resize((16, 16), Image.Resampling.BICUBIC)) for i in small])
-    return ArraySource("digits", large, labels, [str(i) for i in range(10)])
+    source = ArraySource("digits", large, labels, [str(i) for i in range(10)])
+    source.unused = (*source.unused, "split")
+    return source
 
 
 def named(data: Data) -> Source | None:

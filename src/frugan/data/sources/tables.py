@@ -11,8 +11,9 @@ from PIL import Image
 
 from frugan.config.recipe import Data
 from frugan.data.sources.base import Source, by_name, is_image, loaded, shown, stamp_of
-from frugan.utils.errors import UserError
+from frugan.utils.errors import UserError, nearest_path
 
+PATIENCE = 10  # seconds in which the hub has to answer
 TABLES = {".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -99,6 +100,35 @@ class RecordSource(Source):
         return loaded(BytesIO(file_in(self.table[index][self.column], self.folders)), at_least)
 
 
+def _of_hub(name: str, split: str | None) -> Any:
+    """The data set ``name`` on the hub, which is asked once whether it has it, since datasets asks six times in 25 seconds.
+
+    Where the hub does not answer, what datasets keeps of it is taken.
+
+    Raises:
+        Exception: it is neither here nor there.
+    """
+    import datasets
+    from huggingface_hub import HfApi, constants
+
+    away: Exception | None = None
+    try:
+        HfApi().dataset_info(name, timeout=PATIENCE)
+    except Exception as error:
+        if getattr(getattr(error, "response", None), "status_code", 0) in (401, 403, 404):
+            raise OSError("the hub has none of that name that anybody may read") from None
+        away = error
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    try:
+        if away:
+            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        return datasets.load_dataset(name, split=split)
+    except Exception as error:
+        raise away or error from None
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
 def records(data: Data) -> Source | None:
     """Parquet or Arrow files, or a folder of them, or the name of a data set on the hub (``owner/name``)."""
     path = Path(data.data)
@@ -128,7 +158,7 @@ def records(data: Data) -> Source | None:
             stamp = stamp_of((str(p), (about := p.stat()).st_size, about.st_mtime_ns) for p in chosen)
             folders = [path if path.is_dir() else path.parent]
         else:
-            table = datasets.load_dataset(data.data, split=split)
+            table = _of_hub(data.data, split)
             table = datasets.concatenate_datasets(list(table.values())) if split is None else table
             stamp = table._fingerprint
             config = datasets.config  # where what the hub has as files lies once it is here
@@ -139,8 +169,10 @@ def records(data: Data) -> Source | None:
         reason = " ".join(str(error).split())[:200].rstrip(".")
         if files:
             raise UserError(f"cannot read {data.data} ({reason}): fetch it again.") from None
+        near = nearest_path(path)
+        way = f"did you mean {str(near)!r}, or " if near else ""
         raise UserError(
-            f"there is no folder {data.data}, and as a data set on the hub it cannot be had ({reason}): "
+            f"there is no folder {data.data}, and as a data set on the hub it cannot be had ({reason}): {way}"
             "check the name and --split, or download its parquet files and name their folder."
         ) from None
     name = path.name if path.is_dir() else path.stem if files else data.data.split("/")[1]
