@@ -250,8 +250,8 @@ class Samples:
     data: Data
 
 
-def samples_of(run: str, data: str | None) -> Samples:
-    """The samples that ``run`` names.
+def samples_of(run: str, data: str | None, truncation: float = 1.0) -> Samples:
+    """The samples that ``run`` names; of generators by ``truncation``.
 
     Raises:
         UserError: there are none.
@@ -272,7 +272,7 @@ def samples_of(run: str, data: str | None) -> Samples:
 
         def made_and_asked(n: int) -> tuple[Tensor, Tensor | None]:
             asked = sampling.natural(generator.recipe, SEED, 0, n) if generator.recipe.classes else None
-            return generator.generate(n, seed=SEED), asked
+            return generator.generate(n, seed=SEED, truncation=truncation), asked
 
         return Samples(made_and_asked, generator.images_seen, own)
     _, like = opened(Data(data=data or run), say)
@@ -287,6 +287,7 @@ class Arguments:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     data: str | None = None  # the real images; unset: those that a run was trained on
     samples: int = 10_000
+    truncation: float = 1.0  # of generators
 
 
 COLUMNS = ("unseen", "unseen precision", "unseen recall", "accuracy", *OWN)
@@ -304,7 +305,7 @@ def main(arguments: Arguments) -> None:
     judges: dict[Data, Judge] = {}
     tables: dict[Data, Table] = {}
     for run in arguments.runs:
-        found = samples_of(run, arguments.data)
+        found = samples_of(run, arguments.data, arguments.truncation)
         data = found.data
         if data not in judges:
             judge = judges[data] = Judge(data, arguments.samples)

@@ -128,6 +128,27 @@ def test_generate_writes_grids_files_strips_and_loops(
     assert (tmp_path / "mine.png").exists()
 
 
+def test_truncation_scales_the_noise(train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(tmp_path / "run")
+    generator = frugan.load(run)
+    plain, typical = generator.generate(8), generator.generate(8, truncation=0.0)
+    assert generator.generate(8, truncation=1.0).equal(plain)
+    assert all(image.equal(typical[0]) for image in typical) and not plain[0].equal(plain[1])
+    assert not generator.generate(8, truncation=1.5).equal(plain)
+    assert generator.interpolate([1, 2], frames=2, truncation=0.5)[0].equal(generator.generate(1, seed=1, truncation=0.5)[0])
+    main(["generate", str(run), "--n", "2", "--truncation", "0.5"])
+    assert capsys.readouterr().out.strip() == f"{run}/generated/seed_0_n2_t0.5.png"
+    main(["evaluate", str(run), "--samples", "32", "--metrics", "swd", "--truncation", "0.5"])
+    assert "truncation 0.5)" in capsys.readouterr().out
+    for command in (["generate", str(run)], ["evaluate", str(run), "--metrics", "swd"]):
+        with pytest.raises(SystemExit):
+            main([*command, "--truncation", "2.5"])
+        assert "--truncation must be from 0 to 2, not 2.5" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["evaluate", "digits", "digits", "--truncation", "0.5"])
+    assert "--truncation is for a generator: digits is images" in capsys.readouterr().err
+
+
 def test_interpolation_begins_and_ends_with_the_seeds_images(train: Callable[..., Path], tmp_path: Path) -> None:
     generator = frugan.load(train(tmp_path / "run"))
     way = generator.interpolate([1, 2], frames=6)

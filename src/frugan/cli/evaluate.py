@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isnan
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ class Evaluate:
     ] = "auto"
     samples: Annotated[int, tyro.conf.arg(help="how many, and as many real images")] = 10_000
     seed: Annotated[int, tyro.conf.arg(help="of the samples")] = 0
+    truncation: Annotated[float, tyro.conf.arg(help="what the samples' noise is multiplied by, as generate does")] = 1.0
     run_split: Annotated[str, tyro.conf.arg(help="as --split, of RUN where it is images")] = "train"
     best: Annotated[bool, tyro.conf.arg(help="the best generator by --evaluate-every, not the last one")] = False
     weights: Annotated[
@@ -37,6 +39,10 @@ class Evaluate:
 def options(_: Sequence[str]) -> type[Any]:
     """What is said of the real images, unset as the run has it, and how they are compared."""
     return data_options(Evaluate, without=("stream",), unset=True)
+
+
+def _samples(generator: Any, seed: int, truncation: float, first: int, n: int) -> Any:
+    return generator.generate(n, seed=seed, first=first, truncation=truncation)
 
 
 def run(said: Any) -> None:
@@ -67,10 +73,13 @@ def run(said: Any) -> None:
             raise UserError(f"--run-split is for images: {path} makes its own.")
         asked = replace(generator.recipe.data, stream=False, **data_said(said))  # of the size that it makes
         averaged = ", averaged over training" if generator.recipe.training.ema_half_life else ", not averaged"
+        averaged += f", truncation {said.truncation:g}" if said.truncation != 1 else ""
         which = "the best checkpoint of " if said.best else ""
         what = f"samples of {which}{said.run} (seed {said.seed}, after {generator.images_seen:,} images{averaged})"
-        produce = lambda first, n: generator.generate(n, seed=said.seed, first=first)  # noqa: E731
+        produce = partial(_samples, generator, said.seed, said.truncation)
         drawn, trained = generator.drawn(count, seed=said.seed), generator.recipe.classes.names
+    elif said.truncation != 1:
+        raise UserError(f"--truncation is for a generator: {path} is images.")
     elif said.data is None:
         raise UserError(f"{path} is no run folder: name a run, or images and DATA to evaluate them by.")
     try:

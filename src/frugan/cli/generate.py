@@ -32,6 +32,9 @@ class Generate:
         tyro.conf.arg(help="seeds to go between: a strip and a GIF", metavar="SEED SEED ...", help_behavior_hint=""),
     ] = ()
     frames: Annotated[int, tyro.conf.arg(help="steps from one seed to the next")] = 16
+    truncation: Annotated[
+        float, tyro.conf.arg(help="what noise is multiplied by: below 1 more typical images, above 1 more varied ones")
+    ] = 1.0
     best: Annotated[bool, tyro.conf.arg(help="the best generator by --evaluate-every, not the last one")] = False
     device: Annotated[str, tyro.conf.arg(help="cpu, cuda, mps or auto")] = "cpu"
 
@@ -53,7 +56,8 @@ def run(options: Generate) -> None:
     if options.interpolate and options.separate:
         raise UserError("--interpolate writes a strip and a GIF: leave --separate out.")
     side = generator.recipe.data.shape[1]
-    asked = "".join(f"_{plain(name)}" for name in (*("best",) * options.best, *options.classes))  # so that no other is written over
+    made = ("_best" if options.best else "") + (f"_t{options.truncation:g}" if options.truncation != 1 else "")
+    asked = made + "".join(f"_{plain(name)}" for name in options.classes)  # so that no other is written over
     if options.interpolate:
         if len(options.classes) > 1:
             raise UserError(f"--interpolate keeps to one class: name one of {', '.join(options.classes)}.")
@@ -62,7 +66,8 @@ def run(options: Generate) -> None:
         shown = [*range(0, last, every), last]
         if single:
             pictures.check_fits(single, len(shown), side, len(shown))
-        images = generator.interpolate(options.interpolate, options.frames, of=next(iter(options.classes), None))
+        of = next(iter(options.classes), None)
+        images = generator.interpolate(options.interpolate, options.frames, of=of, truncation=options.truncation)
         name = "-".join(map(str, options.interpolate)) + asked
         strip, loop = (
             single or out / f"interpolation_{name}.png",
@@ -72,14 +77,14 @@ def run(options: Generate) -> None:
         pictures.save_loop(images, loop)
         print(f"{strip}\n{loop}")
         return
-    classes, best = options.classes or generator.classes, "_best" if options.best else ""
+    classes = options.classes or generator.classes
     if single:
         pictures.check_fits(single, options.n, side, classes=len(classes))
-    images = generator.generate(options.n, seed=options.seed, classes=classes)
+    images = generator.generate(options.n, seed=options.seed, classes=classes, truncation=options.truncation)
     if options.separate:
         for i, image in enumerate(images):
             of = f"_{plain(classes[i % len(classes)])}" if classes else ""
-            pictures.save(pictures.single(image), out / f"seed_{options.seed}_{i:05d}{best}{of}.png")
+            pictures.save(pictures.single(image), out / f"seed_{options.seed}_{i:05d}{made}{of}.png")
         print(f"{counted(len(images), 'image')} in {out}")
     else:
         number = f"_n{options.n}" if options.n != Generate.n else ""

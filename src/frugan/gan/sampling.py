@@ -15,6 +15,7 @@ from frugan.utils.draws import Draws, Rows
 from frugan.utils.errors import UserError
 
 CHUNK = 64  # images made at once, so that memory does not grow with their number
+MOST = 2.0  # times that noise may be scaled: beyond, nothing was trained
 
 
 class Generator:
@@ -35,7 +36,9 @@ class Generator:
         """The names of the classes that can be asked for; none if it was trained without."""
         return tuple(self.recipe.classes.names[number] for number in self.recipe.classes.present)
 
-    def generate(self, n: int = 16, *, seed: int = 0, first: int = 0, classes: Sequence[str] = ()) -> Tensor:
+    def generate(
+        self, n: int = 16, *, seed: int = 0, first: int = 0, classes: Sequence[str] = (), truncation: float = 1.0
+    ) -> Tensor:  # fmt: skip
         """Makes ``n`` images: uint8 ``[n, channels, size, size]`` on the CPU. Image i of a seed is the same for every ``n``.
 
         Args:
@@ -43,26 +46,28 @@ class Generator:
             seed: of their noise.
             first: the number of the first one.
             classes: of the images, in turn, by names or numbers; unset: as often as the data has them, drawn by ``seed``.
+            truncation: what noise is multiplied by, 0 to `MOST`: below 1 images are more typical, above it more varied.
 
         Raises:
-            UserError: a class that there is not, or one is asked for and there are none.
+            UserError: a class that there is not, or one is asked for and there are none; or truncation outside its range.
         """
         if n < 1:
             raise UserError(f"the number of images to generate must be at least 1, not {n}.")
-        noise = Draws(seed).normal("sample", first, n, self.recipe.network.latent_dim)
+        noise = _truncated(Draws(seed).normal("sample", first, n, self.recipe.network.latent_dim), truncation)
         return self.decode(noise, in_turn(self._found(classes), first, n) if classes else self.drawn(n, seed=seed, first=first))
 
     def drawn(self, n: int, *, seed: int = 0, first: int = 0) -> Tensor | None:
         """The classes of what `generate` makes where none are asked for: int64 ``[n]``; None: it was trained without."""
         return natural(self.recipe, seed, first, n)
 
-    def interpolate(self, seeds: Sequence[int], frames: int = 16, *, of: str | None = None) -> Tensor:
+    def interpolate(self, seeds: Sequence[int], frames: int = 16, *, of: str | None = None, truncation: float = 1.0) -> Tensor:
         """Goes from the first image of each seed to that of the next in ``frames`` steps, along the sphere on which noise lies.
 
         Args:
             seeds: at least two.
             frames: from one to the next.
             of: the class of all images; unset: that of the first image, if there are classes.
+            truncation: as `generate` has it.
 
         Returns:
             uint8 ``[(len(seeds) - 1) * frames + 1, channels, size, size]``.
@@ -73,7 +78,7 @@ class Generator:
             raise UserError(f"the number of frames between two seeds must be at least 1, not {frames}.")
         ends = [Draws(seed).normal("sample", 0, 1, self.recipe.network.latent_dim)[0] for seed in seeds]
         steps = [slerp(a, b, i / frames) for a, b in pairwise(ends) for i in range(frames)]
-        noise = torch.stack([*steps, ends[-1]])
+        noise = _truncated(torch.stack([*steps, ends[-1]]), truncation)
         one = in_turn(self._found([of]), 0, 1) if of is not None else natural(self.recipe, seeds[0], 0, 1)
         return self.decode(noise, None if one is None else one.expand(len(noise)))
 
@@ -88,6 +93,17 @@ class Generator:
         if not self.classes:
             raise UserError(f"there is no class {classes[0]!r}: this generator was trained without; --conditional trains one with.")
         return self.recipe.classes.find(map(str, classes))
+
+
+def _truncated(noise: Tensor, truncation: float) -> Tensor:
+    """``noise`` scaled, as Karras et al. 2019 (arXiv 1812.04948, appendix B) scale what is made of it.
+
+    Raises:
+        UserError: ``truncation`` is below 0 or above `MOST`.
+    """
+    if not 0 <= truncation <= MOST:
+        raise UserError(f"--truncation must be from 0 to {MOST:g}, not {truncation:g}.")
+    return noise if truncation == 1 else noise * truncation
 
 
 def in_turn(classes: Sequence[int], first: int, count: int) -> Tensor:

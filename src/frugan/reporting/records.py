@@ -52,7 +52,8 @@ class Line:
         """As ``log.jsonl`` has it."""
         return {
             "images": self.images, "epoch": self.epoch, "updates": self.updates, "images/s": self.speed,
-            "looking": self.looking, "seconds left": self.seconds_left, "memory": self.memory, **self.measured, "lr_g": self.lr_g, "lr_d": self.lr_d,
+            "looking": self.looking, "seconds left": self.seconds_left, "memory": self.memory,
+            **self.measured, "lr_g": self.lr_g, "lr_d": self.lr_d,
         }  # fmt: skip
 
     @classmethod

@@ -37,7 +37,7 @@ PANELS: tuple[tuple[str, str, Mapping[str, str], int | None], ...] = (
         3,
     ),
     ("Memory", "What the process holds.", {"memory": "held"}, None),
-    ("Speed", "On average since training began or went on, without pictures, checkpoints and evaluation.", {"images/s": "images/s"}, 0),
+    ("Speed", "On average since training began or went on, without what is looked at and saved.", {"images/s": "images/s"}, 0),
     ("Penalties", "Before their weights.", {name: name for name in PENALTY_NAMES}, None),
     (
         "Augmentation",

@@ -62,7 +62,8 @@ class RunFolder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._lock.release()
-        if self.path.is_dir() and not self.plan_file.exists() and all(p == self.lock_file for p in self.path.iterdir()):  # refused: leave no trace
+        begun = self.plan_file.exists() or not self.path.is_dir()
+        if not begun and all(p == self.lock_file for p in self.path.iterdir()):  # refused: leave no trace
             self.lock_file.unlink(missing_ok=True)
             self.path.rmdir()
 

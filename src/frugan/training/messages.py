@@ -44,8 +44,8 @@ def notices(session: Session, plan: Plan, generator: Network, discriminator: Net
     if (images := len(session.loader)) < HANDFUL:
         told.append(
             f"Only {counted(images, 'image')}: expect variations of these at best, and copies of them if training goes on for "
-            "long. The report says how near samples lie to them; --augment ada, --flip auto and --init-from a run on similar images "
-            "help."
+            "long. The report says how near samples lie to them; --augment ada, --flip auto and --init-from a run on similar "
+            "images help."
         )
     if recipe.memory.offload_state == "yes" and where.type != "cpu":
         told.append("Moments and the averaged generator wait on the host: the same bits, and copies in every update.")
