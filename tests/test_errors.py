@@ -1,6 +1,7 @@
 """Every kind of bad input: one clear sentence, exit code 2, no traceback, nothing written over."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from filelock import FileLock
 import frugan
 from frugan.cli import main, parse
 from frugan.reporting.run_folder import RunFolder
+from frugan.utils.errors import counted
 
 from .conftest import snapshot
 
@@ -72,7 +74,7 @@ def test_no_images_found(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "empty" / "notes.txt").write_text("none")
     said = one_sentence(refused("train", tmp_path / "empty", "--out", tmp_path / "r"))
     assert "no images found in" in said
-    assert "none of its 1 files is" in said
+    assert "among 1 file: an image is bmp, gif" in said
 
 
 def test_a_folder_that_is_not_there(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_some_corrupt_images_are_named_and_the_rest_is_trained_on(
     main(["train", str(folder), *SMALL[:-1], "--out", str(tmp_path / "r")])
     said = capsys.readouterr().out
     assert "Skipped 004.png: not an image, or empty." in said
-    assert "1 of 12 images were skipped." in said
+    assert "1 of 12 images was skipped." in said
     assert (tmp_path / "r" / "final_generated_images.png").exists()
 
 
@@ -365,6 +367,26 @@ def test_a_recipe_beside_other_files_is_not_taken_for_a_run(refused: Callable[..
     (tmp_path / "mine" / "recipe.toml").write_text("[training]\nepochs = 1\nbatch_size = 8\n")
     said = refused("train", few, "--recipe", tmp_path / "mine" / "recipe.toml", "--out", tmp_path / "mine")
     assert "holds files of something else" in one_sentence(said)
+
+
+def test_one_of_something_is_singular(refused: Callable[..., str], photos: Callable[..., Path], tmp_path: Path) -> None:
+    assert [counted(1, "image"), counted(2000, "image"), counted(0, "class", "classes")] == ["1 image", "2,000 images", "0 classes"]
+    assert [counted(1.0, "minute"), counted(0.5, "minute")] == ["1 minute", "0.5 minutes"]
+    alone = photos(n=1)
+    command = [sys.executable, "-m", "frugan", "train", str(alone), *SMALL[:-1], "--batch-size", "1", "--threads", "1"]
+    command += ["--norm-g", "group", "--norm-d", "none"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "r")], capture_output=True, text=True, check=True)
+    said = done.stdout.replace("\n", " ")
+    assert (
+        "1 image of photos, colour" in said
+        and "dcgan, 1 epoch, fp32 on cpu with 1 thread, into" in said
+        and "Only 1 image: " in said
+    )
+    assert not re.search(r"\b1 (images|epochs|threads|classes|files|channels)\b", said)
+    assert "more than the 1 image of photos: use --batch-size 1." in one_sentence(refused("train", alone, "--batch-size", "2"))
+    (alone / "000.png").write_bytes(b"")
+    for command in (["train"], ["data", "pack"], ["data", "check", "--sheet", str(tmp_path / "s.png")]):
+        assert "not even the one image of photos can be read" in one_sentence(refused(*command, alone))
 
 
 def test_an_empty_name(refused: Callable[..., str]) -> None:

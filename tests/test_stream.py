@@ -294,7 +294,7 @@ def test_plans_for_streams(shards: str, capsys: pytest.CaptureFixture[str], trai
 
 
 def test_a_shard_without_images() -> None:
-    with pytest.raises(UserError, match="none of the 1 shards has images"):
+    with pytest.raises(UserError, match="no image is in 1 shard"):
         StreamLoader([Shard("empty", 0, lambda skip: iter(()))], DATA, seed=0, workers=1, tell=print)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from frugan.cli.parsing import Command, data_options, data_said, extra
 from frugan.config import recipe
-from frugan.utils.errors import UserError
+from frugan.utils.errors import UserError, counted
 
 
 @dataclass
@@ -53,12 +53,14 @@ def pack(options: Any) -> None:
         made = make(source, data, out, **ways)
     known = made.manifest
     skipped = f", {known.skipped} skipped" if known.skipped else ""
-    print(f"{made.folder}: {known.images:,} images of {known.size}x{known.size}, {known.channels} channels{skipped}")
+    shape = f"{known.size}x{known.size}, {counted(known.channels, 'channel')}"
+    print(f"{made.folder}: {counted(known.images, 'image')} of {shape}{skipped}")
 
 
 def check(options: Any) -> None:
     """Tells what is there, before one trains on it."""
     from frugan.data.inspection import check as look
+    from frugan.data.packing import none_of
     from frugan.reporting import pictures
     from frugan.reporting.console import Console
 
@@ -79,7 +81,7 @@ def check(options: Any) -> None:
         console.found(found, source.problems, data)
         console.tell(f"Images as training sees them are in {sheet}.")
     if not found.images:
-        raise UserError(f"none of the {len(source)} images of {source.name} can be read.")
+        raise UserError(f"{none_of(source)} can be read.")
 
 
 COMMANDS = {

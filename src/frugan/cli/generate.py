@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from frugan.cli.parsing import Command
-from frugan.utils.errors import UserError
+from frugan.utils.errors import UserError, counted
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -80,7 +80,7 @@ def run(options: Generate) -> None:
         for i, image in enumerate(images):
             of = f"_{plain(classes[i % len(classes)])}" if classes else ""
             pictures.save(pictures.single(image), out / f"seed_{options.seed}_{i:05d}{of}.png")
-        print(f"{len(images)} images in {out}")
+        print(f"{counted(len(images), 'image')} in {out}")
     else:
         path = single or out / f"seed_{options.seed}{asked}.png"
         pictures.save(pictures.grid(images, classes=len(classes)), path)

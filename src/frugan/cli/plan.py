@@ -9,7 +9,7 @@ import tyro
 
 from frugan.cli.parsing import Command, described, extra, recipe_options, recipe_said, spin_briefly
 from frugan.config.run import Run
-from frugan.utils.errors import UserError
+from frugan.utils.errors import UserError, counted
 
 
 class Plan:
@@ -69,7 +69,9 @@ def run(said: Any) -> None:
             console.tell(reason)
         console.plan(found, recipe.training.batch_size)
         if training.source.random_access and len(training.source) < recipe.training.batch_size:
-            console.tell(f"{training.source.name} has {len(training.source):,} images: a training wants as many as a batch has.")
+            console.tell(
+                f"{training.source.name} has {counted(len(training.source), 'image')}: a training wants as many as a batch has."
+            )
         precision = planner.recipe.memory.precision
         if speed is not None:
             console.tell(f"Speed: about {speed:,.0f} images/s in {precision}: one micro-batch of each phase was run and timed.")

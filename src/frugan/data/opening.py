@@ -20,7 +20,7 @@ from frugan.data.sources import open_source
 from frugan.data.sources.streams import ShardSource
 from frugan.data.stream_loader import StreamLoader, block_of
 from frugan.memory import limit
-from frugan.utils.errors import UserError
+from frugan.utils.errors import UserError, counted
 
 DEFAULT_SIZE = 64  # pixels, where images have no size in common
 PACKING = 160 << 20  # bytes that decoding and packing images may take: below that a budget is not held while it goes on
@@ -58,7 +58,7 @@ def resolve(source: Source, data: Data, tell: Tell) -> Data:
         else:
             channels = 1
             if grey:
-                tell(f"None of {grey} images looked at has colour: training in grey; --channels 3 trains in colour.")
+                tell(f"None of the images looked at ({grey}) has colour: training in grey; --channels 3 trains in colour.")
     return Data(**(vars(data) | {"image_size": max(size, 8), "channels": channels}))
 
 
@@ -101,8 +101,8 @@ def open_within(memory: str | None, source: Source, data: Data, batch: int, devi
     else:
         if batch > len(loader):
             raise UserError(
-                f"--batch-size {batch} is more than the {len(loader)} images of {source.name}: "
-                f"use --batch-size {min(64, len(loader))} or fewer."
+                f"--batch-size {batch} is more than the {counted(len(loader), 'image')} of {source.name}: "
+                f"use --batch-size {min(64, len(loader))}{' or fewer' if len(loader) > 1 else ''}."
             )
         return loader
     within = f" within --memory {memory}" if room else ""

@@ -20,7 +20,7 @@ from frugan.config.recipe import Data
 from frugan.data.decode import Pixels, background_colour
 from frugan.data.pack import CHECKED, VERSION, Manifest, Pack
 from frugan.data.sources.base import ArraySource, Source, Tell, reason
-from frugan.utils.errors import UserError
+from frugan.utils.errors import UserError, counted
 from frugan.utils.files import cache_folder, sweep
 from frugan.utils.units import size as in_words
 
@@ -60,7 +60,7 @@ def packed(source: Source, data: Data, *, workers: int, tell: Tell, progress: Pr
                         pack.check(CHECKED)
                         if pack.manifest.skipped:
                             name, why = next(iter(pack.manifest.reasons.items()))
-                            tell(f"{pack.manifest.skipped} images were skipped when they were packed, {name} for one: {why}.")
+                            tell(f"Packing skipped {counted(pack.manifest.skipped, 'image')}, {name} for one: {why}.")
                             _say_lost(source, pack, tell)
                         return pack
                     tell(f"{source.name} has changed since it was packed: packing it anew.")
@@ -116,6 +116,11 @@ def _make(source: Source, data: Data, folder: Path, workers: int, tell: Tell, pr
     pack = Pack(folder)
     _say_lost(source, pack, tell)
     return pack
+
+
+def none_of(source: Source) -> str:
+    """All images of ``source``, as a sentence begins that says what none of them can."""
+    return f"none of the {len(source):,} images of {source.name}" if len(source) > 1 else f"not even the one image of {source.name}"
 
 
 def _say_lost(source: Source, pack: Pack, tell: Tell) -> None:
@@ -182,12 +187,12 @@ def _write(source: Source, data: Data, part: Path, workers: int, tell: Tell, pro
                 progress(index + 1, len(source))
         if not written:
             first = "".join(f", {name} for one: {why}" for name, why in list(reasons.items())[:1])
-            raise UserError(f"none of the {len(source)} images of {source.name} can be read{first}.")
+            raise UserError(f"{none_of(source)} can be read{first}.")
         for file in (pixels, classes):
             file.flush()
             os.fsync(file.fileno())
     if skipped:
-        tell(f"{skipped} of {len(source)} images were skipped.")
+        tell(f"{skipped} of {counted(len(source), 'image')} {'was' if skipped == 1 else 'were'} skipped.")
     return Manifest(
         source.name, source.stamp, written, channels, size, data.background, list(source.classes), source.labels is not None,
         digest.hexdigest(), skipped, reasons, small, checksum, labels_checksum,

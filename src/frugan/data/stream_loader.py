@@ -27,7 +27,7 @@ from frugan.data.sources import streams
 from frugan.data.sources.base import Tell, loaded, reason, stamp_of
 from frugan.data.sources.streams import Damaged, Item, Shard, short
 from frugan.utils.draws import Order, derive
-from frugan.utils.errors import UserError
+from frugan.utils.errors import UserError, counted
 
 Row = tuple[Pixels, int]  # an image and its class
 Encoded = tuple[Item, int]  # the same as it was read
@@ -68,7 +68,7 @@ class StreamLoader:
         self.length = sum(shard.images for shard in self.shards)
         self.labelled = all(shard.labels is not None for shard in self.shards)
         if not self.length:
-            raise UserError(f"none of the {len(shards)} shards has images.")
+            raise UserError(f"no image is in {counted(len(shards), 'shard')}.")
         self.fingerprint = stamp_of((shard.name, shard.images, 0) for shard in self.shards)
         self.block = min(self.length, block or block_of(data))
         self._told: set[str] = set()

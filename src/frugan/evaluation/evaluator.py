@@ -83,7 +83,7 @@ class Evaluator:
         self.by_class: dict[str, Tensor] = {}
         self.reals = min(options.reals, len(data))
         if self.reals < FEWEST:
-            raise UserError(f"{self.reals} real images are too few to evaluate by: at least {FEWEST} are needed.")
+            raise UserError(f"evaluating needs at least {FEWEST} real images, not {self.reals}.")
         self.progress = progress or (lambda done, of: None)
         wanted = frozenset(self.metrics)
         self._task = Task(self.data, self.reals, classes, wanted, options, device, learning)
@@ -103,7 +103,7 @@ class Evaluator:
             UserError: too few to be evaluated.
         """
         if images < FEWEST:
-            raise UserError(f"{images} images are too few to be evaluated: at least {FEWEST} are needed.")
+            raise UserError(f"evaluating needs at least {FEWEST} images, not {images}.")
         seen = {name: family.new(images) for name, family in self._families.items()}
         self._look(produce, images, seen)
         values: dict[str, float] = {}

@@ -17,16 +17,12 @@ from frugan.evaluation.families import METRICS, shown
 from frugan.gan.summary import Row
 from frugan.memory.plan import Plan
 from frugan.reporting.records import Line, MemoryMeasured
+from frugan.utils.errors import counted as counted
 from frugan.utils.units import size
 
 MANY = 1000  # images whose packing takes long enough to be announced
 SHOWN_EVERY = 0.1  # seconds between two looks at progress on a terminal
 PLAIN_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
-
-
-def counted(number: int, word: str, ending: str = "s") -> str:
-    """``number`` with its noun in singular or plural: 1 epoch, 2 epochs."""
-    return f"{number} {word}{ending if number > 1 else ''}"
 
 
 def duration(seconds: float) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from frugan.config.recipe import Training
 from frugan.reporting.records import DurationDecided
-from frugan.utils.errors import UserError
+from frugan.utils.errors import UserError, counted
 
 WARM = 0.01  # share of the minutes that pass after the first update before speed is measured,
 STRETCH = 0.03  # and share after that in which it is measured for the first decision
@@ -45,7 +45,7 @@ class Epochs:
     timed = False
 
     def __init__(self, epochs: int, length: int, batch: int) -> None:
-        self.words = f"{epochs} epochs"
+        self.words = counted(epochs, "epoch")
         self.length, self.batch = length, batch
         self._epochs = epochs
 
@@ -138,7 +138,7 @@ class Minutes(Epochs):
     timed = True
 
     def __init__(self, minutes: float, length: int, batch: int, began: float) -> None:
-        self.words = f"{minutes:g} minutes"
+        self.words = counted(minutes, "minute")
         self.length, self.batch = length, batch
         self.seconds = 60 * minutes
         self.decisions: list[Decision] = []

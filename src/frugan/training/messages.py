@@ -12,7 +12,7 @@ from frugan.memory.plan import Plan
 from frugan.memory.recover import OutOfMemory
 from frugan.training.session import Session
 from frugan.utils import device
-from frugan.utils.errors import UserError
+from frugan.utils.errors import UserError, counted
 
 HANDFUL = 250  # images below which what to expect is said
 
@@ -22,13 +22,13 @@ def introduce(session: Session, plan: Plan, generator: Network, discriminator: N
     recipe, tell = session.recipe, session.console.tell
     data, memory = recipe.data, recipe.memory
     there = len(recipe.classes.present) or session.classes
-    classes = f" in {there} classes" if there else ""
+    classes = f" in {counted(there, 'class', 'classes')}" if there else ""
     kind = "grey" if data.channels == 1 else "colour"
-    tell(f"{len(session.loader):,} images of {session.name}{classes}, {kind}, {data.image_size}x{data.image_size}.")
+    tell(f"{counted(len(session.loader), 'image')} of {session.name}{classes}, {kind}, {data.image_size}x{data.image_size}.")
     session.console.networks(summarise(recipe, (generator, discriminator)))
     tell(
         f"Recipe {recipe.recipe}, {session.duration.words}, {memory.precision} on {session.device} with "
-        f"{torch.get_num_threads()} threads, into {session.folder.path}."
+        f"{counted(torch.get_num_threads(), 'thread')}, into {session.folder.path}."
     )
     session.console.plan(plan, session.batch)
     if memory.precision == "fp32" and (fast := device.fast_precision(session.device)) != "fp32":
@@ -43,8 +43,9 @@ def notices(session: Session, plan: Plan, generator: Network, discriminator: Net
     recipe, where = session.recipe, session.device
     if (images := len(session.loader)) < HANDFUL:
         told.append(
-            f"Only {images} images: expect variations of these at best, and copies of them if training goes on for long. The "
-            "report says how near samples lie to them; --augment ada, --flip auto and --init-from a run on similar images help."
+            f"Only {counted(images, 'image')}: expect variations of these at best, and copies of them if training goes on for "
+            "long. The report says how near samples lie to them; --augment ada, --flip auto and --init-from a run on similar "
+            "images help."
         )
     if recipe.memory.offload_state == "yes" and where.type != "cpu":
         told.append("Moments and the averaged generator wait on the host: the same bits, and copies in every update.")
@@ -87,7 +88,8 @@ def diverged(session: Session, images: int, name: str, scaled: bool) -> UserErro
     """``name`` is not finite any more; ``scaled``: the loss is scaled, as fp16 needs."""
     way = ", or --precision bf16 or fp32" if scaled else ""
     return UserError(
-        f"{name} is not finite after {images:,} images: training diverged. Try lower --lr-g and --lr-d{way}; {last_state(session)}."
+        f"{name} is not finite after {counted(images, 'image')}: training diverged. Try lower --lr-g and --lr-d{way}; "
+        f"{last_state(session)}."
     )
 
 

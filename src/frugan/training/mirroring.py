@@ -99,7 +99,10 @@ def _asked(loader: Loader) -> tuple[str, str]:
     if not loader.random_access:
         return "no", "a stream cannot be asked whether it looks the same mirrored"
     if len(loader) < FEWEST:
-        return "no", f"{len(loader)} images are too few to ask whether they look the same mirrored"
+        return (
+            "no",
+            f"{len(loader)} {'images are' if len(loader) > 1 else 'image is'} too few to ask whether they look the same mirrored",
+        )
     count = min(len(loader), IMAGES)
     size = max(1, PIECE // math.prod(loader.shape))
     pieces = (loader.batch(first, min(size, count - first)) for first in range(0, count, size))

@@ -13,7 +13,7 @@ from frugan.config.recipe import Recipe
 from frugan.config.run import Run
 from frugan.data.opening import Loader, Source, Tell, classes_of, classes_read, open_within, opened, present
 from frugan.memory import limit
-from frugan.reporting.console import Console
+from frugan.reporting.console import Console, counted
 from frugan.reporting.run_folder import Followed, RunFolder
 from frugan.training.duration import Epochs, duration_of, now
 from frugan.training.mirroring import decided
@@ -149,4 +149,6 @@ def _set_threads(run: Run, before: object, tell: Tell) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(before)
         slow = f", more than this machine's {cores} cores: slow" if before > cores else ""
-        tell(f"With {before} threads, as it was started{slow}; --threads {cores} uses all cores, and differs by rounding.")
+        tell(
+            f"With {counted(before, 'thread')}, as it was started{slow}; --threads {cores} uses all cores, and differs by rounding."
+        )

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, as opposed to bugs of ours."""
+"""Errors that are the user's to mend, as opposed to bugs of ours, and what their sentences share."""
 
 import difflib
 from collections.abc import Iterable
@@ -17,6 +17,12 @@ class UserError(ValueError):
     """
 
     said = False
+
+
+def counted(number: float, noun: str, plural: str = "") -> str:
+    """``number`` with its noun in singular or plural: 1 epoch, 2,000 epochs, 2 classes."""
+    said = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{said} {noun if number == 1 else plural or noun + 's'}"
 
 
 def nearest(word: str, options: Iterable[str]) -> str:

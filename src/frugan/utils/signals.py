@@ -6,12 +6,14 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from frugan.utils.errors import counted
+
 
 class Stopped(Exception):
     """Training was asked to stop by a signal (``number``) and has saved its state."""
 
     def __init__(self, number: int, images: int) -> None:
-        super().__init__(f"stopped after {images:,} images; the same command goes on from here.")
+        super().__init__(f"stopped after {counted(images, 'image')}; the same command goes on from here.")
         self.number = number
 
 

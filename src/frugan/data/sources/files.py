@@ -10,7 +10,7 @@ from PIL import Image
 
 from frugan.config.recipe import Data
 from frugan.data.sources.base import SUFFIXES, Entry, Source, by_folder, is_image, loaded, outside, shown, stamp_of
-from frugan.utils.errors import UserError
+from frugan.utils.errors import UserError, counted
 
 
 class FileSource(Source):
@@ -94,7 +94,7 @@ def _files(root: Path, entries: list[Entry], opened: zipfile.ZipFile | None, pro
     images = sorted(entry for entry in entries if is_image(entry[0]))
     if not images:
         kinds = ", ".join(sorted(s[1:] for s in SUFFIXES))
-        raise UserError(f"no images found in {root}: none of its {len(entries)} files is {kinds}.")
+        raise UserError(f"no images found in {root}, among {counted(len(entries), 'file')}: an image is {kinds}.")
     source = FileSource(root, images, opened)
     source.problems = problems
     return source

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from frugan.config.recipe import Data
 from frugan.data.sources.base import ArraySource, Source, stamp_of
 from frugan.memory import host
-from frugan.utils.errors import UserError
+from frugan.utils.errors import UserError, counted
 from frugan.utils.units import size
 
 MOST = 1032  # times that deflate can make a file smaller
@@ -52,7 +52,7 @@ def idx_folder(folder: Path, name: str, split: str, classes: Sequence[str] | Non
         if (label_file := files.get(key.replace("images-idx3", "labels-idx1"))) is not None:
             labels.append(read(label_file, 1))
             if len(labels[-1]) != len(images[-1]):
-                raise UserError(f"{label_file} has {len(labels[-1])} labels for {len(images[-1])} images.")
+                raise UserError(f"{label_file} has {counted(len(labels[-1]), 'label')} for {counted(len(images[-1]), 'image')}.")
     if len({array.shape[1:] for array in images}) > 1:
         raise UserError(f"the IDX files in {folder} hold images of different sizes: use --split train or --split test.")
     together = np.concatenate(images) if len(images) > 1 else images[0]

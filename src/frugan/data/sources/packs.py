@@ -8,7 +8,7 @@ from PIL import Image
 from frugan.config.recipe import Data
 from frugan.data.pack import Pack
 from frugan.data.sources.base import Source
-from frugan.utils.errors import UserError
+from frugan.utils.errors import UserError, counted
 
 
 class PackSource(Source):
@@ -48,7 +48,7 @@ def pack(data: Data) -> Source | None:
     asked, there = (data.image_size, data.channels), (source.size, 1 if source.grey else 3)
     if any(a not in (None, b) for a, b in zip(asked, there, strict=True)):
         raise UserError(
-            f"{folder} is packed as {there[0]}x{there[0]} with {there[1]} channels: leave --image-size and --channels out, or pack "
-            "the images again."
+            f"{folder} is packed as {there[0]}x{there[0]} with {counted(there[1], 'channel')}: leave --image-size and --channels "
+            "out, or pack the images again."
         )
     return source

@@ -19,7 +19,7 @@ from frugan.config.recipe import Data
 from frugan.data.sources.base import Labels, Source, by_folder, by_name, is_image, reason, shown, stamp_of
 from frugan.data.sources.tables import TABLES, file_in, label_column
 from frugan.data.sources.tars import SAYING, Archive, braced, key_of, label_in
-from frugan.utils.errors import UserError
+from frugan.utils.errors import UserError, counted
 
 WAITS = (1, 2, 4, 8, 16, 32)  # seconds between attempts to read a shard that the network or the system fails
 AT_START = 3  # of them before a training begins: then somebody sits there
@@ -111,7 +111,9 @@ def tar_shard(url: str, label: str | None = None) -> Shard:
         before, again = (values, folders, whole), _patiently(count, f"read the shard {url}")
         values, folders, whole = max(before, again, key=lambda found: (len(found[0]), found[2]))
     images = len(values)
-    cut = "" if whole else f"{url} is cut short: {images} images before the cut are used; fetch it again for the rest."
+    cut = (
+        "" if whole else f"{url} is cut short: {counted(images, 'image')} before the cut can be used; fetch it again for the rest."
+    )
     return Shard(url, images, read, cut, values, folders)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from frugan.config.recipe import Data
 from frugan.data.sources.base import Source, by_folder, by_name, is_image, loaded, outside, shown, stamp_of
-from frugan.utils.errors import UserError
+from frugan.utils.errors import UserError, counted
 
 
 @dataclass(slots=True)
@@ -107,7 +107,9 @@ class TarSource(Source):
         except tarfile.TarError as error:
             here = len(self.members) - before
             if here or _is_tar(shard):
-                problems.append(f"{shard} is cut short: {here} images before the cut are used; fetch it again for the rest.")
+                problems.append(
+                    f"{shard} is cut short: {counted(here, 'image')} before the cut can be used; fetch it again for the rest."
+                )
             else:
                 why = error or "it is empty"
                 problems.append(f"cannot read the tar {shard} ({why}): unpack it if it is compressed, else fetch it again.")
