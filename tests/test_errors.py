@@ -421,6 +421,9 @@ def test_words_that_are_missing_or_too_many(refused: Callable[..., str], tmp_pat
         words = ["digits"] * len(places.split(" and "))
         said = one_sentence(refused(*command.split(), *words, "more", "--seed" if command == "generate" else "--workers", "1"))
         assert f"'more' is too much, frugan {command} takes {places} alone" in said
+    for given in (["--data", "digits"], ["--data=digits"]):
+        assert "there is no flag --data: write DATA without it, as in frugan train DATA." in one_sentence(refused("train", *given))
+    assert "there is no flag --run: write RUN without it" in one_sentence(refused("generate", "--run", "r"))
     assert "there is no flag -x: flags begin with two dashes" in one_sentence(refused("train", "-x"))
     assert "there is no flag --no-compare: leave --compare out" in one_sentence(refused("plan", "--no-compare"))
 

@@ -174,7 +174,7 @@ def check(arguments: Sequence[str], options: type[Any], prog: str) -> None:
         options: has the types.
         prog: the command, as it is called.
     """
-    hints = typing.get_type_hints(options)
+    hints, places = typing.get_type_hints(options), _places(options)
     named, rest = list[str](), list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -190,6 +190,8 @@ def check(arguments: Sequence[str], options: type[Any], prog: str) -> None:
         if hints.get(key.removeprefix("no_")) is bool:
             _check_switch(name, key.removeprefix("no_"), [value] if equals else rest[:1], options, bool(equals))
             continue
+        if key in places:
+            raise UserError(f"there is no flag {name}: write {key.upper()} without it, as in {prog} {key.upper()}.")
         if key not in hints:
             of = [
                 kind for kind, found in Objective.kinds.items() if key in {f.name for f in fields(found)} and "objective" in hints
@@ -227,21 +229,26 @@ def _check_switch(name: str, key: str, following: Sequence[str], options: type[A
             raise UserError(f"{name} takes no value, and {word!r} was given: {pair}.")
 
 
+def _places(options: type[Any]) -> list[str]:
+    """The names of the fields of ``options`` that are words without a flag, in their order."""
+    hints = typing.get_type_hints(options, include_extras=True)
+    return [f.name for f in fields(options) if tyro.conf.Positional in getattr(hints[f.name], "__metadata__", ())]
+
+
 def _check_words(words: Sequence[str], options: type[Any], prog: str) -> None:
     """There must be a word for each place that needs one, and no more of them than places."""
-    hints = typing.get_type_hints(options, include_extras=True)
-    places = [f for f in fields(options) if tyro.conf.Positional in getattr(hints[f.name], "__metadata__", ())]
-    if any(typing.get_origin(typing.get_args(hints[f.name])[0]) is tuple for f in places):  # as many as there are
+    places, hints = _places(options), typing.get_type_hints(options)
+    if any(typing.get_origin(hints[place]) is tuple for place in places):  # as many as there are
         return
-    for place in places[len(words) :]:
-        if place.default is MISSING:
-            name = place.name.upper()
-            raise UserError(f"{name} is missing: write {prog} {name}; {prog} --help says what it may be.")
+    needed = [f.name for f in fields(options) if f.default is MISSING and f.name in places[len(words) :]]
+    if needed:
+        name = needed[0].upper()
+        raise UserError(f"{name} is missing: write {prog} {name}; {prog} --help says what it may be.")
     if len(words) <= len(places):
         return
-    taken = " and ".join(f.name.upper() for f in places) or "flags"
+    taken = " and ".join(map(str.upper, places)) or "flags"
     listed = words[len(places) - 1 :]
-    if taken.endswith("DATA") and all(Path(word).exists() for word in listed):
+    if taken.endswith("DATA") and all(word and Path(word).exists() for word in listed):
         quoted = ", or put the pattern in quotes" if listed[0].endswith(".tar") else ""
         raise UserError(
             f"{len(listed)} names came for DATA, {listed[0]} the first: name the folder that holds them, "
