@@ -32,7 +32,11 @@ def find(recipe: Recipe, device: torch.device, *, approximate: bool = False, **o
         ways += [way.replace(precision="bf16") for way in ways]
     refused: TooLittle | None = None
     for way in ways:
-        planner = Planner(way, device, approximate=approximate, **options)
+        try:
+            planner = Planner(way, device, approximate=approximate, **options)
+        except TooLittle as error:
+            refused = error if refused is None or error.smallest < refused.smallest else refused
+            continue
         try:
             plan = planner.plan()
             rounded = way.memory.precision != recipe.memory.precision
