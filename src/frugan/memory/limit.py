@@ -113,8 +113,8 @@ def went_over(device: torch.device) -> int | None:
     return most
 
 
-def budget(memory: str | None, device: torch.device) -> int | None:
-    """The bytes that ``memory`` says, as 2GiB, once it is clear that they can be held.
+def budget(memory: str | int | None, device: torch.device) -> int | None:
+    """The bytes that ``memory`` says, as 2GiB or a number of them, once it is clear that they can be held.
 
     Raises:
         UserError: it says nothing, is more than the machine has, or cannot be held on this device.
