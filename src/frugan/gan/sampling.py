@@ -35,20 +35,22 @@ class Generator:
         """The names of the classes that can be asked for; none if it was trained without."""
         return tuple(self.recipe.classes.names[number] for number in self.recipe.classes.present)
 
-    def generate(self, n: int = 16, *, seed: int = 0, first: int = 0, classes: Sequence[str] = ()) -> Tensor:
+    def generate(self, n: int = 16, *, seed: int = 0, first: int = 0, classes: str | int | Sequence[str | int] = ()) -> Tensor:
         """Makes ``n`` images: uint8 ``[n, channels, size, size]`` on the CPU. Image i of a seed is the same for every ``n``.
 
         Args:
             n: how many.
             seed: of their noise.
             first: the number of the first one.
-            classes: of the images, in turn, by names or numbers; unset: as often as the data has them, drawn by ``seed``.
+            classes: of the images, one or several in turn, by names or numbers; unset: as often as the data has them, drawn by
+                ``seed``.
 
         Raises:
             UserError: a class that there is not, or one is asked for and there are none.
         """
         if n < 1:
             raise UserError(f"the number of images to generate must be at least 1, not {n}.")
+        classes = [classes] if isinstance(classes, (str, int)) else classes
         noise = Draws(seed).normal("sample", first, n, self.recipe.network.latent_dim)
         return self.decode(noise, in_turn(self._found(classes), first, n) if classes else self.drawn(n, seed=seed, first=first))
 
@@ -56,7 +58,7 @@ class Generator:
         """The classes of what `generate` makes where none are asked for: int64 ``[n]``; None: it was trained without."""
         return natural(self.recipe, seed, first, n)
 
-    def interpolate(self, seeds: Sequence[int], frames: int = 16, *, of: str | None = None) -> Tensor:
+    def interpolate(self, seeds: Sequence[int], frames: int = 16, *, of: str | int | None = None) -> Tensor:
         """Goes from the first image of each seed to that of the next in ``frames`` steps, along the sphere on which noise lies.
 
         Args:
@@ -84,7 +86,7 @@ class Generator:
             raise UserError(f"this generator makes images of {len(self.classes)} classes: give one for each row of noise.")
         return to_images(self.network, noise, classes=classes)
 
-    def _found(self, classes: Sequence[str]) -> list[int]:
+    def _found(self, classes: Sequence[str | int]) -> list[int]:
         if not self.classes:
             raise UserError(f"there is no class {classes[0]!r}: this generator was trained without; --conditional trains one with.")
         return self.recipe.classes.find(map(str, classes))
