@@ -208,6 +208,23 @@ def limited(budget: int, device: torch.device) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
+@contextmanager
+def within_free(device: torch.device) -> Iterator[None]:
+    """While open, this process's data cannot grow by more than what is free now (CPU, Linux): what asks for more is refused, where
+    the system would end the process without a word."""
+    if device.type != "cpu" or not can_be_limited(device):
+        yield
+        return
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (host.status("VmData") + host.free(), before[1]))  # free within limits that there are
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
 def _limit_data() -> None:
     """Lets the process's data grow by what is left of its budget now, and by a little even where nothing is left."""
     import resource
