@@ -7,6 +7,7 @@ and draws the same again where it computes something twice.
 """
 
 import gzip
+import sys
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,11 +19,15 @@ from torch.nn.functional import cross_entropy
 
 from frugan.memory import Engine
 from frugan.memory.limit import peak
+from frugan.utils.errors import UserError
 from frugan.utils.units import size
 
 
-def read(file: Path, dimensions: int) -> Tensor:
-    """The bytes of an IDX file, gzipped or not: uint8, as many ``dimensions`` as it says."""
+def read(folder: Path, name: str, dimensions: int) -> Tensor:
+    """The bytes of the IDX file of a folder that is called so, gzipped or not: uint8, as many ``dimensions`` as it says."""
+    file = next(folder.glob(f"{name}*"), None)
+    if file is None:
+        raise UserError(f"there is no {name}-idx{dimensions}-ubyte in {folder}: name a folder of IDX files, as of Fashion-MNIST.")
     content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i]) for i in range(dimensions)]
     return torch.frombuffer(bytearray(content[4 + 4 * dimensions :]), dtype=torch.uint8)[: prod(shape)].view(shape)
@@ -54,8 +59,8 @@ class Options:
 
 def main(options: Options) -> None:
     torch.manual_seed(options.seed)
-    images = read(next(options.data.glob("train-images*")), 3).unsqueeze(1)
-    labels = read(next(options.data.glob("train-labels*")), 1).long()
+    images = read(options.data, "train-images", 3).unsqueeze(1)
+    labels = read(options.data, "train-labels", 1).long()
     batch = min(options.batch, len(images))
     model = network(images.shape[-1])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
@@ -71,4 +76,7 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    try:
+        main(tyro.cli(Options))
+    except UserError as error:
+        sys.exit(f"classifier.py: {error}")

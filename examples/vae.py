@@ -7,6 +7,7 @@ with the batch, so that cutting the batch changes nothing.
 """
 
 import gzip
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from frugan.memory import Engine
 from frugan.memory.limit import peak
+from frugan.utils.errors import UserError
 from frugan.utils.units import size
 
 
@@ -51,7 +53,9 @@ def loss(model: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
 
 def read(folder: Path) -> Tensor:
     """The training images of a folder of IDX files, gzipped or not: uint8 ``[n, 1, 28, 28]``."""
-    file = next(folder.glob("train-images*idx3-ubyte*"))
+    file = next(folder.glob("train-images*idx3-ubyte*"), None)
+    if file is None:
+        raise UserError(f"there is no train-images-idx3-ubyte in {folder}: name a folder of IDX files, as of Fashion-MNIST.")
     content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     return torch.frombuffer(bytearray(content[16:]), dtype=torch.uint8).view(-1, 1, 28, 28)
 
@@ -89,4 +93,7 @@ def main(options: Options) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    try:
+        main(tyro.cli(Options))
+    except UserError as error:
+        sys.exit(f"vae.py: {error}")

@@ -38,12 +38,21 @@ def test_it_trains_a_foreign_model_within_a_budget(example: str, measure: str, t
     refused = run("--memory", "10MiB")
     smallest = re.search(r"the smallest that works is (\d+)MiB", refused.stderr)
     assert refused.returncode and smallest, refused.stderr
+    assert refused.stderr.startswith(f"{example}: ") and refused.stderr.count("\n") == 1
     done = run("--memory", f"{smallest[1]}MiB", "--epochs", "3")
     assert done.returncode == 0, done.stderr
     measured = [float(found) for found in re.findall(measure, done.stdout)]
     assert len(measured) == 3 and measured[-1] < measured[0]
     held = re.findall(r"at most (\d+) MiB", done.stdout)
     assert held and int(held[-1]) <= int(smallest[1])
+
+
+@pytest.mark.parametrize("example", ["vae.py", "classifier.py"])
+def test_an_example_without_its_images_says_so_in_a_sentence(example: str, tmp_path: Path) -> None:
+    for folder in (tmp_path / "nothere", tmp_path):  # which is not there, and which has no images
+        done = subprocess.run([sys.executable, str(EXAMPLES / example), str(folder)], capture_output=True, text=True)
+        assert done.returncode == 1 and not done.stdout
+        assert re.fullmatch(rf"{example}: there is no train-images-idx3-ubyte in {folder}: name a folder of .*\.\n", done.stderr)
 
 
 def test_it_knows_nothing_of_gans_flags_or_folders() -> None:

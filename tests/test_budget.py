@@ -21,7 +21,7 @@ from frugan.config import recipes
 from frugan.config.classes import Classes
 from frugan.config.recipe import Recipe
 from frugan.data.loader import Batch
-from frugan.gan.build import average, lay_out, make_step, optimizers
+from frugan.gan.build import average, lay_out, least_held, make_step, optimizers
 from frugan.gan.levers import jobs, named
 from frugan.gan.networks import build
 from frugan.memory import Engine
@@ -171,6 +171,7 @@ def test_a_training_within_a_budget_is_the_training_without(few: Path, tmp_path:
         (["--memory", "900TiB"], "is more than the"),
         (["--memory", "50MiB"], "the framework itself holds"),
         (["--memory"], "needs a value"),
+        (["--batch-size", "1000000000"], "--batch-size must be at most 1,000,000, not 1,000,000,000"),
         (["--plot", "plan.txt"], "pictures are written as"),
         (["--penalty", "jpv"], "must be one of"),
         (["--checkpoint-blocks", "maybe"], "must be one of"),
@@ -182,6 +183,51 @@ def test_budgets_that_cannot_be(arguments: list[str], said: str, few: Path, caps
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert said in error and error.startswith("frugan: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"ema_half_life": 0}, {"beta1": 0.0}, {"beta1": 0.0, "lean_adam": False}], ids=str)
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_what_networks_hold_at_least_is_what_they_hold_once_they_are_built(name: str, settings: dict[str, object]) -> None:
+    recipe = recipes.get(name).replace(image_size=16, channels=3, precision="fp32", **settings)
+    recipe = replace(recipe, classes=Classes(("a", "b"), (3, 5)))
+    least, model = least_held(recipe, CPU), Model(recipe, CPU)
+    held = sum(t.nbytes for tensors in model.held().values() for t in tensors if t is not None)
+    counters = 8 * len([*model.generator.parameters(), *model.discriminator.parameters()])  # of updates
+    assert held - counters <= least["G"] + least["D"] <= held
+    learning = [sum(p.nbytes for p in n.parameters() if p.requires_grad) for n in (model.generator, model.discriminator)]
+    assert least["gradients"] == max(learning)
+
+
+def in_a_process(*arguments: str) -> tuple[str, str, int]:
+    """What a command says and complains of, and the most bytes that its process held."""
+    script = (
+        "import sys, atexit; from frugan.cli import main; from frugan.memory import host;"
+        "atexit.register(lambda: print(host.status('VmHWM'), *{'torch._dynamo', 'sympy'} & {*sys.modules})); main(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120)
+    *said, most = done.stdout.splitlines()
+    return "\n".join(said), done.stderr, int(most)  # and torch has imported neither its compiler nor SymPy
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is only limited on Linux")
+def test_networks_that_no_budget_suffices_for_are_refused_before_they_are_built(few: Path) -> None:
+    command = "plan", str(few), "--recipe", "mlp", "--device", "cpu", "--threads", "1"
+    _, said, most = in_a_process(*command, "--image-size", "512", "--memory", "700MiB")
+    assert said.startswith("frugan: ") and said.count("\n") == 1
+    named = re.search(r"--memory 700 MiB is too little .* take 2\.\d+ GiB, most of it D's; .* a --memory above (\d+)MiB\.", said)
+    assert named and 2048 < int(named[1]) < 3072
+    assert most < 700 << 20
+    _, said, most = in_a_process(*command, "--image-size", "65536")  # 64 TiB
+    assert re.search(r"the .*iB that are free are too little for these networks: .* or a smaller network\.", said)
+    assert most < 700 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is only limited on Linux")
+def test_batches_of_a_million_are_planned_within_their_budget(few: Path) -> None:
+    large = "--batch-size", "1000000", "--memory", "900MiB"
+    said, complaint, most = in_a_process("plan", str(few), "--recipe", "dcgan", "--threads", "1", "--device", "cpu", *large)
+    assert "Plan for batches of 1000000 (reassociation): D: micro-batches of" in said, complaint
+    assert most < 900 << 20
 
 
 def test_a_device_that_cannot_be_limited_is_said() -> None:

@@ -80,6 +80,11 @@ def test_a_conditional_training_makes_the_classes_it_is_asked_for(train: Callabl
     assert generator.classes == ("cats", "dogs") and generator.recipe.classes.counts == (32, 16)
     means = [generator.generate(32, classes=[name]).float().mean() for name in ("cats", "Dogs")]
     assert means[1] - means[0] > 100
+    for one in ("Dogs", 1, "1", [1]):  # a class alone need not be in a list, and a number is one
+        assert torch.equal(generator.generate(4, classes=one), generator.generate(4, classes=["dogs"]))
+    assert torch.equal(generator.generate(4, classes=0), generator.generate(4, classes=["cats"]))
+    with pytest.raises(UserError, match="there is no class 'hats': there are cats, dogs"):
+        generator.generate(4, classes="hats")
     in_turn = generator.generate(5, classes=["cats", "dogs"])
     assert torch.equal(in_turn[1::2], generator.generate(5, classes=["dogs"])[1::2])
     assert torch.equal(in_turn[3:], generator.generate(2, first=3, classes=["cats", "dogs"]))

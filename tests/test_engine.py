@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, NAdam, Optimizer, Rprop
 
-from frugan.memory import Engine, accumulate
+from frugan.memory import Engine, accumulate, levers
 from frugan.memory.layout import CHECKPOINT_BLOCKS, Guarantee, Layout
 from frugan.memory.recover import Change
 from frugan.utils.errors import UserError
@@ -292,12 +292,88 @@ def test_what_tracing_a_deep_model_leaves_in_the_process_is_part_of_the_plan() -
     assert abs(int(predicted) / int(peak) - 1) < 0.03
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is only limited on Linux")
+def test_a_budget_may_be_a_number_of_bytes() -> None:
+    model = network()
+    engines = [Engine(model, squares, SGD(model.parameters(), lr=0.1), batch=4, memory=m) for m in (1 << 31, "2GiB")]
+    assert [engine.budget for engine in engines] == [1 << 31, 1 << 31]
+
+
+def test_a_module_with_lazy_layers_is_asked_to_run_once_and_then_trains() -> None:
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.LazyLinear(2)).double()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with pytest.raises(UserError, match=r"^2\.weight of the module has no shape yet, as its layer is lazy: run the module once"):
+        Engine(model, squares, optimizer, batch=4)
+    (x, y) = batches(4)[0]
+    model(x)
+    with planned(model, optimizer, 4) as engine:
+        assert torch.isfinite(engine.step(x, y))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_blocks_that_are_called_by_keywords_are_recomputed(dropout: float) -> None:
+    """As those of `nn.TransformerEncoder` are, with masks and flags."""
+
+    def trained(layout: Layout) -> list[Tensor]:
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout, batch_first=True)
+        model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        optimizer = SGD(model.parameters(), lr=0.1)
+        x, hidden = torch.randn(6, 5, 8), torch.zeros(6, 5, dtype=torch.bool)
+        hidden[:, 3:] = True
+
+        def loss(module: nn.Module, x: Tensor, hidden: Tensor) -> Tensor:
+            return module(x, src_key_padding_mask=hidden).square().mean((1, 2))
+
+        engine = Engine(model, loss, optimizer, batch=6, blocks=[*model.layers])
+        engine.plan(x[:1], hidden[:1])
+        engine.recovery.layouts[STEP] = layout
+        torch.manual_seed(1)
+        with engine:
+            losses = [engine.step(x, hidden) for _ in range(2)]
+        return [*losses, *model.parameters()]
+
+    plain, leaner = trained(Layout((6,))), trained(Layout((6,), (CHECKPOINT_BLOCKS,)))
+    assert all(torch.equal(a, b) for a, b in zip(plain, leaner, strict=True))
+
+
+def test_a_block_may_be_given_its_samples_by_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(6, 8), nn.Tanh())
+            self.outer = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.outer(input=self.inner(input=x))
+            return found
+
+    torch.manual_seed(0)
+    model = Named().double()
+    batch = batches(12)[0]
+    found = []
+    for blocks in ([], [model.inner, model.outer]):
+        with levers.recomputing(blocks):
+            accumulate(squares, model, batch, [12])
+        found.append(gradients(model))
+        model.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and len(found[0]) == 4
+
+
 def test_what_an_engine_cannot_do_is_one_sentence() -> None:
     model = network()
     with pytest.raises(UserError, match="LBFGS asks for the loss"):
         Engine(model, squares, LBFGS(model.parameters()), batch=4)
     with pytest.raises(UserError, match="at least one sample"):
         Engine(model, squares, SGD(model.parameters(), lr=0.1), batch=0)
+    with pytest.raises(UserError, match="at most 1,000,000, not 1,000,000,000"):
+        Engine(model, squares, SGD(model.parameters(), lr=0.1), batch=10**9)
+    for memory in (True, -1, "lots"):
+        with pytest.raises(UserError, match=f"a budget of {memory!r} is no amount of memory"):
+            Engine(model, squares, SGD(model.parameters(), lr=0.1), batch=4, memory=memory)
+    for block, words in ((nn.Linear(6, 16), "a Linear"), ("0", "'0'")):
+        with pytest.raises(UserError, match=rf"blocks\[1\] of the engine, {words}, is no part of the module"):
+            Engine(model, squares, SGD(model.parameters(), lr=0.1), batch=4, blocks=[model[0], block])  # type: ignore[list-item]
     engine = Engine(model, squares, SGD(model.parameters(), lr=0.1), batch=4)
     with pytest.raises(UserError, match=r"cannot be run on 2 samples, of shapes \[\[2, 6\]\]: squares\(\) missing"):
         engine.plan(batches(1)[0][0])

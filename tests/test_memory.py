@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from frugan.memory import pool
+import pytest
+import torch
+
+from frugan.memory import host, limit, pool
 
 SCRIPT = """
 import json, sys
@@ -89,6 +92,19 @@ except frugan.UserError as error:
     refused = str(error)
 print(json.dumps([before, within, trained, [found(), given_back()], refused]))
 """
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is only limited on Linux")
+def test_more_than_is_free_is_refused_where_the_system_would_end_the_process() -> None:
+    import resource
+
+    before, most = resource.getrlimit(resource.RLIMIT_DATA), int(0.6 * host.free())
+    with limit.within_free(torch.device("cpu")):
+        one = torch.empty(most, dtype=torch.uint8)  # addresses alone: nothing touches them
+        with pytest.raises(RuntimeError) as caught:
+            torch.empty(most, dtype=torch.uint8)
+    assert limit.is_out_of_memory(caught.value) and one.nbytes == most
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
 def test_a_training_leaves_the_program_that_called_it_as_it_was(tmp_path: Path, few: Path) -> None:

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from frugan.config.recipe import Training
+from frugan.config.run import Run
 from frugan.gan.levers import LEVERS, named
-from frugan.memory.layout import FEW, Guarantee, Layout, Lever, split
+from frugan.memory.layout import FEW, MOST, Guarantee, Layout, Lever, split
 from frugan.memory.plan import Plan
 from frugan.utils.errors import UserError
 from frugan.utils.units import parse_bytes, size
@@ -23,10 +25,23 @@ def test_budgets_as_people_write_them(said: str, bytes_: int) -> None:
     assert parse_bytes(said) == bytes_
 
 
-@pytest.mark.parametrize("said", ["2 parsecs", "lots", "", "-1GiB", "2GiBs", "1e3"])
+@pytest.mark.parametrize("said", [1 << 30, 4096, 0, 2e9])
+def test_a_budget_in_python_may_be_a_number_of_bytes(said: int) -> None:
+    assert parse_bytes(said) == said
+    memory = Run(memory=said).memory  # type: ignore[arg-type]
+    assert memory and parse_bytes(memory) == said
+
+
+@pytest.mark.parametrize("said", ["2 parsecs", "lots", "", "-1GiB", "2GiBs", "1e3", -1, True, [1]])
 def test_budgets_nobody_understands(said: str) -> None:
     with pytest.raises(UserError, match="a budget of"):
         parse_bytes(said)
+
+
+def test_a_recipe_asks_for_no_larger_batches_than_can_be_planned() -> None:
+    assert Training(batch_size=MOST).batch_size == MOST
+    with pytest.raises(UserError, match="--batch-size must be at most 1,000,000, not 1,000,001 "):
+        Training(batch_size=MOST + 1)
 
 
 def test_bytes_in_words() -> None:

@@ -108,6 +108,7 @@ def test_a_whole_run(run: Path) -> None:
     assert "--width-d" in got.words  # a setting that is not the recipe's
     assert "D's phase" in got.words and "activations" in got.words  # where the bytes go
     assert [event.event for event in RunFolder(run).read_events()][-3:] == ["metrics", "metrics", "warning"]
+    assert RunFolder(str(run)).read_events() == RunFolder(run).read_events()  # the path may be said in words
 
 
 def test_pages_need_nothing_but_themselves(run: Path, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ class Training(Section):
 
     epochs: int = option(20, "how often every image is seen", least=1)
     minutes: float | None = option(None, "how long to train by the clock, instead of --epochs", above=0, most=1e6)
-    batch_size: int = option(128, "images in one update, however it is cut into micro-batches", least=1)
+    batch_size: int = option(128, "images in one update, however it is cut into micro-batches", least=1, most=1_000_000)
     discriminator_steps: int = option(1, "updates of the discriminator for each of the generator", least=1)
     reuse_fakes: bool = option(
         False, "G learns from the generated images that D has just seen, so that one pass can make them for both"

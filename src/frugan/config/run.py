@@ -32,3 +32,9 @@ class Run(Section):
         None, "what follows the training besides its log and its report, by names with commas, as tensorboard"
     )
     accept_changes: bool = option(False, "go on with an existing run although settings differ from those it was started with")
+
+    def __post_init__(self) -> None:
+        said: object = self.memory
+        if isinstance(said, (int, float)) and not isinstance(said, bool):  # bytes, as programs say it
+            object.__setattr__(self, "memory", str(said))
+        super().__post_init__()

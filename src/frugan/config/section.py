@@ -65,7 +65,12 @@ class Section:
             for bound, holds, words in bounds:
                 limit = f.metadata.get(bound)
                 if limit is not None and not holds(value, limit):
-                    raise UserError(f"{flag(f.name)} must be {words} {limit:g}, not {value:g} ({f.metadata['help']}).")
+                    said = f"{words} {_number(limit)}, not {_number(value)}"
+                    raise UserError(f"{flag(f.name)} must be {said} ({f.metadata['help']}).")
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
     def idle(self, needs: Mapping[str, tuple[bool, str]]) -> Iterator[str]:
         """A sentence for each field that has not its default although nothing looks at it.

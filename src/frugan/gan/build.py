@@ -1,17 +1,20 @@
 """What a recipe makes on a device: networks as they are laid out in memory, optimizers, average and step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from frugan.config.recipe import Recipe
 from frugan.gan.augment import Adaptive, adaptive, augment
 from frugan.gan.levers import of_phase
-from frugan.gan.networks import ByProducts, Map, Network
-from frugan.gan.optim import Ema, FrugalAdam, LowBitAdam
+from frugan.gan.networks import ByProducts, Map, Network, build
+from frugan.gan.optim import Ema, FrugalAdam, LowBitAdam, moments_of
+from frugan.gan.optim import warm_up_update as warm_up_update
 from frugan.gan.step import Batch as Batch
 from frugan.gan.step import Step, Terms
 from frugan.memory.layout import Layout
@@ -66,6 +69,46 @@ def average(recipe: Recipe, generator: Network, device: torch.device) -> Ema | N
     half_life = recipe.training.ema_half_life
     host = torch.device("cpu") if recipe.memory.offload_state == "yes" and device.type not in ("cpu", "meta") else None
     return Ema(generator, half_life, host).eval() if half_life else None
+
+
+def unmade(recipe: Recipe) -> tuple[Network, Network]:
+    """Generator and discriminator of ``recipe`` (resolved), as they learn, on torch's device ``meta``: they take no memory."""
+    channels, size, _ = recipe.data.shape
+    with torch.device("meta"), _Unwritten():
+        generator, discriminator = build(recipe.network, size, channels, classes=len(recipe.classes))
+    freeze(recipe, discriminator)
+    return generator, discriminator
+
+
+class _Unwritten(TorchFunctionMode):
+    """While open, nothing is written in place: where tensors have no memory, torch would import its compiler for that."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See `TorchFunctionMode`."""
+        name = func.__name__
+        if name.endswith("_") and not name.endswith("__") and func is not Tensor.requires_grad_:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs or {})
+
+
+def least_held(recipe: Recipe, device: torch.device) -> dict[str, int]:
+    """Bytes that every training of ``recipe`` (resolved) comes to hold on ``device``, counted before anything takes memory.
+
+    Returns:
+        ``G`` and ``D``: weights with moments and average; ``gradients``: of the one that has more. Moments in 8 bits are left out.
+    """
+    memory, networks = recipe.memory, dict(zip("GD", unmade(recipe), strict=True))
+    found = {name: _bytes([*network.parameters(), *network.buffers()]) for name, network in networks.items()}
+    gradients = {name: _bytes(p for p in network.parameters() if p.requires_grad) for name, network in networks.items()}
+    if memory.offload_state != "yes" or device.type == "cpu":
+        found["G"] *= 2 if recipe.training.ema_half_life else 1
+        moments = len(moments_of(recipe.optimizer.beta1, memory.lean_adam)) if memory.moments == "fp32" else 0
+        found = {name: bytes_ + moments * gradients[name] for name, bytes_ in found.items()}
+    return found | {"gradients": max(gradients.values())}
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def make_step(recipe: Recipe, generator: Network, discriminator: Network) -> Step:

@@ -23,6 +23,11 @@ PIECE = BLOCK << 10  # numbers whose moments are made whole, or are on the devic
 EMA_RAMP = 0.05  # the half-life is at most this share of the images seen, so that the start is forgotten soon
 
 
+def moments_of(beta1: float, lean: bool) -> tuple[str, ...]:
+    """The moments that `FrugalAdam` keeps of every parameter."""
+    return ("exp_avg_sq",) if lean and beta1 == 0 else ("exp_avg", "exp_avg_sq")
+
+
 class FrugalAdam(Adam):
     """torch's fused Adam with its moments allocated at once, so that memory cannot run out in the middle of an update.
 
@@ -53,7 +58,7 @@ class FrugalAdam(Adam):
             {"foreach": False, "capturable": True} if parameters and parameters[0].device.type == "xla" else {"fused": True}
         )
         super().__init__(parameters, lr=rate, betas=betas, **self._kernel)
-        self.moments = ("exp_avg_sq",) if lean and betas[0] == 0 else ("exp_avg", "exp_avg_sq")
+        self.moments = moments_of(betas[0], lean)
         self.offload = offload
         self._stage: dict[str, Tensor] = {}  # on the device, for a piece of moments that lie on the host
         for parameter in self._parameters():

@@ -37,7 +37,7 @@ class Generator:
         return tuple(self.recipe.classes.names[number] for number in self.recipe.classes.present)
 
     def generate(
-        self, n: int = 16, *, seed: int = 0, first: int = 0, classes: Sequence[str] = (), truncation: float = 1.0
+        self, n: int = 16, *, seed: int = 0, first: int = 0, classes: str | int | Sequence[str | int] = (), truncation: float = 1.0
     ) -> Tensor:  # fmt: skip
         """Makes ``n`` images: uint8 ``[n, channels, size, size]`` on the CPU. Image i of a seed is the same for every ``n``.
 
@@ -45,7 +45,8 @@ class Generator:
             n: how many.
             seed: of their noise.
             first: the number of the first one.
-            classes: of the images, in turn, by names or numbers; unset: as often as the data has them, drawn by ``seed``.
+            classes: of the images, one or several in turn, by names or numbers; unset: as often as the data has them, drawn by
+                ``seed``.
             truncation: what noise is multiplied by, 0 to `MOST`: below 1 images are more typical, above it more varied.
 
         Raises:
@@ -53,6 +54,7 @@ class Generator:
         """
         if n < 1:
             raise UserError(f"the number of images to generate must be at least 1, not {n}.")
+        classes = [classes] if isinstance(classes, (str, int)) else classes
         noise = _truncated(Draws(seed).normal("sample", first, n, self.recipe.network.latent_dim), truncation)
         return self.decode(noise, in_turn(self._found(classes), first, n) if classes else self.drawn(n, seed=seed, first=first))
 
@@ -60,7 +62,9 @@ class Generator:
         """The classes of what `generate` makes where none are asked for: int64 ``[n]``; None: it was trained without."""
         return natural(self.recipe, seed, first, n)
 
-    def interpolate(self, seeds: Sequence[int], frames: int = 16, *, of: str | None = None, truncation: float = 1.0) -> Tensor:
+    def interpolate(
+        self, seeds: Sequence[int], frames: int = 16, *, of: str | int | None = None, truncation: float = 1.0
+    ) -> Tensor:  # fmt: skip
         """Goes from the first image of each seed to that of the next in ``frames`` steps, along the sphere on which noise lies.
 
         Args:
@@ -89,7 +93,7 @@ class Generator:
             raise UserError(f"this generator makes images of {len(self.classes)} classes: give one for each row of noise.")
         return to_images(self.network, noise, classes=classes)
 
-    def _found(self, classes: Sequence[str]) -> list[int]:
+    def _found(self, classes: Sequence[str | int]) -> list[int]:
         if not self.classes:
             raise UserError(f"there is no class {classes[0]!r}: this generator was trained without; --conditional trains one with.")
         return self.recipe.classes.find(map(str, classes))

@@ -18,11 +18,12 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from frugan.memory import levers, limit
 from frugan.memory.budget import SIZES, Beside, BudgetPlanner, Process, TooLittle
 from frugan.memory.growth import SMALL, Growth, Outline, traced
-from frugan.memory.layout import CHECKPOINT_BLOCKS, WHOLE_BATCH_NORM, Layout, split
+from frugan.memory.layout import CHECKPOINT_BLOCKS, MOST, WHOLE_BATCH_NORM, Layout, split
 from frugan.memory.optimizer import state_of, tried
 from frugan.memory.recover import Change, Recovery
 from frugan.memory.search import Choice, Job, Levers, Search
@@ -37,33 +38,41 @@ class Engine(AbstractContextManager["Engine"]):
     """Trains ``module`` by ``loss`` in batches of ``batch`` samples, within ``memory``.
 
     Args:
-        module: on its device.
+        module: on its device; one with lazy layers has been run once.
         loss: see `levers.accumulate`.
         optimizer: over the module's parameters. Memory for the state that it has not made yet is kept free for it.
-        batch: samples in an update, at most.
-        memory: the most that the process (on an accelerator: its part of the device) may hold, as ``2GiB``; None: most of what is
-            free.
-        blocks: parts of the module, each called with one tensor, that may be recomputed in backward. What they draw from torch's
-            global generators (dropout) they draw again.
+        batch: samples in an update, at most; up to a million.
+        memory: the most that the process (on an accelerator: its part of the device) may hold, as ``2GiB`` or in bytes; None: most
+            of what is free.
+        blocks: parts of the module that may be recomputed in backward. What they draw from torch's global generators (dropout) they
+            draw again.
         whole_batch_norm: whether micro-batches may be exact under batch norm, by passes that compute the loss again and again; not
             of a module that draws.
         changed: is told of every change to go on when memory ran out.
 
     Raises:
-        UserError: the budget says nothing, or cannot be held on this device; the batch is none, or the optimizer needs a closure.
+        UserError: the budget says nothing, or cannot be held on this device; the batch is none or too large, the optimizer needs a
+            closure, the module has lazy layers that were never run, or a block is no part of it.
     """
 
     def __init__(
-        self, module: nn.Module, loss: levers.Loss, optimizer: torch.optim.Optimizer, *, batch: int, memory: str | None = None,
-        blocks: Sequence[nn.Module] = (), whole_batch_norm: bool = True, changed: Callable[[Change], None] = print,
+        self, module: nn.Module, loss: levers.Loss, optimizer: torch.optim.Optimizer, *, batch: int,
+        memory: str | int | None = None, blocks: Sequence[nn.Module] = (), whole_batch_norm: bool = True,
+        changed: Callable[[Change], None] = print,
     ) -> None:  # fmt: skip
-        if batch < 1:
-            raise UserError(f"the engine's batch must be at least one sample, not {batch}.")
+        if not 1 <= batch <= MOST:
+            raise UserError(f"the engine's batch must be at least one sample and at most {MOST:,}, not {batch:,}.")
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             raise UserError(
                 f"{type(optimizer).__name__} asks for the loss in its step(): the engine needs an optimizer that does not."
             )
+        if lazy := next((name for name, p in module.named_parameters() if is_lazy(p)), None):
+            raise UserError(f"{lazy} of the module has no shape yet, as its layer is lazy: run the module once before the engine.")
+        for place, block in enumerate(blocks):
+            if not any(block is part for part in module.modules()):
+                words = f"a {type(block).__name__}" if isinstance(block, nn.Module) else repr(block)
+                raise UserError(f"blocks[{place}] of the engine, {words}, is no part of the module: name parts of it.")
         self.module = module
         self.loss = loss
         self.optimizer = optimizer

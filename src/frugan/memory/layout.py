@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any, Self
 
 SMALLEST_COUPLED = 16  # samples of which batch statistics may be taken without being asked
+MOST = 1_000_000  # samples of a batch: of more there are so many layouts that it takes minutes to look at them
 FEW = 4  # samples below which micro-batches cost more than other ways of saving
 
 

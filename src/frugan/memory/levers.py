@@ -1,6 +1,6 @@
 """Ways of computing the same gradients in less memory; each says what it guarantees."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -74,16 +74,20 @@ def drawn(device: torch.device) -> Callable[[], None]:
     return back
 
 
-def recomputed(block: nn.Module, function: Callable[..., Any], *inputs: Any, draws: bool = False) -> Any:
-    """``function(*inputs)``, which passes samples through ``block``: keeps its inputs alone, and computes it again in backward.
+def recomputed(
+    block: nn.Module, function: Callable[..., Any], *inputs: Any, draws: bool = False, named: Mapping[str, Any] | None = None
+) -> Any:
+    """``function(*inputs, **named)``, which passes samples through ``block``: keeps its inputs alone, and computes it again in
+    backward.
 
     Bitwise the same: running statistics take part in the first pass only. ``draws``: ``function`` draws from torch's global
     generators, which then draw the same again. (`torch.utils.checkpoint` imports torch's compiler, which holds 150 MiB.)
     """
+    named = named or {}
     layers = batch_norms(block)
     tracked = [m.track_running_stats for m in layers]
     whole = next((m.whole_batch.again() for m in layers if "whole_batch" in vars(m)), nullcontext)  # `frugan.memory.batchnorm`
-    first = next((t for t in inputs if isinstance(t, Tensor)), None)
+    first = next((t for t in (*inputs, *named.values()) if isinstance(t, Tensor)), None)
     device = first.device if first is not None else torch.device("cpu")
     kind = device.type
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
@@ -113,17 +117,22 @@ def recomputed(block: nn.Module, function: Callable[..., Any], *inputs: Any, dra
         after = drawn(device) if before else None
         if before:
             before()
-        fresh = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in inputs]
+        fresh = [_apart(t) for t in inputs]
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, _never), torch.enable_grad(), torch.autocast(kind, dtype, enabled),
             _as_before(layers, tracked), whole(),
         ):  # fmt: skip
-            function(*fresh)
+            function(*fresh, **{name: _apart(t) for name, t in named.items()})
         if after:
             after()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return function(*inputs)
+        return function(*inputs, **named)
+
+
+def _apart(value: Any) -> Any:
+    """``value``; of a tensor, its numbers without its graph."""
+    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
 
 def _never(_: object) -> Tensor:
@@ -139,8 +148,12 @@ def recomputing(blocks: Iterable[nn.Module], draws: bool = False) -> Iterator[No
                 after.callback(delattr, block, "forward")  # what the class says shows again
             else:
                 after.callback(setattr, block, "forward", own)
-            block.forward = partial(recomputed, block, block.forward, draws=draws)
+            block.forward = partial(_called, block, block.forward, draws)
         yield
+
+
+def _called(block: nn.Module, forward: Callable[..., Any], draws: bool, /, *inputs: Any, **named: Any) -> Any:
+    return recomputed(block, forward, *inputs, draws=draws, named=named)
 
 
 def directional(blocks: Sequence[nn.Module], x: Tensor, v: Tensor, *inputs: Any, recompute: bool = False) -> tuple[Tensor, Tensor]:

@@ -113,8 +113,8 @@ def went_over(device: torch.device) -> int | None:
     return most
 
 
-def budget(memory: str | None, device: torch.device) -> int | None:
-    """The bytes that ``memory`` says, as 2GiB, once it is clear that they can be held.
+def budget(memory: str | int | None, device: torch.device) -> int | None:
+    """The bytes that ``memory`` says, as 2GiB or a number of them, once it is clear that they can be held.
 
     Raises:
         UserError: it says nothing, is more than the machine has, or cannot be held on this device.
@@ -205,6 +205,23 @@ def limited(budget: int, device: torch.device) -> Iterator[None]:
         yield
     finally:
         _budgets.pop()
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+@contextmanager
+def within_free(device: torch.device) -> Iterator[None]:
+    """While open, this process's data cannot grow by more than what is free now (CPU, Linux): what asks for more is refused, where
+    the system would end the process without a word."""
+    if device.type != "cpu" or not can_be_limited(device):
+        yield
+        return
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (host.status("VmData") + host.free(), before[1]))  # free within limits that there are
+    try:
+        yield
+    finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 

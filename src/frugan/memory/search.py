@@ -9,7 +9,7 @@ clock: the same command makes the same plan.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -20,7 +20,7 @@ from frugan.memory.candidates import Job as Job
 from frugan.memory.candidates import Levers as Levers
 from frugan.memory.growth import Growth, Rates
 from frugan.memory.host import Freed
-from frugan.memory.layout import SMALLEST_COUPLED, Guarantee, Layout, uncoupling
+from frugan.memory.layout import SMALLEST_COUPLED, Guarantee, Layout, split, uncoupling
 from frugan.memory.private import UNMEASURED, can_record
 from frugan.memory.segments import LEAST, ROUND, SMALL_SEGMENT, Full, Segments
 from frugan.memory.trace import Timeline
@@ -43,6 +43,7 @@ class Search:
         self.device = device
         self.approximate = approximate  # whether coupled samples may be cut as small as one likes
         self.rates = RATES.get(device.type, RATES["cuda"])
+        self._sizes = cache(lambda batch, parts: tuple(split(batch, parts)))  # which layouts share: of a large batch they are many
         self._within: int | None = None  # the budget that is held to while something is run for a plan
         self._growths: dict[tuple[str, Levers, int], Growth] = {}
         self._lacking: set[tuple[str, Levers, int]] = set()  # of those, what did not fit into the budget
@@ -172,7 +173,7 @@ class Search:
                 return []
             apart = 0 if self.device.type == "cpu" else LEAST
             kept = 1.15 * SEGMENTS_MARGIN if apart else 1 if pool.available() else KEPT
-            layouts = [Layout.of(job.batch, parts, levers) for parts in job.counts(levers)]
+            layouts = [Layout(self._sizes(job.batch, parts), tuple(sorted(levers))) for parts in job.counts(levers)]
             alone = growth.peaks([x.micro_batch for x in layouts], several=False)
             several = growth.peaks([x.micro_batch for x in layouts], several=True)
             few, many = (self.rates.seconds(growth.work(n)) for n in (4, 16))

@@ -27,8 +27,8 @@ NEIGHBOURS = "neighbours.png"
 class RunFolder:
     """The folder ``path``, and what lies where in it; as a context manager it is locked against a second training."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | Path) -> None:
+        self.path = path = Path(path)
         self.recipe_file = path / "recipe.toml"
         self.plan_file = path / "plan.json"
         self.log_file = path / "log.jsonl"

@@ -37,7 +37,8 @@ class Planner:
         before: another planner of this process, before it had planned anything: what was held then counts.
 
     Raises:
-        UserError: the budget says nothing, is more than the machine has, or cannot be held on this device.
+        UserError: the budget says nothing, is more than the machine has, or cannot be held on this device; or networks alone
+            take more than it.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Planner:
         self._before: int = before._before if before else limit.baseline(device)
         self._most: int = before._most if before else limit.most() if device.type == "cpu" else 0
         self.traces = Traces(recipe, device, separate=separate and named is not None)
+        self._check_networks(named, limit.spare(device) // beside)
         try:
             self.facts = self.traces.facts
             self.coupled = self.facts.coupled_g, self.facts.coupled_d
@@ -149,6 +151,23 @@ class Planner:
         if gone:
             self._before = min(self._before, limit.baseline(self.device))
         return gone
+
+    def _check_networks(self, named: int | None, spare: int) -> None:
+        """Refuses networks that cannot be trained before they are built, which would take that memory already.
+
+        Where they take no more than the framework does they are built, and the refusal then names the smallest budget.
+        """
+        held = self.traces.least()
+        least = sum(held.values())
+        if least <= (spare if named is None else max(named, self._before)):
+            return
+        said = f"the {size(spare)} that are free are" if named is None else f"--memory {size(named)} is"
+        way = "" if named is None else f", or a --memory above {math.ceil(least / limit.MIB)}MiB"
+        raise TooLittle(
+            f"{said} too little for these networks: weights with gradients, moments and average alone take {size(least)}, "
+            f"most of it {max('DG', key=held.__getitem__)}'s; choose a smaller --image-size or a smaller network{way}.",
+            least,
+        )
 
     def _check_evaluating(self, named: int) -> None:
         needs = self._process().framework() + self.budget.data + MARGIN + sum(self.budget.moments["evaluating"].values())

@@ -31,15 +31,17 @@ def find(recipe: Recipe, device: torch.device, *, approximate: bool = False, **o
     if approximate and recipe.memory.precision == "fp32":
         ways += [way.replace(precision="bf16") for way in ways]
     refused: TooLittle | None = None
+    planner: Planner | None
     for way in ways:
-        planner = Planner(way, device, approximate=approximate, **options)
         try:
-            plan = planner.plan()
+            with limit.within_free(device):
+                planner = Planner(way, device, approximate=approximate, **options)
+                plan = planner.plan()
             rounded = way.memory.precision != recipe.memory.precision
             return planner, replace(plan, guarantee=Guarantee.APPROXIMATE) if rounded else plan
         except TooLittle as error:
             refused = error if refused is None or error.smallest < refused.smallest else refused
-        del planner  # with what it measured
+        planner = None  # goes, with what it measured
     assert refused
     raise refused
 

@@ -23,8 +23,7 @@ from typing import Any
 import torch
 
 from frugan.config.recipe import Recipe
-from frugan.gan import networks
-from frugan.gan.build import freeze
+from frugan.gan.build import unmade
 from frugan.training.planner import Planner, TooLittle
 from frugan.training.planning import Proposal
 from frugan.utils.errors import UserError
@@ -124,11 +123,7 @@ class Scaling:
 
 def gradients(recipe: Recipe) -> list[int]:
     """Bytes of each gradient that an update of ``recipe`` (resolved) exchanges, of both networks."""
-    channels, side, _ = recipe.data.shape
-    with torch.device("meta"):
-        generator, discriminator = networks.build(recipe.network, side, channels, classes=len(recipe.classes))
-        freeze(recipe, discriminator)
-    parameters = [*generator.parameters(), *discriminator.parameters()]
+    parameters = [p for network in unmade(recipe) for p in network.parameters()]
     return [p.numel() * p.element_size() for p in parameters if p.requires_grad]
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from frugan.config.recipe import Recipe
-from frugan.gan.optim import warm_up_update
+from frugan.gan.build import least_held, warm_up_update
 from frugan.memory import limit
 from frugan.memory.growth import Growth
 from frugan.memory.host import Freed
@@ -61,6 +61,13 @@ class Traces:
         found = self._read("facts", elsewhere, lambda known: Facts(**known))
         held, reserved = self.plots() if self.device.type == "cpu" else (0, 0)
         return replace(found, loaded=found.loaded + held, reserved=found.reserved + reserved)
+
+    def least(self) -> dict[str, int]:
+        """Bytes that every training holds, see `frugan.gan.build.least_held`: for them nothing is run, nor takes memory."""
+        try:
+            return least_held(self.recipe, self.device)
+        except RuntimeError:  # of a network that looks at its weights while it is built
+            return {"G": 0, "D": 0, "gradients": 0}
 
     def plots(self) -> tuple[int, int]:
         """Bytes that drawing plots loads on the CPU: held, and of addresses.

@@ -8,13 +8,13 @@ UNITS = {"": 1, "b": 1, "k": 2**10, "kib": 2**10, "kb": 10**3, "m": 2**20, "mib"
          "g": 2**30, "gib": 2**30, "gb": 10**9, "t": 2**40, "tib": 2**40, "tb": 10**12}  # fmt: skip
 
 
-def parse_bytes(text: str) -> int:
-    """``2GiB``, ``1.5 GB``, ``800M`` or a plain number of bytes.
+def parse_bytes(text: str | int) -> int:
+    """``2GiB``, ``1.5 GB``, ``800M`` or a plain number of bytes, in words or as it is.
 
     Raises:
         UserError: no number, or a unit nobody knows.
     """
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
+    found = None if isinstance(text, bool) else re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(text))
     if not found:
         raise UserError(f"a budget of {text!r} is no amount of memory: say it like 800MiB or 2GiB.")
     number, unit = found.groups()

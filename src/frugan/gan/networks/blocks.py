@@ -171,7 +171,7 @@ class ClassNoise(OfSamples):
 
     def __init__(self, classes: int, latent_dim: int) -> None:
         super().__init__()
-        self.classes = nn.Parameter(torch.empty(classes, latent_dim).normal_() * SHIFT)
+        self.classes = nn.Parameter(torch.empty(classes, latent_dim).normal_().mul_(SHIFT))
 
     def forward(self, x: Tensor, rows: Rows | None) -> Tensor:
         """Noise ``[n, latent_dim]`` to the same; ``rows`` must have classes."""

@@ -106,7 +106,7 @@ class GenerativeBasis(nn.Module):
 
     def __init__(self, latent_dim: int, channels: int, size: int) -> None:
         super().__init__()
-        self.basis = nn.Parameter(torch.randn(channels, size, size))
+        self.basis = nn.Parameter(torch.empty(channels, size, size).normal_())
         self.linear = nn.Linear(latent_dim, channels, bias=False)
         nn.init.normal_(self.linear.weight, 0.0, latent_dim**-0.5)
 
