@@ -68,10 +68,6 @@ class Section:
                     said = f"{words} {_number(limit)}, not {_number(value)}"
                     raise UserError(f"{flag(f.name)} must be {said} ({f.metadata['help']}).")
 
-
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
-
     def idle(self, needs: Mapping[str, tuple[bool, str]]) -> Iterator[str]:
         """A sentence for each field that has not its default although nothing looks at it.
 
@@ -82,6 +78,10 @@ def _number(value: float) -> str:
             matters, needed = needs.get(f.name, (True, ""))
             if not matters and getattr(self, f.name) != f.default:
                 yield f"{flag(f.name)} does nothing without {needed}."
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def _fits(value: object, hint: Any) -> bool:
