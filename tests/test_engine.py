@@ -304,6 +304,8 @@ def test_a_module_with_lazy_layers_is_asked_to_run_once_and_then_trains() -> Non
     optimizer = SGD(model.parameters(), lr=0.1)
     with pytest.raises(UserError, match=r"^2\.weight of the module has no shape yet, as its layer is lazy: run the module once"):
         Engine(model, squares, optimizer, batch=4)
+    with pytest.raises(UserError, match=r"^0\.running_mean of the module has no shape yet"):
+        Engine(nn.Sequential(nn.LazyBatchNorm1d(affine=False), nn.Linear(6, 2)), squares, optimizer, batch=4)
     (x, y) = batches(4)[0]
     model(x)
     with planned(model, optimizer, 4) as engine:

@@ -67,7 +67,7 @@ class Engine(AbstractContextManager["Engine"]):
             raise UserError(
                 f"{type(optimizer).__name__} asks for the loss in its step(): the engine needs an optimizer that does not."
             )
-        if lazy := next((name for name, p in module.named_parameters() if is_lazy(p)), None):
+        if lazy := next((name for name, t in [*module.named_parameters(), *module.named_buffers()] if is_lazy(t)), None):
             raise UserError(f"{lazy} of the module has no shape yet, as its layer is lazy: run the module once before the engine.")
         for place, block in enumerate(blocks):
             if not any(block is part for part in module.modules()):

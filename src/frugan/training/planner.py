@@ -20,6 +20,8 @@ from frugan.reporting.album import GRID
 from frugan.training.traces import Traces
 from frugan.utils.units import size
 
+BUILT = 512 << 20  # bytes of networks that are built whatever the budget is: importing torch takes as much
+
 
 class Planner:
     """Plans trainings of ``recipe`` (resolved) on ``device``.
@@ -155,11 +157,11 @@ class Planner:
     def _check_networks(self, named: int | None, spare: int) -> None:
         """Refuses networks that cannot be trained before they are built, which would take that memory already.
 
-        Where they take no more than the framework does they are built, and the refusal then names the smallest budget.
+        Where they take as little as the framework does they are built, and the refusal then names the smallest budget.
         """
         held = self.traces.least()
         least = sum(held.values())
-        if least <= (spare if named is None else max(named, self._before)):
+        if least <= (spare if named is None else max(named, BUILT)):
             return
         said = f"the {size(spare)} that are free are" if named is None else f"--memory {size(named)} is"
         way = "" if named is None else f", or a --memory above {math.ceil(least / limit.MIB)}MiB"
