@@ -376,6 +376,10 @@ def test_what_an_engine_cannot_do_is_one_sentence() -> None:
     for block, words in ((nn.Linear(6, 16), "a Linear"), ("0", "'0'")):
         with pytest.raises(UserError, match=rf"blocks\[1\] of the engine, {words}, is no part of the module"):
             Engine(model, squares, SGD(model.parameters(), lr=0.1), batch=4, blocks=[model[0], block])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="the module, a ReLU, has no parameters"):
+        Engine(nn.ReLU(), squares, SGD(model.parameters(), lr=0.1), batch=4)
+    for blocks, count in ((model[0], 1), (model, len(model)), (nn.ModuleList([model[0]]), 1)):
+        assert len(Engine(model, squares, SGD(model.parameters(), lr=0.1), batch=4, blocks=blocks).blocks) == count
     engine = Engine(model, squares, SGD(model.parameters(), lr=0.1), batch=4)
     with pytest.raises(UserError, match=r"cannot be run on 2 samples, of shapes \[\[2, 6\]\]: squares\(\) missing"):
         engine.plan(batches(1)[0][0])

@@ -44,8 +44,8 @@ class Engine(AbstractContextManager["Engine"]):
         batch: samples in an update, at most; up to a million.
         memory: the most that the process (on an accelerator: its part of the device) may hold, as ``2GiB`` or in bytes; None: most
             of what is free.
-        blocks: parts of the module that may be recomputed in backward. What they draw from torch's global generators (dropout) they
-            draw again.
+        blocks: parts of the module, or one, that may be recomputed in backward; of a ``ModuleList`` or ``Sequential`` each layer.
+            What they draw from torch's global generators (dropout) they draw again.
         whole_batch_norm: whether micro-batches may be exact under batch norm, by passes that compute the loss again and again; not
             of a module that draws.
         changed: is told of every change to go on when memory ran out.
@@ -57,7 +57,7 @@ class Engine(AbstractContextManager["Engine"]):
 
     def __init__(
         self, module: nn.Module, loss: levers.Loss, optimizer: torch.optim.Optimizer, *, batch: int,
-        memory: str | int | None = None, blocks: Sequence[nn.Module] = (), whole_batch_norm: bool = True,
+        memory: str | int | None = None, blocks: Sequence[nn.Module] | nn.Module = (), whole_batch_norm: bool = True,
         changed: Callable[[Change], None] = print,
     ) -> None:  # fmt: skip
         if not 1 <= batch <= MOST:
@@ -69,7 +69,12 @@ class Engine(AbstractContextManager["Engine"]):
             )
         if lazy := next((name for name, t in [*module.named_parameters(), *module.named_buffers()] if is_lazy(t)), None):
             raise UserError(f"{lazy} of the module has no shape yet, as its layer is lazy: run the module once before the engine.")
-        for place, block in enumerate(blocks):
+        if (first := next(module.parameters(), None)) is None:
+            raise UserError(f"the module, a {type(module).__name__}, has no parameters: there is nothing to train.")
+        if isinstance(blocks, nn.Module) and not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
+            blocks = [blocks]
+        self.blocks = list(blocks)
+        for place, block in enumerate(self.blocks):
             if not any(block is part for part in module.modules()):
                 words = f"a {type(block).__name__}" if isinstance(block, nn.Module) else repr(block)
                 raise UserError(f"blocks[{place}] of the engine, {words}, is no part of the module: name parts of it.")
@@ -77,9 +82,8 @@ class Engine(AbstractContextManager["Engine"]):
         self.loss = loss
         self.optimizer = optimizer
         self.batch = batch
-        self.blocks = blocks
         self.whole_batch_norm = whole_batch_norm
-        self.device = next(module.parameters()).device
+        self.device = first.device
         self.budget = limit.budget(memory, self.device)
         self.coupled = levers.couples(module)
         self.draws = False  # whether it draws from torch's global generators
