@@ -214,8 +214,10 @@ def test_networks_that_no_budget_suffices_for_are_refused_before_they_are_built(
     command = "plan", str(few), "--recipe", "mlp", "--device", "cpu", "--threads", "1"
     _, said, most = in_a_process(*command, "--image-size", "512", "--memory", "700MiB")
     assert said.startswith("frugan: ") and said.count("\n") == 1
-    named = re.search(r"--memory 700 MiB is too little .* take 2\.\d+ GiB, most of it D's; .* a --memory above (\d+)MiB\.", said)
-    assert named and 2048 < int(named[1]) < 3072
+    named = re.search(
+        r"--memory 700 MiB is too little .* take 2\.\d+ GiB, most of it D's; .* a --memory well above (\d+)MiB\.", said
+    )
+    assert named and 2048 + 300 < int(named[1]) < 3072 + 700  # torch too
     assert most < 700 << 20
     _, said, most = in_a_process(*command, "--image-size", "65536")  # 64 TiB
     assert re.search(r"the .*iB that are free are too little for these networks: .* or a smaller network\.", said)

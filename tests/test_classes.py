@@ -109,7 +109,7 @@ def test_pictures_have_a_row_for_each_class(
     main(["generate", str(run), "--classes", "dogs", "--interpolate", "1", "2", "--frames", "4"])
     for name in ("dogs", "cats"):
         main(["generate", str(run), "--classes", name, "--n", "2"])
-    assert {"interpolation_1-2_dogs.png", "seed_0_n2_dogs.png", "seed_0_n2_cats.png"} <= {
+    assert {"interpolation_1-2_f4_dogs.png", "seed_0_n2_dogs.png", "seed_0_n2_cats.png"} <= {
         p.name for p in (run / "generated").iterdir()
     }
     with pytest.raises(SystemExit):

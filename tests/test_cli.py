@@ -120,10 +120,12 @@ def test_generate_writes_grids_files_strips_and_loops(
     main(["generate", run, "--n", "3", "--separate", "--out", str(tmp_path / "many")])
     assert len(list((tmp_path / "many").iterdir())) == 3
     main(["generate", run, "--interpolate", "1", "2", "5", "--frames", "4"])
-    with Image.open(f"{run}/generated/interpolation_1-2-5.gif") as loop:
+    with Image.open(f"{run}/generated/interpolation_1-2-5_f4.gif") as loop:
         assert loop.n_frames == 9 + 7
-    with Image.open(f"{run}/generated/interpolation_1-2-5.png") as strip:
+    with Image.open(f"{run}/generated/interpolation_1-2-5_f4.png") as strip:
         assert strip.width > 8 * strip.height
+    main(["generate", run, "--interpolate", "1", "2", "--out", str(tmp_path / "way.gif")])
+    assert (tmp_path / "way.gif").exists() and (tmp_path / "way.png").exists()
     main(["generate", run, "--out", str(tmp_path / "mine.png")])
     assert (tmp_path / "mine.png").exists()
 

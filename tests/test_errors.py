@@ -100,7 +100,7 @@ def test_a_path_that_is_mistyped(
 
 
 def test_a_data_set_that_is_misspelt(refused: Callable[..., str]) -> None:
-    assert "did you mean 'fashion-mnist'" in one_sentence(refused("train", "fashon-mnist"))
+    assert "there is no folder or zip fashon-mnist: did you mean 'fashion-mnist'?" in one_sentence(refused("train", "fashon-mnist"))
 
 
 @pytest.mark.parametrize("content", [b"", b"neither", None], ids=["empty", "garbage", "cut short"])
@@ -161,6 +161,9 @@ def test_an_unknown_key(refused: Callable[..., str], tmp_path: Path) -> None:
     assert "--epochs must be a whole number, not 'many'" in one_sentence(refused("train", "--epochs", "many"))
     assert "--norm_g must be one of batch, group, none, not 'layer'" in one_sentence(refused("train", "--norm_g=layer"))
     assert "--out needs a value" in one_sentence(refused("train", "--out", "--epochs", "3"))
+    assert "--out needs a value, and -x looks like a flag: write --out=-x if" in one_sentence(refused("train", "--out", "-x"))
+    said = one_sentence(refused("generate", "--interpolate", "1", "2", "runs/a"))
+    assert "--interpolate must be a whole number, not 'runs/a'; what is no value of --interpolate comes before it" in said
 
 
 @pytest.mark.parametrize("rate", ["0", "-0.1"])
@@ -255,6 +258,7 @@ def test_generating_from_what_is_no_run(refused: Callable[..., str], trained: Pa
     assert "at least 1, not 0" in one_sentence(refused("generate", trained, "--n", "0"))
     assert "at least two seeds" in one_sentence(refused("generate", trained, "--interpolate", "3"))
     assert "--interpolate must be a whole number, not 'a'" in one_sentence(refused("generate", trained, "--interpolate", "1", "a"))
+    assert "leave --n out" in one_sentence(refused("generate", trained, "--interpolate", "1", "2", "--n", "3"))
     assert "leave --separate out" in one_sentence(refused("generate", trained, "--interpolate", "1", "2", "--separate"))
     below = trained / "recipe.toml" / "a.png"
     assert "cannot write" in one_sentence(refused("generate", trained, "--n", "1", "--out", below))
@@ -416,7 +420,7 @@ def test_a_pattern_that_the_shell_has_written_out(refused: Callable[..., str], p
 
 def test_words_that_are_missing_or_too_many(refused: Callable[..., str], tmp_path: Path) -> None:
     for command in ("generate", "evaluate"):
-        assert f"RUN is missing: write frugan {command} RUN;" in one_sentence(refused(command))
+        assert f"RUN is missing: write frugan {command} RUN, before all flags;" in one_sentence(refused(command))
     for command, places in (("train", "DATA"), ("generate", "RUN"), ("evaluate", "RUN and DATA"), ("data pack", "DATA")):
         words = ["digits"] * len(places.split(" and "))
         said = one_sentence(refused(*command.split(), *words, "more", "--seed" if command == "generate" else "--workers", "1"))

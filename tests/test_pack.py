@@ -270,6 +270,13 @@ def test_a_manifest_that_is_not_right_is_one_sentence(changes: dict[str, object]
         open_source(Data(data=str(folder)))
 
 
+def test_a_manifest_that_is_cut_short_is_one_sentence(rewritten: Callable[..., Path]) -> None:
+    file = rewritten() / "manifest.json"
+    file.write_text(file.read_text()[:50])
+    with pytest.raises(UserError, match=r"manifest\.json is damaged: pack the images again\.$"):
+        open_source(Data(data=str(file.parent)))
+
+
 @pytest.mark.parametrize("text", ["[]", "5", "null", "[" * 100_000, '{"version": 1}', ""])
 def test_what_is_no_manifest_is_one_sentence(text: str, rewritten: Callable[..., Path]) -> None:
     folder = rewritten()

@@ -49,12 +49,16 @@ def run(options: Generate) -> None:
     made_by = Path(options.run)
     out = Path(options.out) if options.out else (made_by if made_by.is_dir() else made_by.parent) / "generated"
     single = out if out.suffix else None
+    if single and options.interpolate and single.suffix.lower() == ".gif":  # the strip lies beside it
+        single = single.with_suffix(".png")
     if single and single.suffix.lower() not in PICTURES:
         raise UserError(f"--out {out}: pictures are written as .png, .jpg, .webp or .bmp.")
     if single and options.separate:
         raise UserError(f"--separate writes many files: --out {out} must be a folder.")
     if options.interpolate and options.separate:
         raise UserError("--interpolate writes a strip and a GIF: leave --separate out.")
+    if options.interpolate and options.n != Generate.n:
+        raise UserError("--interpolate makes as many images as --frames says: leave --n out.")
     side = generator.recipe.data.shape[1]
     made = ("_best" if options.best else "") + (f"_t{options.truncation:g}" if options.truncation != 1 else "")
     asked = made + "".join(f"_{plain(name)}" for name in options.classes)  # so that no other is written over
@@ -68,7 +72,8 @@ def run(options: Generate) -> None:
             pictures.check_fits(single, len(shown), side, len(shown))
         of = next(iter(options.classes), None)
         images = generator.interpolate(options.interpolate, options.frames, of=of, truncation=options.truncation)
-        name = "-".join(map(str, options.interpolate)) + asked
+        frames = f"_f{options.frames}" if options.frames != Generate.frames else ""
+        name = "-".join(map(str, options.interpolate)) + frames + asked
         strip, loop = (
             single or out / f"interpolation_{name}.png",
             (single or out / f"interpolation_{name}.gif").with_suffix(".gif"),

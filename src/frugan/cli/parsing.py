@@ -207,12 +207,17 @@ def check(arguments: Sequence[str], options: type[Any], prog: str) -> None:
         following = [value] if equals else [*takewhile(lambda a: not a.startswith("--"), rest if several else rest[:1])]
         if not following:
             raise UserError(f"{name} needs a value.")
+        if not equals and following[0].startswith("-") and not readable(following[0], float):
+            raise UserError(
+                f"{name} needs a value, and {following[0]} looks like a flag: write {name}={following[0]} if it is one."
+            )
         if not equals:
             del rest[: len(following)]
         hint = typing.get_args(hint)[0] if several else hint
         for text in following:
             if not readable(text, hint):
-                raise UserError(f"{name} must be {spoken(hint)}, not {text!r}.")
+                before = f"; what is no value of {name} comes before it" if several and not equals else ""
+                raise UserError(f"{name} must be {spoken(hint)}, not {text!r}{before}.")
     if not {"-h", "--help"} & {*arguments}:
         _check_words(named, options, prog)
 
@@ -243,7 +248,7 @@ def _check_words(words: Sequence[str], options: type[Any], prog: str) -> None:
     needed = [f.name for f in fields(options) if f.default is MISSING and f.name in places[len(words) :]]
     if needed:
         name = needed[0].upper()
-        raise UserError(f"{name} is missing: write {prog} {name}; {prog} --help says what it may be.")
+        raise UserError(f"{name} is missing: write {prog} {name}, before all flags; {prog} --help says what it may be.")
     if len(words) <= len(places):
         return
     taken = " and ".join(map(str.upper, places)) or "flags"

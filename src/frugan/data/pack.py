@@ -94,6 +94,8 @@ class Pack:
                     raise UserError(f"{folder / file} is cut short: it has {there:,} of {needed:,} bytes; pack the images again.")
         except UserError:
             raise
+        except json.JSONDecodeError:
+            raise UserError(f"{folder / 'manifest.json'} is damaged: pack the images again.") from None
         except (OSError, ValueError, TypeError, RecursionError) as error:  # a manifest may come from anybody
             raise UserError(f"{folder} is no pack ({error}): pack the images again.") from None
 

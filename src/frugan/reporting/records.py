@@ -29,7 +29,7 @@ class Line:
         epoch: the same, in epochs.
         updates: of D so far.
         speed: images a second, on average since training began or went on, without the time of what ``looking`` is the share of.
-        looking: share of that time that pictures, checkpoints and evaluation took.
+        looking: share of the time until then that pictures, checkpoints and evaluation took.
         seconds_left: to the end of training.
         memory: bytes that the process holds; 0 if that was not measured.
         measured: the means since the line before by their names, as ``Loss_D``, ``D(x)``, ``R1``.

@@ -132,7 +132,7 @@ def _glance(story: Story) -> Iterator[str]:
             tiles.append((f"Best {_label(measure)}", _value(measure, best[1]), f"after {best[0]:,.0f} images"))
     if (speed := number(story.last.speed)) is not None:
         looking = number(story.last.looking)
-        beside = "" if looking is None else f", and {looking:.1%} of the time for pictures, checkpoints and evaluation"
+        beside = f", and {looking:.1%} of the time until then for pictures, checkpoints and evaluation" if looking else ""
         tiles.append(("Speed", f"{speed:,.0f}", f"images/s{beside}"))
     if learnt := story.features:
         right = ", ".join(f"{share:.1%} of {task}" for task, share in learnt.accuracy.items()) or learnt.task

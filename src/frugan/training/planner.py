@@ -164,7 +164,8 @@ class Planner:
         if least <= (spare if named is None else max(named, BUILT)):
             return
         said = f"the {size(spare)} that are free are" if named is None else f"--memory {size(named)} is"
-        way = "" if named is None else f", or a --memory above {math.ceil(least / limit.MIB)}MiB"
+        more = math.ceil((least + self._before) / limit.MIB)  # activations are still to come
+        way = "" if named is None else f", or a --memory well above {more}MiB"
         raise TooLittle(
             f"{said} too little for these networks: weights with gradients, moments and average alone take {size(least)}, "
             f"most of it {max('DG', key=held.__getitem__)}'s; choose a smaller --image-size or a smaller network{way}.",

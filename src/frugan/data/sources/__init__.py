@@ -50,5 +50,5 @@ def open_source(data: Data) -> Source:
         raise UserError(f"patterns such as {path} are for tars: name the folder of the images, {path.parent}.")
     if (near := nearest_path(path)) is not None:
         raise UserError(f"there is no folder or zip {path}: did you mean {str(near)!r}?")
-    known = ", or " + nearest(data.data, [*CLASSES, "digits"]).rstrip(".?") if path.parent == Path() else ""
-    raise UserError(f"there is no folder or zip {path}: check the path{known}.")
+    known = nearest(data.data, [*CLASSES, "digits"]) if path.parent == Path() else "check the path."
+    raise UserError(f"there is no folder or zip {path}: {'check the path, or ' * known.startswith('choose')}{known}")
