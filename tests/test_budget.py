@@ -218,10 +218,10 @@ def test_networks_that_no_budget_suffices_for_are_refused_before_they_are_built(
         r"--memory 700 MiB is too little .* take 2\.\d+ GiB, most of it D's; .* a --memory well above (\d+)MiB\.", said
     )
     assert named and 2048 + 300 < int(named[1]) < 3072 + 700  # torch too
-    assert most < 700 << 20
+    assert most < 1 << 30  # importing torch takes up to 760 MiB where it was installed minutes ago
     _, said, most = in_a_process(*command, "--image-size", "65536")  # 64 TiB
     assert re.search(r"the .*iB that are free are too little for these networks: .* or a smaller network\.", said)
-    assert most < 700 << 20
+    assert most < 1 << 30
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is only limited on Linux")
