@@ -148,7 +148,7 @@ def test_truncation_scales_the_noise(train: Callable[..., Path], tmp_path: Path,
         assert "--truncation must be from 0 to 2, not 2.5" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["evaluate", "digits", "digits", "--truncation", "0.5"])
-    assert "--truncation is for a generator: digits is images" in capsys.readouterr().err
+    assert "--truncation is for a generator, and digits is none." in capsys.readouterr().err
 
 
 def test_interpolation_begins_and_ends_with_the_seeds_images(train: Callable[..., Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import partial
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, NAdam, Optimizer, Rprop
 
+from frugan.config.recipe import Training
 from frugan.memory import Engine, accumulate, levers
-from frugan.memory.layout import CHECKPOINT_BLOCKS, Guarantee, Layout
+from frugan.memory.layout import CHECKPOINT_BLOCKS, MOST, Guarantee, Layout
 from frugan.memory.recover import Change
 from frugan.utils.errors import UserError
 
@@ -370,6 +372,8 @@ def test_what_an_engine_cannot_do_is_one_sentence() -> None:
         Engine(model, squares, SGD(model.parameters(), lr=0.1), batch=0)
     with pytest.raises(UserError, match="at most 1,000,000, not 1,000,000,000"):
         Engine(model, squares, SGD(model.parameters(), lr=0.1), batch=10**9)
+    (ours,) = (f.metadata["most"] for f in fields(Training) if f.name == "batch_size")  # which imports no torch
+    assert ours == MOST
     for memory in (True, -1, "lots"):
         with pytest.raises(UserError, match=f"a budget of {memory!r} is no amount of memory"):
             Engine(model, squares, SGD(model.parameters(), lr=0.1), batch=4, memory=memory)

@@ -78,10 +78,10 @@ def run(said: Any) -> None:
         what = f"samples of {which}{said.run} (seed {said.seed}, after {generator.images_seen:,} images{averaged})"
         produce = partial(_samples, generator, said.seed, said.truncation)
         drawn, trained = generator.drawn(count, seed=said.seed), generator.recipe.classes.names
-    elif said.truncation != 1:
-        raise UserError(f"--truncation is for a generator: {path} is images.")
     elif said.data is None:
         raise UserError(f"{path} is no run folder: name a run, or images and DATA to evaluate them by.")
+    elif said.truncation != 1:
+        raise UserError(f"--truncation is for a generator, and {path} is none.")
     try:
         source, asked = opened(asked, console.tell)
     except UserError as error:
